@@ -1,0 +1,48 @@
+# make pipelines   the main job: train, draw and look, on data in the repository; about ten minutes on two cores
+# make test        the tests; make test-all also runs the slow ones
+# PYTHON=python3.12 make ...   picks the interpreter that the virtual environment is made with
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: pipelines test test-all lint types bench docs clean
+
+pipelines: $(READY)
+	$(MAKE) -C recipes/shapes DALLE=$(CURDIR)/$(BIN)/dalle PY=$(CURDIR)/$(BIN)/python
+	$(MAKE) -C recipes/emoji DALLE=$(CURDIR)/$(BIN)/dalle PY=$(CURDIR)/$(BIN)/python small
+	@cat recipes/shapes/build/accuracy.txt
+	@echo "Look at recipes/shapes/build/sheet.png and recipes/emoji/build/small/sheet.png"
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.ready-dev
+	$(BIN)/mypy
+
+docs: $(VENV)/.ready-dev
+	$(BIN)/python docs/make_cli.py > docs/cli.md
+
+bench: $(VENV)/.ready-dev
+	$(BIN)/python tests/bench.py
+
+# The pins are for machines that install from nothing; on another torch, remove the line from constraints.txt.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,oracles]'
+	$(BIN)/python -m pip install -q --no-deps DALL-E==0.1
+	touch $@
+
+clean:
+	rm -rf $(VENV) recipes/*/build

@@ -1,0 +1,21 @@
+"""Artifacts: one safetensors file, or a folder of shards, that says what it is and how it was made (docs/artifacts.md)."""
+
+from dalle_cli.artifacts.artifact import Artifact, open_artifact
+from dalle_cli.artifacts.container import digest_bytes, digest_file, write_artifact
+from dalle_cli.artifacts.history import history
+from dalle_cli.artifacts.kinds import KINDS, Kind
+from dalle_cli.artifacts.shards import ShardWriter
+from dalle_cli.artifacts.strings import Strings
+
+__all__ = [
+    "KINDS",
+    "Artifact",
+    "Kind",
+    "ShardWriter",
+    "Strings",
+    "digest_bytes",
+    "digest_file",
+    "history",
+    "open_artifact",
+    "write_artifact",
+]

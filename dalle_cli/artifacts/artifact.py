@@ -1,0 +1,149 @@
+"""Reading artifacts: one file, or a folder of shards read as one, by memory map."""
+
+import bisect
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from dalle_cli.artifacts.container import Header, digest_bytes, digest_file, read_header
+from dalle_cli.artifacts.strings import Strings
+from dalle_cli.errors import DalleError
+
+
+class Rows:
+    """The rows of one column over several shards, copied only where asked for; indexed by int, slice or int array."""
+
+    def __init__(self, parts: list[npt.NDArray[Any]]):
+        self.parts = parts
+        self.starts = np.array([0, *accumulate(len(p) for p in parts)])
+        self.shape = (int(self.starts[-1]), *parts[0].shape[1:])
+        self.dtype = parts[0].dtype
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.asarray(np.concatenate(self.parts), dtype=dtype)
+
+    def __getitem__(self, index: Any) -> npt.NDArray[Any]:
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(len(self)))
+        wanted = np.asarray(index)
+        if wanted.ndim == 0:
+            return self[wanted[None]][0]
+        if wanted.dtype == bool:
+            wanted = np.flatnonzero(wanted)
+        if len(wanted) and not (-len(self) <= wanted.min() and wanted.max() < len(self)):
+            raise IndexError(f"row out of {len(self)}")
+        wanted = wanted % max(len(self), 1)
+        out = np.empty((len(wanted), *self.shape[1:]), dtype=self.dtype)
+        shard = np.searchsorted(self.starts, wanted, side="right") - 1
+        for i in np.unique(shard):
+            here = shard == i
+            out[here] = self.parts[i][wanted[here] - self.starts[i]]
+        return out
+
+
+class ChainedStrings(Sequence[str]):
+    """A string column over several shards."""
+
+    def __init__(self, parts: list[Strings]):
+        self.parts = parts
+        self.starts = [0, *accumulate(len(p) for p in parts)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index = int(index) % len(self)
+        shard = bisect.bisect_right(self.starts, index) - 1
+        return self.parts[shard][index - self.starts[shard]]
+
+
+def _strings(header: Header, name: str) -> Strings:
+    data, offsets = header.map(f"{name}.bytes"), header.map(f"{name}.offsets")
+    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(data) or np.any(np.diff(offsets) < 0):
+        raise DalleError(f"expected a string column, found offsets that lie in {name} of {header.path}; make it again")
+    return Strings(data, offsets)
+
+
+class Artifact:
+    """An artifact opened for reading; `headers` has one entry a shard."""
+
+    def __init__(self, path: Path, headers: list[Header]):
+        self.path = path
+        self.headers = headers
+        self.kind = headers[0].kind
+        self.config = {k: v for k, v in headers[0].config.items() if k != "shards"}
+        self.history = headers[0].history
+
+    def __len__(self) -> int:
+        return sum(map(len, self.headers))
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there is such a column, of numbers or of strings."""
+        tensors = self.headers[0].tensors
+        return name in tensors or f"{name}.offsets" in tensors
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns of numbers."""
+        stems = self.headers[0].table.strings
+        return [n for n in self.headers[0].tensors if n.rpartition(".")[0] not in stems]
+
+    def array(self, name: str) -> Any:
+        """A column of numbers as a read-only memory map (one file) or as `Rows` (shards)."""
+        parts = [header.map(name) for header in self.headers]
+        return parts[0] if len(parts) == 1 else Rows(parts)
+
+    def strings(self, name: str) -> Sequence[str]:
+        """A column of strings; nothing is decoded before it is asked for."""
+        parts = [_strings(header, name) for header in self.headers]
+        return parts[0] if len(parts) == 1 else ChainedStrings(parts)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file; of a folder, SHA-256 of its shards' digests in order."""
+        digests = [digest_file(header.path) for header in self.headers]
+        return digests[0] if len(digests) == 1 and self.path.is_file() else digest_bytes("".join(digests).encode())
+
+
+def _open_shards(path: Path) -> list[Header]:
+    files = sorted(path.glob("[0-9]" * 5 + ".safetensors"))
+    if not files:
+        raise DalleError(f"expected an artifact, found a folder without shards (00000.safetensors ...): {path}")
+    headers = [read_header(file) for file in files]
+    first, total = headers[0], headers[0].config.get("shards", len(files))
+    if len(files) != total or files[-1].stem != f"{total - 1:05d}":
+        raise DalleError(f"expected {total} shards, found {len(files)} in {path}; run the stage that writes it again")
+    for header in headers[1:]:
+        if (header.kind, header.config, header.history) != (first.kind, first.config, first.history):
+            raise DalleError(f"expected shards of one run, found {header.path} from another; make {path} again")
+    return headers
+
+
+def open_artifact(path: Path | str, *kinds: str) -> Artifact:
+    """Open a file or a folder of shards, of one of `kinds` (any kind where none is named).
+
+    Raises:
+        DalleError: nothing there, not an artifact, broken, incomplete, or of another kind.
+    """
+    path = Path(path)
+    headers = _open_shards(path) if path.is_dir() else [read_header(path)]
+    if kinds and headers[0].kind not in kinds:
+        wanted = " or ".join(kinds)
+        raise DalleError(f"expected {wanted}, found {headers[0].kind}: {path}; give the file that holds {wanted}")
+    return Artifact(path, headers)

@@ -1,0 +1,77 @@
+"""Writing rows as one file or as a folder of shards; a stage that was stopped writes only the shards that are missing."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dalle_cli.artifacts.container import check_replaceable, read_header, write_artifact
+from dalle_cli.errors import DalleError
+
+MAX_SHARDS = 99_999
+
+
+class ShardWriter:
+    """Writes `rows` rows to OUT: one file if OUT ends in `.safetensors`, else a folder of `0000i.safetensors`.
+
+    Shard i covers the rows of `bounds(i)`; it may hold fewer, where pictures were broken.
+
+    Raises:
+        DalleError: something else lies at OUT, or there would be too many shards.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        kind: str,
+        rows: int,
+        shard_size: int,
+        config: Mapping[str, Any],
+        history: Sequence[Mapping[str, Any]],
+        force: bool = False,
+    ):
+        self.out, self.kind, self.rows = out, kind, rows
+        self.single = out.suffix == ".safetensors"
+        self.size = max(rows, 1) if self.single else shard_size
+        self.total = max(1, -(-rows // self.size))
+        if self.total > MAX_SHARDS:
+            raise DalleError(f"expected at most {MAX_SHARDS} shards, found {self.total}; raise --shard-size")
+        if not self.single and out.is_file():
+            raise DalleError(f"expected a folder for shards, found a file: {out}; choose another -o")
+        if self.single and out.is_dir():
+            raise DalleError(f"expected a file to write, found a folder: {out}; choose another -o")
+        check_replaceable(out, kind, force)
+        self.config = dict(config) if self.single else {**config, "shards": self.total}
+        self.history = list(history)
+
+    def path(self, i: int) -> Path:
+        return self.out if self.single else self.out / f"{i:05d}.safetensors"
+
+    def bounds(self, i: int) -> tuple[int, int]:
+        """First row of shard i, and the row after its last."""
+        return i * self.size, min((i + 1) * self.size, self.rows)
+
+    def has(self, i: int) -> bool:
+        """Whether shard i is there, whole, from the same options and inputs."""
+        if not self.path(i).exists():
+            return False
+        try:
+            header = read_header(self.path(i))
+        except DalleError:
+            return False
+        return (header.kind, header.config, header.history) == (self.kind, self.config, self.history)
+
+    def missing(self) -> Iterator[int]:
+        """The shards to write; what a run of other options or inputs left is removed first."""
+        if not self.single and self.out.is_dir():
+            for stale in self.out.glob("[0-9]" * 5 + ".safetensors"):
+                if int(stale.stem) >= self.total or not self.has(int(stale.stem)):
+                    stale.unlink()
+        for i in range(self.total):
+            if self.has(i):
+                os.utime(self.path(i))  # as good as new, which Make goes by
+            else:
+                yield i
+
+    def write(self, i: int, tensors: Mapping[str, Any]) -> None:
+        write_artifact(self.path(i), self.kind, tensors, self.config, self.history, force=True)

@@ -1,0 +1,58 @@
+"""Weights and checkpoints as artifacts. The only module of this room that needs torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dalle_cli.artifacts.artifact import Artifact
+from dalle_cli.artifacts.container import check_replaceable, metadata, replace_file
+from dalle_cli.errors import DalleError
+
+
+def save_tensors(
+    path: Path,
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    force: bool = False,
+) -> Path:
+    """Write a state dict (any dtype, bfloat16 too) as one artifact file, atomically.
+
+    Raises:
+        DalleError: something that is not a `kind` lies there, or the disk is full.
+    """
+    from safetensors.torch import save_file
+
+    check_replaceable(path, kind, force)
+    flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    replace_file(path, lambda part: save_file(flat, str(part), metadata=metadata(kind, config, history)))
+    return path
+
+
+def load_tensors(artifact: Artifact, device: str = "cpu") -> dict[str, Tensor]:
+    """Every tensor of a one-file artifact, on `device`."""
+    from safetensors.torch import load_file
+
+    return load_file(str(artifact.path), device=device)
+
+
+def load_into(module: torch.nn.Module, artifact: Artifact) -> None:
+    """Copy the weights into a module built from the artifact's config, whatever dtype they were stored in.
+
+    Raises:
+        DalleError: a tensor is missing, unknown, or of another shape.
+    """
+    state = load_tensors(artifact)
+    own = module.state_dict()
+    for name in sorted(own.keys() ^ state.keys()):
+        where = "missing from" if name in own else "unknown in"
+        raise DalleError(f"expected the weights of {artifact.config}, found {name} {where} {artifact.path}")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            shapes = f"{name} of {list(tensor.shape)} where {list(own[name].shape)} is due"
+            raise DalleError(f"expected the weights that the header tells of, found {shapes} in {artifact.path}")
+    module.load_state_dict(state)

@@ -1,0 +1,112 @@
+"""The table of stages. A stage's module is imported only when it is called; an error becomes an exit status."""
+
+import errno
+import importlib
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dalle_cli import __version__
+from dalle_cli.errors import DalleError
+
+# Stage, and what it does in one line: the first line of its help, so that `dalle --help` imports none of them.
+STAGES: dict[str, dict[str, str]] = {
+    "Data": {
+        "train-tokenizer": "Train a byte-level BPE tokenizer on a data set's captions.",
+        "tokenize": "Turn a data set's captions into tokens.",
+        "encode-images": "Encode a data set's pictures to dVAE codes.",
+    },
+    "Train": {
+        "train-dvae": "Train a discrete VAE: pictures to codes and back.",
+        "train-clip": "Train a CLIP, which scores how well a picture fits a caption.",
+        "train-prior": "Train a prior over codes given captions.",
+    },
+    "Draw": {
+        "sample": "Draw codes for a prompt from a prior.",
+        "decode": "Decode codes to pictures.",
+        "rerank": "Score pictures against their prompts with CLIP and keep the best.",
+        "generate": "Draw, decode, rerank and show pictures for a prompt, in one go.",
+        "show": "Draw a contact sheet of pictures.",
+    },
+    "Share": {
+        "export": "Write pictures as PNG files with a manifest, which is again a data set.",
+        "info": "Say what an artifact is and how it was made.",
+    },
+}
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def load_stage(name: str) -> Any:
+    """The module of a stage: `train-prior` is dalle_cli/commands/train_prior.py."""
+    return importlib.import_module(f"dalle_cli.commands.{name.replace('-', '_')}")
+
+
+class Stages(TyperGroup):
+    """A group whose commands are imported when called, and listed by group in `--help` without being imported."""
+
+    def __init__(self, **attrs: Any):
+        super().__init__(**attrs)
+        self.commands = {name: None for group in STAGES.values() for name in group}  # type: ignore[misc]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.commands:
+            return None
+        stage = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+        stage.command(cmd_name, epilog=getattr(load_stage(cmd_name), "EXAMPLE", None))(load_stage(cmd_name).run)
+        return typer.main.get_command(stage)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        for group, stages in STAGES.items():
+            with formatter.section(group):
+                formatter.write_dl(list(stages.items()), col_max=20)
+        self.format_options(ctx, formatter)
+        self.format_epilog(ctx, formatter)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        records = [record for p in self.get_params(ctx) if (record := p.get_help_record(ctx))]
+        with formatter.section("Options"):
+            formatter.write_dl(records, col_max=20)
+
+
+app = typer.Typer(
+    name="dalle", cls=Stages, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Each stage reads and writes ordinary safetensors files. `dalle STAGE --help` shows an example of each.",
+)  # fmt: skip
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"dalle {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """DALL-E as a chain of small commands: pictures to codes, captions to codes, codes to pictures."""
+
+
+def main() -> None:
+    """Run the command line. Exit status: 0; 1 for a DalleError; 2 for usage; 130 when interrupted."""
+    from dalle_cli import console
+
+    try:
+        app(prog_name="dalle")
+    except DalleError as error:
+        console.error(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        console.error(f"expected to read or write {error.filename or 'a file'}, found {error.strerror}; mend that")
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""One module per stage: parse, read, call, write, print. No mathematics; heavy imports live inside `run`."""

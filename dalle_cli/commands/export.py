@@ -1,0 +1,53 @@
+"""`dalle export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle_cli.options import Force, ImagesArg
+
+EXAMPLE = "Example: dalle export radish.best.safetensors -o radish/"
+
+
+def run(
+    images: ImagesArg = None,
+    out: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write to.")] = None,
+    force: Force = False,
+) -> None:
+    """Write pictures as PNG files with a manifest, which is again a data set."""
+    import json
+
+    from PIL import Image
+
+    from dalle_cli import console
+    from dalle_cli.artifacts import open_artifact
+    from dalle_cli.artifacts.container import replace_file
+    from dalle_cli.errors import DalleError
+    from dalle_cli.paths import beside, given_or_piped
+
+    source = given_or_piped(images)
+    pictures = open_artifact(source, "images")
+    folder = out or beside(source, "")
+    if folder.exists() and not folder.is_dir():
+        raise DalleError(f"expected a folder to write to, found a file: {folder}; choose another -o")
+    manifest = folder / "manifest.jsonl"
+    if folder.is_dir() and any(folder.iterdir()) and not manifest.exists() and not force:
+        raise DalleError(f"expected an empty folder or an earlier export, found {folder}; choose another or give --force")
+    ids = pictures.strings("ids")
+    texts = pictures.strings("text") if "text" in pictures else None
+    scores = pictures.array("score") if "score" in pictures else None
+    lines = []
+    with console.progress("export", len(pictures), unit="pictures") as advance:
+        for row, pixels in enumerate(pictures.array("images")):
+            name = f"{row:06d}.png"
+            image = Image.fromarray(pixels.transpose(1, 2, 0).copy())
+            replace_file(folder / name, lambda part, image=image: image.save(part, format="PNG"))  # type: ignore[misc]
+            line: dict[str, object] = {"image": name, "id": ids[row]}
+            line |= {} if texts is None else {"caption": texts[row]}
+            line |= {} if scores is None else {"score": round(float(scores[row]), 6)}
+            lines.append(json.dumps(line, ensure_ascii=False))
+            advance()
+    text = "".join(f"{line}\n" for line in lines)
+    replace_file(manifest, lambda part: part.write_text(text, encoding="utf-8"))
+    console.result(folder, pictures=len(lines))

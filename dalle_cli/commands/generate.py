@@ -1,0 +1,72 @@
+"""`dalle generate`: sample, decode, rerank and show as one command and one process."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle_cli.options import BatchSize, Columns, Device, Force, Guidance, Keep, Model, Out, PromptFile, Prompts
+from dalle_cli.options import SampleDtype, Samples, Seed, Temperature, Terminal, TopK, TopP
+
+EXAMPLE = 'Example: dalle generate "a tutu radish walking a dog" -n 64 --keep 8 -o radish.png'
+
+
+def run(
+    prompts: Prompts = None,
+    prompt_file: PromptFile = None,
+    n: Samples = 16,
+    out: Out = None,
+    model: Model = None,
+    keep: Keep = 0,
+    images: Annotated[Path | None, typer.Option(help="Also keep the pictures as an artifact here.")] = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    guidance: Guidance = 1.0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    columns: Columns = 0,
+    terminal: Terminal = False,
+    device: Device = "auto",
+    dtype: SampleDtype = "float32",
+    force: Force = False,
+) -> None:
+    """Draw, decode, rerank and show pictures for a prompt, in one go."""
+    import numpy as np
+
+    from dalle_cli import bundle, console
+    from dalle_cli.artifacts import history, write_artifact
+    from dalle_cli.commands import drawing
+    from dalle_cli.paths import slug
+
+    texts = drawing.read_prompts(prompts, prompt_file)
+    drawing.check_keep([t for t in texts for _ in range(n)], keep)
+    prior, vae = bundle.weights(model, "weights.prior.codes"), bundle.weights(model, "weights.dvae")
+    clip = bundle.weights(model, "weights.clip")
+    drawn = drawing.sample(
+        prior, texts, drawing.Settings(n, temperature, top_k, top_p, guidance, seed, batch_size), device, dtype
+    )
+    dvae = drawing.decoder(vae, drawn.config["encoder"], prior.path, device)
+    judge = drawing.Judge(clip, device, dtype)
+    codes, text, ids = (drawn.tensors[name] for name in ("codes", "text", "ids"))
+    pixels, scores = [], []
+    with console.progress("decode and rerank", len(codes), unit="pictures") as advance:
+        for at in range(0, len(codes), batch_size):
+            rows = slice(at, at + batch_size)
+            pixels.append(drawing.decode(dvae, codes[rows], dtype))
+            scores.append(judge.score(pixels[-1], text[rows]))
+            advance(len(pixels[-1]))
+    pictures, score = np.concatenate(pixels), np.concatenate(scores)
+    order = drawing.best(score, text, keep)
+    kept = {"images": pictures[order], "score": score[order]}
+    kept_text = [text[row] for row in order]
+    if images is not None:
+        made = [*drawn.history, *history("generate", {"keep": keep, "dtype": dtype}, dvae=vae, clip=clip)[-1:]]
+        columns_ = {**kept, "ids": [ids[row] for row in order], "text": kept_text}
+        write_artifact(images, "images", columns_, {}, made, force)
+    target = out or Path(f"{slug(texts[0])}.png")
+    shown = list(kept["images"])
+    drawing.save_sheet(target, shown, kept_text, [float(s) for s in kept["score"]], columns, None, force)
+    if terminal:
+        drawing.preview(shown, columns)
+    console.result(target, kept=len(order), of=len(codes), best=float(score.max()))

@@ -1,0 +1,42 @@
+"""`dalle sample`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle_cli.options import BatchSize, Device, Force, Guidance, Model, Out, Prompts, PromptFile
+from dalle_cli.options import SampleDtype, Samples, Seed, Temperature, TopK, TopP
+
+EXAMPLE = 'Example: dalle sample "a tutu radish walking a dog" -n 64 | dalle decode | dalle rerank --keep 8 | dalle show'
+
+
+def run(
+    prompts: Prompts = None,
+    prompt_file: PromptFile = None,
+    n: Samples = 16,
+    out: Out = None,
+    model: Model = None,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    guidance: Guidance = 1.0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
+    dtype: SampleDtype = "float32",
+    force: Force = False,
+) -> None:
+    """Draw codes for a prompt from a prior."""
+    from dalle_cli import bundle, console
+    from dalle_cli.artifacts import write_artifact
+    from dalle_cli.commands import drawing
+    from dalle_cli.paths import slug
+
+    texts = drawing.read_prompts(prompts, prompt_file)
+    weights = bundle.weights(model, "weights.prior.codes")
+    settings = drawing.Settings(n, temperature, top_k, top_p, guidance, seed, batch_size)
+    target = out or Path(f"{slug(prompt_file.stem if prompt_file else texts[0])}.codes.safetensors")
+    drawn = drawing.sample(weights, texts, settings, device, dtype)
+    write_artifact(target, "codes", drawn.tensors, drawn.config, drawn.history, force)
+    console.result(target, prompts=len(texts), samples=len(texts) * n)

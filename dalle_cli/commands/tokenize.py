@@ -1,0 +1,53 @@
+"""`dalle tokenize`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle_cli.options import DatasetArg, Force, OutFile, Recipe, Sets, ShardSize
+
+EXAMPLE = "Example: dalle tokenize photos/ -t tokenizer.json -o captions.safetensors"
+
+
+def run(
+    dataset: DatasetArg,
+    tokenizer: Annotated[Path, typer.Option("-t", "--tokenizer", help="A tokenizer's JSON.")],
+    out: OutFile,
+    config: Recipe = None,
+    sets: Sets = [],  # noqa: B006
+    shard_size: ShardSize = 65536,
+    force: Force = False,
+) -> None:
+    """Turn a data set's captions into tokens."""
+    from dalle_cli import config as recipes
+    from dalle_cli import console
+    from dalle_cli.artifacts import ShardWriter, history
+    from dalle_cli.data.datasets import open_dataset
+    from dalle_cli.data.filters import Filters
+    from dalle_cli.data import tokenizer as tokenizers
+    from dalle_cli.data.tokenizer import TokenizerConfig
+    from dalle_cli.paths import skip_list
+
+    table = recipes.read(config, sets)
+    (options,) = recipes.section(table, "tokenizer", TokenizerConfig)
+    (filters,) = recipes.section(table, "data", Filters)
+    bpe = tokenizers.load(tokenizer)
+    data = open_dataset(dataset, need_captions=True, filters=filters)
+    rows = [(i, text) for i, texts in enumerate(data.captions) for text in texts]
+    header = {"n_vocab": bpe.vocab_size, "n_text": options.length, "tokenizer": bpe.digest}
+    made = history("tokenize", {"length": options.length}, dataset=data.digest, tokenizer=bpe.digest)
+    writer = ShardWriter(out, "captions", len(rows), shard_size, header, made, force)
+    n_cut = 0
+    with console.progress("tokenize", len(rows), unit="captions") as advance:
+        for shard in writer.missing():
+            start, stop = writer.bounds(shard)
+            texts = [text for _, text in rows[start:stop]]
+            tokens, lengths, cut = bpe.encode_batch(texts, options.length)
+            n_cut += cut
+            ids = [data.ids[i] for i, _ in rows[start:stop]]
+            writer.write(shard, {"tokens": tokens, "lengths": lengths, "ids": ids, "text": texts})
+            advance(stop - start)
+    data.skipped.write(skip_list(out))
+    cut_note = f"{n_cut} longer than {options.length} tokens" if n_cut else None
+    console.result(out, captions=len(rows), pictures=len(data), cut=cut_note, skipped=data.skipped.summary() or None)

@@ -1,0 +1,52 @@
+"""`dalle train-clip`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle_cli.options import DatasetArg, Device, Dtype, Force, Fresh, OutFile, Recipe, Seed, Sets, Workers
+
+EXAMPLE = "Example: dalle train-clip photos/ -t tokenizer.json --config recipe.toml -o clip.safetensors"
+
+
+def run(
+    dataset: DatasetArg,
+    tokenizer: Annotated[Path, typer.Option("-t", "--tokenizer", help="A tokenizer's JSON.")],
+    out: OutFile,
+    config: Recipe = None,
+    sets: Sets = [],  # noqa: B006
+    seed: Seed = 0,
+    workers: Workers = 2,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    fresh: Fresh = False,
+    force: Force = False,
+) -> None:
+    """Train a CLIP, which scores how well a picture fits a caption."""
+    from dataclasses import asdict
+
+    from dalle_cli import config as recipes
+    from dalle_cli import console
+    from dalle_cli.artifacts import history
+    from dalle_cli.data.datasets import open_dataset
+    from dalle_cli.data.filters import Filters
+    from dalle_cli.data import tokenizer as tokenizers
+    from dalle_cli.models.clip import CLIPConfig
+    from dalle_cli.paths import skip_list
+    from dalle_cli.training.clip import CLIPTask, CLIPTrain
+    from dalle_cli.training.loop import arithmetic, train
+    from dalle_cli.training.run import Run
+
+    bpe = tokenizers.load(tokenizer)
+    table = recipes.read(config, sets)
+    model, options = recipes.section(table, "clip", CLIPConfig, {"n_text_vocab": bpe.vocab_size}, train=CLIPTrain)
+    (filters,) = recipes.section(table, "data", Filters)
+    data = open_dataset(dataset, need_captions=True, filters=filters)
+    machine = arithmetic(device, dtype)
+    header = {"model": asdict(model), "train": asdict(options), "tokenizer": bpe.digest}
+    made = history("train-clip", {"seed": seed, "dtype": machine.name}, dataset=data.digest, tokenizer=bpe.digest)
+    run_ = Run(out, "weights.clip", header, made, force)
+    figures = train(lambda: CLIPTask(model, options, data, bpe, seed, workers), options, run_, machine, seed, fresh)
+    data.skipped.write(skip_list(out))
+    console.result(out, **figures, skipped=data.skipped.summary() or None)

@@ -1,0 +1,44 @@
+"""`dalle train-dvae`."""
+
+from dalle_cli.options import DatasetArg, Device, Dtype, Force, Fresh, OutFile, Recipe, Seed, Sets, Workers
+
+EXAMPLE = "Example: dalle train-dvae photos/ --config recipes/emoji/recipe.toml -o dvae.safetensors"
+
+
+def run(
+    dataset: DatasetArg,
+    out: OutFile,
+    config: Recipe = None,
+    sets: Sets = [],  # noqa: B006
+    seed: Seed = 0,
+    workers: Workers = 2,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    fresh: Fresh = False,
+    force: Force = False,
+) -> None:
+    """Train a discrete VAE: pictures to codes and back."""
+    from dataclasses import asdict
+
+    from dalle_cli import config as recipes
+    from dalle_cli import console
+    from dalle_cli.artifacts import history
+    from dalle_cli.data.datasets import open_dataset
+    from dalle_cli.data.filters import Filters
+    from dalle_cli.models.dvae import DVAEConfig
+    from dalle_cli.paths import skip_list
+    from dalle_cli.training.dvae import DVAETask, DVAETrain
+    from dalle_cli.training.loop import arithmetic, train
+    from dalle_cli.training.run import Run
+
+    table = recipes.read(config, sets)
+    model, options = recipes.section(table, "dvae", DVAEConfig, train=DVAETrain)
+    (filters,) = recipes.section(table, "data", Filters)
+    data = open_dataset(dataset, need_captions=False, filters=filters)
+    machine = arithmetic(device, dtype)
+    header = {"model": asdict(model), "train": asdict(options)}
+    made = history("train-dvae", {"seed": seed, "dtype": machine.name}, dataset=data.digest)
+    run_ = Run(out, "weights.dvae", header, made, force)
+    figures = train(lambda: DVAETask(model, options, data, seed, workers), options, run_, machine, seed, fresh)
+    data.skipped.write(skip_list(out))
+    console.result(out, **figures, skipped=data.skipped.summary() or None)

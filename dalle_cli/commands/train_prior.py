@@ -1,0 +1,63 @@
+"""`dalle train-prior`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle_cli.options import Device, Dtype, Force, Fresh, OutFile, Recipe, Seed, Sets
+
+EXAMPLE = "Example: dalle train-prior captions.safetensors codes/ --config recipe.toml -o prior.safetensors"
+
+
+def run(
+    captions: Annotated[Path, typer.Argument(metavar="CAPTIONS", help="What `tokenize` wrote.")],
+    latents: Annotated[Path, typer.Argument(metavar="LATENTS", help="What `encode-images` wrote.")],
+    out: OutFile,
+    tokenizer: Annotated[
+        Path | None, typer.Option("-t", "--tokenizer", help="For BPE dropout; looked for beside the inputs if left out.")
+    ] = None,
+    config: Recipe = None,
+    sets: Sets = [],  # noqa: B006
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    fresh: Fresh = False,
+    force: Force = False,
+) -> None:
+    """Train a prior over codes given captions."""
+    from dataclasses import asdict
+
+    from dalle_cli import bundle, console
+    from dalle_cli import config as recipes
+    from dalle_cli.artifacts import history, open_artifact
+    from dalle_cli.data.pairs import Pairs
+    from dalle_cli.data import tokenizer as tokenizers
+    from dalle_cli.models.prior import PriorConfig
+    from dalle_cli.training.loop import arithmetic, train
+    from dalle_cli.training.prior import PriorTask, PriorTrain
+    from dalle_cli.training.run import Run
+
+    texts, codes = open_artifact(captions, "captions"), open_artifact(latents, "codes")
+    known = {
+        "n_text_vocab": texts.config["n_vocab"],
+        "n_text": texts.config["n_text"],
+        "n_image_vocab": codes.config["n_vocab"],
+        "grid": codes.config["grid"],
+    }
+    model, options = recipes.section(recipes.read(config, sets), "prior", PriorConfig, known, train=PriorTrain)
+    bpe = None
+    if options.bpe_dropout:
+        folders = (out.parent, captions.parent)
+        bpe = tokenizers.load(tokenizer or bundle.find_tokenizer(texts.config["tokenizer"], *folders))
+        bundle.check_digest("tokenizer", bpe.digest, texts.config["tokenizer"], captions)
+    machine = arithmetic(device, dtype)
+    header = {"model": asdict(model), "train": asdict(options)}
+    header |= {"tokenizer": texts.config["tokenizer"], "encoder": codes.config["encoder"]}
+    made = history("train-prior", {"seed": seed, "dtype": machine.name}, captions=texts, codes=codes)
+    run_ = Run(out, "weights.prior.codes", header, made, force)
+    pairs = Pairs(texts, codes)
+    if pairs.unmatched:
+        console.note(f"{len(pairs)} pictures have captions and codes; {pairs.unmatched} have only one and are left out")
+    figures = train(lambda: PriorTask(model, options, pairs, bpe, seed), options, run_, machine, seed, fresh)
+    console.result(out, **figures)

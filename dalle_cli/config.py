@@ -1,0 +1,130 @@
+"""Hyper-parameters: a recipe's TOML and `--set section.key=value` to frozen dataclasses, every key checked."""
+
+import difflib
+import sys
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from dalle_cli.errors import DalleError
+
+T = TypeVar("T")
+SECTIONS = ("data", "tokenizer", "dvae", "clip", "prior")  # the top level of a recipe
+
+
+def _loads(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib as toml
+    else:
+        import tomli as toml
+    return toml.loads(text)
+
+
+def read(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """A recipe as nested tables, with `section.key=value` overrides laid over it.
+
+    Raises:
+        DalleError: no such file, not TOML, an unknown section, an override that is no `key=value`.
+    """
+    table: dict[str, Any] = {}
+    if path is not None:
+        try:
+            table = _loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DalleError(f"expected a recipe, found {error.strerror}: {path}; give a .toml file") from None
+        except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are both ValueErrors
+            raise DalleError(f"expected TOML, found {error}: {path}") from None
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise DalleError(f"expected --set section.key=value, found {override!r}")
+        _assign(table, key.strip().split("."), _value(text.strip()), override)
+    for name in table:
+        if name not in SECTIONS:
+            raise _unknown(name, SECTIONS, "section")
+    return table
+
+
+def _assign(table: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise DalleError(f"expected a table before the last dot, found a value at {key!r} in --set {override}")
+    table[keys[-1]] = value
+
+
+def _value(text: str) -> Any:
+    try:
+        return _loads(f"value = {text}")["value"]
+    except ValueError:
+        return text  # a bare word is a string
+
+
+def _unknown(name: str, known: Iterable[str], what: str) -> DalleError:
+    known = list(known)
+    near = difflib.get_close_matches(name.split(".")[-1], known, 1, 0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    return DalleError(f"expected a known {what}, found {name!r}; {hint}")
+
+
+def section(
+    table: Mapping[str, Any], name: str, model: type[Any], known: Mapping[str, Any] | None = None, **parts: type[Any]
+) -> list[Any]:
+    """Build a section's dataclasses: `model` from [name], each of `parts` from its sub-table [name.part].
+
+    `known` are values of the model that the inputs decide, such as the vocabulary.
+
+    Raises:
+        DalleError: an unknown key (naming the nearest), a value of another type, or one that the inputs contradict.
+    """
+    body = table.get(name, {})
+    if not isinstance(body, dict):
+        raise DalleError(f"expected a table [{name}], found {body!r}")
+    own = derive({key: value for key, value in body.items() if key not in parts}, name, known or {})
+    also = tuple(parts)
+    return [build(model, own, name, also), *(build(cls, body.get(k, {}), f"{name}.{k}") for k, cls in parts.items())]
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> T:
+    """A dataclass from a table, every key and type checked; `where` names the table in messages."""
+    if not isinstance(values, Mapping):
+        raise DalleError(f"expected a table [{where}], found {values!r}")
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise _unknown(f"{where}.{key}", [*known, *also], "key")
+    for f in fields(cls):  # type: ignore[arg-type]
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
+            raise DalleError(f"expected {where}.{f.name}, found nothing; set it in the recipe or with --set")
+    return cls(**{key: _coerce(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(item, args[0], where) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) and type(value) is hint:
+        return value
+    name = "a list" if origin is tuple else getattr(hint, "__name__", str(hint))
+    raise DalleError(f"expected {name} for {where}, found {value!r}")
+
+
+def derive(values: Mapping[str, Any], where: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with what the inputs already decide filled in, such as the vocabulary.
+
+    Raises:
+        DalleError: the recipe says otherwise.
+    """
+    for key, value in known.items():
+        if values.get(key, value) != value:
+            raise DalleError(f"expected {where}.{key} = {value}, as the inputs have it, found {values[key]}; leave it out")
+    return {**values, **known}

@@ -1,0 +1,108 @@
+"""One way to open every kind of data set: an index of samples, and no pixels held.
+
+`digest` identifies the data without reading pixels: it is over ids, byte sizes and captions. So a picture replaced by
+another of the very same size goes unnoticed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from dalle_cli.data import files, folder, images, manifest, webdataset
+from dalle_cli.data.filters import Filters
+from dalle_cli.data.samples import Plan, Sample, unique
+from dalle_cli.data.skips import BadSample, SkipLog
+from dalle_cli.errors import DalleError
+
+_KINDS = "a folder of pictures, a manifest (.jsonl .csv .tsv .parquet) or tars ({00000..00099}.tar)"
+
+
+class Dataset:
+    """Samples sorted by id; pictures are read one at a time, from any thread."""
+
+    def __init__(self, samples: Sequence[Sample], filters: Filters, skipped: SkipLog) -> None:
+        self._samples = samples
+        self._filters = filters
+        self.skipped = skipped
+        self.ids: Sequence[str] = [sample.id for sample in samples]
+        # For each sample one caption or several alternatives; empty where the set was opened without captions.
+        self.captions: Sequence[tuple[str, ...]] = [sample.captions for sample in samples]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def read(self, i: int) -> Image.Image:
+        """Picture i in mode RGB: EXIF orientation applied, alpha composited on white, the first frame if animated.
+
+        Raises:
+            BadSample: It cannot be used; the caller counts it.
+        """
+        sample = self._samples[i]
+        try:
+            data = files.read(sample.path, sample.offset, sample.size)
+        except OSError as error:
+            raise BadSample(f"unreadable: {error.strerror or error}") from None
+        if 0 <= sample.size != len(data):
+            raise BadSample(f"unreadable: {len(data)} of {sample.size} bytes")
+        return images.decode(data, self._filters)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over the listing of (id, size in bytes, captions)."""
+        sha = hashlib.sha256()
+        for sample in self._samples:
+            line = json.dumps([sample.id, sample.size, *sample.captions], ensure_ascii=False)
+            sha.update(line.encode() + b"\n")
+        return sha.hexdigest()
+
+
+def open_dataset(
+    source: str | Path, *, need_captions: bool, filters: Filters | None = None, all_lines: bool = False
+) -> Dataset:
+    """Index a folder, a manifest, or WebDataset tars, here or at any fsspec URL.
+
+    Captions are read only if they are needed; with `all_lines` each line of a .txt is an alternative caption.
+
+    Raises:
+        DalleError: Nothing there, or nothing in it that can be used.
+    """
+    source = str(source)
+    plan = Plan(need_captions, all_lines, filters or Filters(), SkipLog())
+    try:
+        samples = unique(_index(source, plan), plan.skipped)
+    except OSError as error:
+        reason = " ".join(str(error.strerror or error).split())
+        raise DalleError(f"expected to read {source}, found {reason}; check the path and your access") from None
+    if not samples:
+        wanted = "pictures with captions" if need_captions else "pictures"
+        found = plan.skipped.summary() or "none"
+        raise DalleError(f"expected {wanted} in {source}, found {found}; give {_KINDS}")
+    return Dataset(samples, plan.filters, plan.skipped)
+
+
+def _index(source: str, plan: Plan) -> list[Sample]:
+    suffix = os.path.splitext(source)[1].lower()
+    what = files.kind(source)
+    if what == "" and suffix == ".tar" and "{" in source:
+        return webdataset.index(webdataset.expand(source), plan)
+    if what == "":
+        raise DalleError(f"expected a data set, found no such file or folder: {source}; give {_KINDS}")
+    if what == "folder":
+        return _index_folder(source, plan)
+    if suffix == ".tar":
+        return webdataset.index([source], plan)
+    if suffix in manifest.SUFFIXES:
+        return manifest.index(source, plan)
+    raise DalleError(f"expected a data set, found the file {source}; give {_KINDS}")
+
+
+def _index_folder(source: str, plan: Plan) -> list[Sample]:
+    found = files.listing(source, plan.skipped.add)
+    tars = [f.path for f in found if f.name.lower().endswith(".tar")]
+    if any(f.name.lower().endswith(images.SUFFIXES) for f in found):
+        return folder.index(source, found, plan)
+    return webdataset.index(tars, plan) if tars else []

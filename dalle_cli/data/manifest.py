@@ -1,0 +1,152 @@
+"""A table of pictures and captions: .jsonl, .csv, .tsv or .parquet, with paths relative to the table.
+
+Several rows for one picture, as COCO has them, are one sample with several captions.
+"""
+
+import csv
+import importlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+from dalle_cli.data import files
+from dalle_cli.data.captions import NAMES, from_value
+from dalle_cli.data.samples import Plan, Sample, id_of
+from dalle_cli.data.skips import BadSample
+from dalle_cli.errors import DalleError
+
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+IMAGE_NAMES = ("image", "file", "file_name", "path")
+
+Row = dict[str, Any]
+
+
+def index(source: str, plan: Plan) -> list[Sample]:
+    """All rows whose picture exists (and whose caption can be used, where captions are needed)."""
+    merged: dict[str, tuple[str, list[str]]] = {}  # id -> picture's path, captions
+    for where, row in _rows(source, plan):
+        try:
+            _add(merged, source, row, plan)
+        except BadSample as reason:
+            plan.skipped.add(_name(row) or where, str(reason))
+    # One thread reads sizes fast enough here, but each takes a round trip on a remote store.
+    with ThreadPoolExecutor(16 if files.is_remote(source) else 1) as pool:
+        items = [(sample_id, path, texts) for sample_id, (path, texts) in merged.items()]
+        return [s for s in pool.map(lambda item: _sample(item[0], item[1], item[2], plan), items) if s]
+
+
+def _add(merged: dict[str, tuple[str, list[str]]], source: str, row: Row, plan: Plan) -> None:
+    image = next((row[name] for name in IMAGE_NAMES if row.get(name)), None)
+    if not isinstance(image, str):
+        raise BadSample("no image in row")
+    path = files.join(files.parent(source), image.replace("\0", ""))
+    texts = from_value(next((row[n] for n in NAMES if row.get(n)), None)) if plan.need_captions else ()
+    sample_id = _name(row)
+    known_path, known_texts = merged.setdefault(sample_id, (path, []))
+    if known_path != path:
+        raise BadSample(f"duplicate id: {image}")
+    known_texts.extend(texts)
+
+
+def _name(row: Row) -> str:
+    """The id of a row: the `id` column, or the picture's path without suffix; "" where there is neither."""
+    if (given := row.get("id")) not in (None, ""):
+        return " ".join(str(given).split())
+    image = next((row[name] for name in IMAGE_NAMES if row.get(name)), None)
+    return id_of(image) if isinstance(image, str) else ""
+
+
+def _sample(sample_id: str, path: str, texts: list[str], plan: Plan) -> Sample | None:
+    try:
+        kept = plan.filters.captions(tuple(texts)) if plan.need_captions else ()
+        return Sample(sample_id, path, 0, files.size(path), kept)
+    except BadSample as reason:
+        plan.skipped.add(sample_id, str(reason))
+    except FileNotFoundError:
+        plan.skipped.add(sample_id, "missing")
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        plan.skipped.add(sample_id, f"unreadable: {error}")
+    return None
+
+
+def _rows(source: str, plan: Plan) -> Iterator[tuple[str, Row]]:
+    """("line 12", row) for each row that can be parsed; the others are counted."""
+    suffix = os.path.splitext(source)[1].lower()
+    try:
+        with files.open_binary(source) as file:
+            if suffix == ".jsonl":
+                yield from _json_rows(file, plan)
+            elif suffix == ".parquet":
+                yield from _parquet_rows(file, source)
+            else:
+                yield from _csv_rows(file, source, "excel-tab" if suffix == ".tsv" else "excel", plan)
+    except OSError as error:
+        raise DalleError(f"expected to read {source}, found {error.strerror or error}; check the file") from None
+
+
+def _json_rows(file: BinaryIO, plan: Plan) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            plan.skipped.add(f"line {number}", "caption is not UTF-8")
+            continue
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            yield f"line {number}", row
+        else:
+            plan.skipped.add(f"line {number}", "malformed row")
+
+
+def _csv_rows(file: BinaryIO, source: str, dialect: str, plan: Plan) -> Iterator[tuple[str, Row]]:
+    # Bytes that are no UTF-8 become lone surrogates, which captions.clean refuses: one bad row costs one row.
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader((line.replace("\0", "") for line in text), dialect)
+    header: list[str] | None = None
+    while True:
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            plan.skipped.add(f"line {reader.line_num}", "malformed row")
+            continue
+        if header is None:
+            header = [name.strip().lower() for name in values]
+            _check_columns(source, header)
+        elif any(values):
+            yield f"line {reader.line_num}", dict(zip(header, values, strict=False))
+
+
+def _parquet_rows(file: BinaryIO, source: str) -> Iterator[tuple[str, Row]]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise DalleError(
+            f"expected pyarrow to read {source}, found it is not installed; run pip install 'dalle-cli[parquet]'"
+        ) from None
+    try:
+        table = parquet.ParquetFile(file)
+        columns = [name for name in table.schema_arrow.names if name.lower() in ("id", *IMAGE_NAMES, *NAMES)]
+        _check_columns(source, [name.lower() for name in table.schema_arrow.names])
+        number = 0
+        for batch in table.iter_batches(columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", {key.lower(): value for key, value in row.items()}
+    except (ValueError, KeyError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        reason = " ".join(str(error).split())
+        raise DalleError(f"expected a parquet file at {source}, found {reason}; write it again") from None
+
+
+def _check_columns(source: str, header: list[str]) -> None:
+    if not set(IMAGE_NAMES) & set(header):
+        found = ", ".join(header[:8]).encode("utf-8", "replace").decode()
+        wanted = "image (or file, file_name, path)"
+        raise DalleError(f"expected a column {wanted} in {source}, found {found}; name the columns in the first line")

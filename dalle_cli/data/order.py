@@ -1,0 +1,39 @@
+"""The order in which training meets its samples: a permutation per epoch, every batch a function of its number."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dalle_cli.errors import DalleError
+
+Ints = NDArray[np.int64]
+
+
+class Order:
+    """Places 0..n-1 in batches of B; the permutation of epoch e depends on (seed, e) alone.
+
+    Raises:
+        DalleError: there is nothing to order.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int):
+        if n < 1:
+            raise DalleError("expected samples to train on, found none; hold out fewer or give more")
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self._epochs: dict[int, Ints] = {}
+
+    def permutation(self, epoch: int) -> Ints:
+        """The order of an epoch, (n,); the last two epochs asked for are kept."""
+        if epoch not in self._epochs:
+            self._epochs = {e: p for e, p in self._epochs.items() if e >= epoch - 1}
+            self._epochs[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+        return self._epochs[epoch]
+
+    def batch(self, step: int) -> tuple[Ints, Ints]:
+        """Epoch and place of each sample of batch `step`, (B,) and (B,); epochs follow without a gap."""
+        at = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs = at // self.n
+        places = np.empty_like(at)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            places[here] = self.permutation(int(epoch))[at[here] % self.n]
+        return epochs, places

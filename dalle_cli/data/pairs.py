@@ -1,0 +1,76 @@
+"""Captions and codes joined by id: what a prior is trained on.
+
+Shapes: B batch, T caption length, H W code grid. Both artifacts are memory maps; only a batch is ever copied.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dalle_cli.artifacts import Artifact
+from dalle_cli.data.split import split
+from dalle_cli.errors import DalleError
+
+Ints = npt.NDArray[np.int64]
+
+
+def _rows_by_id(ids: Sequence[str], place: dict[str, int]) -> tuple[Ints, Ints]:
+    """For each place its rows, as one array, and where each place's rows begin in it (n+1)."""
+    places = np.array([place.get(name, -1) for name in ids], dtype=np.int64)
+    known = np.flatnonzero(places >= 0)
+    rows = known[np.argsort(places[known], kind="stable")]
+    starts = np.zeros(len(place) + 1, dtype=np.int64)
+    np.cumsum(np.bincount(places[known], minlength=len(place)), out=starts[1:])
+    return rows, starts
+
+
+class Pairs:
+    """The ids that have both a caption and a latent; each may have several of both, of which training draws one anew.
+
+    Raises:
+        DalleError: no id in common.
+    """
+
+    def __init__(self, captions: Artifact, latents: Artifact):
+        self.captions, self.latents = captions, latents
+        latent_ids = list(latents.strings("ids"))
+        caption_ids = list(captions.strings("ids"))
+        self.ids = sorted(set(latent_ids) & set(caption_ids))
+        if not self.ids:
+            example = f"{caption_ids[0]!r} and {latent_ids[0]!r}" if caption_ids and latent_ids else "none at all"
+            raise DalleError(
+                f"expected captions and {latents.kind} of the same pictures, found no id in common ({example}); "
+                "make both from one data set"
+            )
+        place = {name: i for i, name in enumerate(self.ids)}
+        self._captions = _rows_by_id(caption_ids, place)
+        self._latents = _rows_by_id(latent_ids, place)
+        self.unmatched = len(set(latent_ids) ^ set(caption_ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def split(self, share: float) -> tuple[Ints, Ints]:
+        """Places for training and for validation, by a hash of the id alone."""
+        return split(self.ids, share)
+
+    def draw(self, places: Ints, picks: npt.NDArray[np.float64]) -> tuple[Ints, Ints]:
+        """A caption row and a latent row for each place; picks (B, 2) uniform in [0, 1) choose among several."""
+        return _pick(self._captions, places, picks[:, 0]), _pick(self._latents, places, picks[:, 1])
+
+    def tokens(self, rows: Ints) -> tuple[npt.NDArray[Any], Ints]:
+        """Captions of these rows: tokens (B, T) int64 and lengths (B,) int64."""
+        tokens = np.asarray(self.captions.array("tokens")[rows]).astype(np.int64)
+        return tokens, np.asarray(self.captions.array("lengths")[rows]).astype(np.int64)
+
+    def codes(self, rows: Ints) -> Ints:
+        """Codes of these rows, (B, H, W) int64."""
+        return np.asarray(self.latents.array("codes")[rows]).astype(np.int64)
+
+
+def _pick(table: tuple[Ints, Ints], places: Ints, uniform: npt.NDArray[np.float64]) -> Ints:
+    rows, starts = table
+    counts = starts[places + 1] - starts[places]
+    return np.asarray(rows[starts[places] + (uniform * counts).astype(np.int64)])

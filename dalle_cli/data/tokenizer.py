@@ -1,0 +1,228 @@
+"""Byte-level BPE for captions, through the `tokenizers` library.
+
+Shapes: N captions, T length. Text is lower-cased (one character at a time, so that a Greek sigma stays the same at a
+word's end) and brought to NFC. As the alphabet is the 256 bytes, no character is ever unknown, and decoding gives the
+text back. There are no special tokens: start and padding belong to the prior, which has learned ones of its own.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from dalle_cli.errors import DalleError
+
+BYTES = 256
+Tokens = NDArray[np.uint16] | NDArray[np.int32]
+
+_NOT_UNICODE = "expected text in UTF-8, found bytes that are none; check its encoding"
+_LONGEST = 1024  # the work of _merge grows with the square of a word's length
+_CHUNK = 4096  # captions encoded at once; the library's own objects are some 50 times as large as the tokens
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The paper's sizes (sec. 2.2): vocabulary, and the most tokens of a caption."""
+
+    vocab_size: int = 16384
+    length: int = 256
+
+
+def train(captions: Iterable[str], vocab_size: int) -> "Tokenizer":
+    """Learn merges from captions; the vocabulary is smaller than asked for where no pair is left that occurs twice.
+
+    Raises:
+        DalleError: A vocabulary that has no room for the bytes.
+    """
+    if vocab_size < BYTES:
+        raise DalleError(f"expected vocab_size of at least {BYTES}, one for each byte, found {vocab_size}; raise it")
+    library = Library(models.BPE())
+    # The blank put before the text makes its first word the same token as elsewhere; decoding takes it off again.
+    library.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.NFC(), normalizers.Prepend(" ")])
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(captions, trainer)
+    return Tokenizer(library.to_str(pretty=False).encode())
+
+
+def load(path: str | Path) -> "Tokenizer":
+    """Read a tokenizer JSON.
+
+    Raises:
+        DalleError: No such file, or not a tokenizer.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DalleError(f"expected a tokenizer JSON at {path}, found {error.strerror}; check the path") from None
+    try:
+        return Tokenizer(data)
+    except DalleError as error:
+        raise DalleError(f"{path}: {error}") from None
+
+
+def pad(rows: Sequence[Sequence[int]], length: int, vocab_size: int) -> tuple[Tokens, NDArray[np.uint16], int]:
+    """Lists of tokens -> (N, T) uint16 (int32 for a large vocabulary), 0 beyond the end; (N,) lengths; how many cut."""
+    if not 0 < length < 1 << 16:
+        raise DalleError(f"expected a length of captions from 1 to 65,535 tokens, found {length}; mend the setting")
+    tokens = np.zeros((len(rows), length), np.uint16 if vocab_size <= 1 << 16 else np.int32)
+    lengths = np.zeros(len(rows), np.uint16)
+    n_cut = 0
+    for i, row in enumerate(rows):
+        n = min(len(row), length)
+        tokens[i, :n] = row[:n]
+        lengths[i] = n
+        n_cut += len(row) > length
+    return tokens, lengths, n_cut
+
+
+class Tokenizer:
+    """A tokenizer JSON in use; `data` are its bytes, `digest` their SHA-256, by which weights name it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.digest = hashlib.sha256(data).hexdigest()
+        try:
+            self._library = Library.from_str(data.decode())
+        except Exception as error:  # the library raises a bare Exception
+            reason = " ".join(str(error).split())
+            raise DalleError(f"expected a tokenizer JSON, found {reason}; make one with train-tokenizer") from error
+        self._library.no_padding()
+        self._library.no_truncation()
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens are below this."""
+        return int(self._library.get_vocab_size())
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Texts -> tokens, uncut.
+
+        Raises:
+            DalleError: A text that is not valid Unicode, as from a command line in another encoding.
+        """
+        out: list[list[int]] = []
+        for i in range(0, len(texts), _CHUNK):
+            try:
+                encodings = self._library.encode_batch_fast(list(texts[i : i + _CHUNK]), add_special_tokens=False)
+            except (UnicodeEncodeError, TypeError):
+                raise DalleError(_NOT_UNICODE) from None
+            out.extend(encoding.ids for encoding in encodings)
+        return out
+
+    def encode_batch(self, texts: Sequence[str], length: int) -> tuple[Tokens, NDArray[np.uint16], int]:
+        """N texts -> tokens (N, T) uint16 or int32, 0 beyond the end; lengths (N,) uint16; how many were cut to T."""
+        return pad(self.encode(texts), length, self.vocab_size)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Tokens -> text; bytes that are no UTF-8, as where a caption was cut, become U+FFFD."""
+        return str(self._library.decode([int(t) for t in tokens], skip_special_tokens=False))
+
+    def encode_dropout(self, text: str, p: float, rng: np.random.Generator, length: int = sys.maxsize) -> list[int]:
+        """Text -> tokens, `length` at most; a merge that could be made is passed over with probability p at each step.
+
+        BPE dropout (Provilkov et al. 2020, algorithm 1); the library has it too, but drawn from a generator that
+        cannot be seeded. With p = 0 the tokens are the library's, but that words over 1,024 bytes are merged in pieces.
+        """
+        if not 0 <= p <= 1:
+            raise DalleError(f"expected a BPE dropout from 0 to 1, found {p}; mend the setting")
+        byte, ranks, made = self._tables
+        drops = _Drops(p, rng)
+        tokens: list[int] = []
+        for word in self._words(text):
+            for i in range(0, len(word), _LONGEST):
+                tokens.extend(_merge([byte[c] for c in word[i : i + _LONGEST]], ranks, made, drops))
+            if len(tokens) >= length:
+                break
+        return tokens[:length]
+
+    def _words(self, text: str) -> list[str]:
+        """The words of a text, each byte written as the character that stands for it in the vocabulary."""
+        try:
+            normalized = self._library.normalizer.normalize_str(text)
+        except (UnicodeEncodeError, TypeError):
+            raise DalleError(_NOT_UNICODE) from None
+        return [word for word, _ in self._library.pre_tokenizer.pre_tokenize_str(normalized)]
+
+    @cached_property
+    def _tables(self) -> tuple[dict[str, int], dict[tuple[int, int], int], list[int]]:
+        """The token of each byte; the rank of each pair that merges; the token that the merge of a rank makes."""
+        content = json.loads(self.data)
+        model: dict[str, Any] = content["model"]
+        vocab: dict[str, int] = model.get("vocab", {})
+        foreign = model.get("type") != "BPE" or model.get("end_of_word_suffix") or content.get("added_tokens")
+        if foreign or not set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocab):
+            raise DalleError("expected a byte-level BPE for BPE dropout, found another tokenizer; set the dropout to 0")
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        ranks = {(vocab[a], vocab[b]): rank for rank, (a, b) in enumerate(pairs)}
+        return vocab, ranks, [vocab[a + b] for a, b in pairs]
+
+
+class _Drops:
+    """Independent events of probability p, drawn as the gaps between them: most words then need no draw at all."""
+
+    def __init__(self, p: float, rng: np.random.Generator) -> None:
+        self._p, self._rng = p, rng
+        self._gaps: Iterator[int] = iter(())
+        self.left = self._gap()  # trials up to and with the next event
+
+    def _gap(self) -> int:
+        if self._p == 0:
+            return sys.maxsize
+        if (gap := next(self._gaps, None)) is None:
+            self._gaps = iter(self._rng.geometric(self._p, 64).tolist())
+            gap = next(self._gaps)
+        return gap
+
+    def among(self, n: int) -> list[int]:
+        """Make n trials: which of them, counted from 0, are events."""
+        events, done = [], 0
+        while self.left <= n - done:
+            done += self.left
+            events.append(done - 1)
+            self.left = self._gap()
+        self.left -= n - done
+        return events
+
+
+_NONE = sys.maxsize  # the rank of a pair that does not merge
+
+
+def _merge(symbols: list[int], ranks: dict[tuple[int, int], int], made: list[int], drops: _Drops) -> list[int]:
+    """Merge the pair of lowest rank, leftmost first, until none is left or all that are left were dropped."""
+    found = [ranks.get(pair, _NONE) for pair in pairwise(symbols)]
+    while n := len(found) - found.count(_NONE):
+        open_to = found
+        if dropped := drops.among(n):
+            open_to = found.copy()
+            where = [i for i, rank in enumerate(found) if rank != _NONE]
+            for k in dropped:
+                open_to[where[k]] = _NONE
+        best = min(open_to)
+        if best == _NONE:
+            break
+        i = open_to.index(best)
+        symbols[i : i + 2] = [made[best]]
+        del found[i]
+        if i > 0:
+            found[i - 1] = ranks.get((symbols[i - 1], symbols[i]), _NONE)
+        if i < len(found):
+            found[i] = ranks.get((symbols[i], symbols[i + 1]), _NONE)
+    return symbols

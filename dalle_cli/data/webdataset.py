@@ -1,0 +1,137 @@
+"""WebDataset tars: members are read where they lie, by ranges found in one pass over the headers; nothing is unpacked.
+
+A sample's id is its key: a member's path up to the first dot of its base name. Where several tars of one data set
+use the same key, all ids of that data set are preceded by their tar's name: "00001/000123".
+"""
+
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from dalle_cli.data import captions, files
+from dalle_cli.data.samples import Plan, Sample, is_picture
+from dalle_cli.data.skips import BadSample
+from dalle_cli.errors import DalleError
+
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
+_MAX_TARS = 1_000_000
+_KEY = re.compile(r"(?:\./)*((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+def expand(source: str) -> list[str]:
+    """ "{00000..00099}.tar" or "{a,b}.tar" -> the paths; several braces make all combinations.
+
+    Raises:
+        DalleError: Braces that are neither, or of more than a million tars.
+    """
+    parts = _BRACES.split(source)
+    choices = [[part] if i % 2 == 0 else _choices(part, source) for i, part in enumerate(parts)]
+    total = 1
+    for choice in choices:
+        total *= len(choice)
+    if total > _MAX_TARS:
+        raise DalleError(f"expected at most {_MAX_TARS:,} tars, found {total:,} in {source}; mend the braces")
+    return ["".join(combination) for combination in itertools.product(*choices)]
+
+
+def _choices(inner: str, source: str) -> list[str]:
+    if ends := re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inner):
+        first, last = int(ends[1]), int(ends[2])
+        if last - first >= _MAX_TARS:
+            raise DalleError(f"expected at most {_MAX_TARS:,} tars, found {last - first + 1:,} in {source}; mend it")
+        width = len(ends[1]) if ends[1].startswith("0") else 0
+        if first <= last:
+            return [f"{n:0{width}d}" for n in range(first, last + 1)]
+    elif "," in inner:
+        return inner.split(",")
+    raise DalleError(f"expected braces like {{00000..00099}} or {{a,b}}, found {{{inner}}} in {source}; mend them")
+
+
+def index(paths: list[str], plan: Plan) -> list[Sample]:
+    """The samples of all tars, each with the range that its picture takes."""
+    per_tar = [_index_tar(path, plan) for path in paths]
+    keys = [sample.id for samples in per_tar for sample in {s.id: s for s in samples}.values()]
+    if len(set(keys)) == len(keys):
+        return list(itertools.chain.from_iterable(per_tar))
+    return [s._replace(id=f"{_stem(s.path)}/{s.id}") for samples in per_tar for s in samples]
+
+
+def _stem(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[2].removesuffix(".tar")
+
+
+def _index_tar(path: str, plan: Plan) -> list[Sample]:
+    pictures: list[Sample] = []
+    texts: dict[str, bytes] = {}
+    records: dict[str, bytes] = {}
+    try:
+        with files.open_binary(path) as file:
+            for member in _members(file, path, plan):
+                if not member.isreg() or not (match := _KEY.fullmatch(member.name)):
+                    continue
+                key, suffix = match[1], match[2].lower()
+                if is_picture(f".{suffix}") and "." not in suffix:
+                    pictures.append(Sample(key, path, member.offset_data, member.size, ()))
+                elif plan.need_captions and suffix in ("txt", "json"):
+                    file.seek(member.offset_data)
+                    target = texts if suffix == "txt" else records
+                    target.setdefault(key, file.read(min(member.size, captions.MAX_BYTES + 1)))
+    except FileNotFoundError:
+        raise DalleError(f"expected a tar at {path}, found no such file; check the path or the braces") from None
+    except OSError as error:
+        raise DalleError(f"expected to read {path}, found {error.strerror or error}; check the file") from None
+    if not plan.need_captions:
+        return pictures
+    return [sample for picture in pictures if (sample := _captioned(picture, texts, records, plan))]
+
+
+def _members(file: BinaryIO, path: str, plan: Plan) -> Iterator[tarfile.TarInfo]:
+    """The members whose data are all there; a tar that is cut short or broken is counted where it stops."""
+    if file.read(6).startswith(_COMPRESSED):
+        raise DalleError(f"expected a plain tar, found a compressed one at {path}; decompress it, pictures already are")
+    end = file.seek(0, 2)
+    file.seek(0)
+    last = -1
+    try:
+        tar = tarfile.TarFile(fileobj=file, mode="r")
+        while member := tar.next():
+            tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps them all
+            if member.offset <= last or member.offset_data + member.size > end:
+                plan.skipped.add(_stem(path) + ".tar", f"truncated tar: {member.name}")
+                return
+            last = member.offset
+            yield member
+        file.seek(tar.offset)
+        if len(block := file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE or block.strip(b"\0"):
+            plan.skipped.add(_stem(path) + ".tar", "truncated tar: no end mark")
+    except (tarfile.TarError, ValueError, EOFError) as error:  # ValueError: a number in a header that is none
+        if last < 0:
+            raise DalleError(f"expected a tar at {path}, found {error}; write or fetch it again") from None
+        plan.skipped.add(_stem(path) + ".tar", f"truncated tar: {error}")
+
+
+def _captioned(picture: Sample, texts: dict[str, bytes], records: dict[str, bytes], plan: Plan) -> Sample | None:
+    """The .txt where there is one, else `caption` (or text, title) in the .json."""
+    try:
+        if picture.id in texts:
+            return picture._replace(captions=plan.text(texts[picture.id]))
+        return picture._replace(captions=plan.value(_from_json(records.get(picture.id))))
+    except BadSample as reason:
+        plan.skipped.add(picture.id, str(reason))
+        return None
+
+
+def _from_json(data: bytes | None) -> object:
+    if data is None:
+        return None
+    try:
+        record = json.loads(captions.decode(data))
+    except (ValueError, RecursionError):
+        raise BadSample("caption is not JSON") from None
+    if not isinstance(record, dict):
+        raise BadSample("caption is not JSON")
+    return next((record[name] for name in captions.NAMES if record.get(name)), None)

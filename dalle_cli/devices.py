@@ -1,0 +1,51 @@
+"""Which device and arithmetic to run on."""
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from dalle_cli.errors import DalleError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def select_device(name: str) -> torch.device:
+    """`auto` is CUDA, else MPS, else CPU.
+
+    Raises:
+        DalleError: an unknown device, or one that this machine lacks.
+    """
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if has[kind]))
+    kind = name.split(":")[0]
+    if kind not in has:
+        raise DalleError(f"expected --device auto, cpu, cuda or mps, found {name!r}")
+    if not has[kind]:
+        raise DalleError(f"expected --device {name} to be there, found no {kind} on this machine; use --device auto")
+    return torch.device(name)
+
+
+def _cpu_has_bfloat16() -> bool:
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def select_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies in it, else float32.
+
+    Raises:
+        DalleError: an unknown dtype.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
+    if name not in DTYPES:
+        raise DalleError(f"expected --dtype auto, bfloat16 or float32, found {name!r}")
+    return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Matrix products in `dtype`; nothing changes for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

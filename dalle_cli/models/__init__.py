@@ -1,0 +1,1 @@
+"""Networks: one idea per file, a config dataclass and its module; only torch, no I/O."""

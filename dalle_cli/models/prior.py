@@ -1,0 +1,258 @@
+"""Token prior: a causal transformer over caption tokens, then image codes (Ramesh et al. 2021, sec. 2.2 and app. B).
+
+B batch, T caption positions (`n_text`), W side of the code grid, L = T + W*W positions of the stream, C width,
+V image vocabulary, P prompts, K candidates of each prompt (rows of a cache: prompts first).
+
+Position 0 holds the start-of-text embedding, 1..T the caption, T+1.. the codes but the last. Position p predicts
+caption token p where p < T and code p - T from there on: the first code comes from the caption's last position, which
+carries text position T like any caption position, by the image head, in training and in sampling alike.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dalle_cli.errors import DalleError
+from dalle_cli.models.attention import LayerCache, Pattern, layer_kinds
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Sizes of the prior; the defaults are the paper's, 12 billion parameters.
+
+    Raises: DalleError where the numbers do not fit each other.
+    """
+
+    n_layer: int = 64
+    n_head: int = 62
+    n_embd: int = 3968
+    n_text_vocab: int = 16384
+    n_text: int = 256
+    n_image_vocab: int = 8192
+    grid: int = 32
+    attention: str = "sparse"  # or "full"
+    conv_kernel: int = 11  # side of the last layer's window; odd
+    dropout: float = 0.0  # of the embeddings and of what each half block adds
+    text_weight: float = 1 / 8  # share of the caption in the loss; the image has the rest
+
+    def __post_init__(self) -> None:
+        sizes = ("n_layer", "n_head", "n_embd", "n_text_vocab", "n_text", "n_image_vocab", "grid")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise DalleError(f"expected prior.{name} >= 1, found {getattr(self, name)}; correct the recipe")
+        if self.n_embd % self.n_head:
+            found = f"{self.n_embd} and {self.n_head}"
+            raise DalleError(f"expected prior.n_embd a multiple of prior.n_head, found {found}; correct the recipe")
+        if self.conv_kernel < 1 or self.conv_kernel % 2 == 0:
+            raise DalleError(f"expected prior.conv_kernel odd, found {self.conv_kernel}; correct the recipe")
+        for name in ("dropout", "text_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DalleError(f"expected prior.{name} in [0, 1], found {getattr(self, name)}; correct the recipe")
+        layer_kinds(self.n_layer, self.attention)
+
+
+class Attend(Protocol):
+    """Attention proper, between the projections: three times (B, N, L, D) -> (B, N, L, D)."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor: ...
+
+
+class Block(nn.Module):
+    """Pre-norm residual block; who sees whom is the caller's: dense over the stream, or one position over a cache."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.norm_1 = nn.LayerNorm(config.n_embd)
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.attention_out = nn.Linear(config.n_embd, config.n_embd)
+        self.norm_2 = nn.LayerNorm(config.n_embd)
+        self.mlp_in = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.mlp_out = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.dropout(self.attention_out(attend(q, k, v).transpose(1, 2).flatten(2)))
+        y: Tensor = x + self.dropout(self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x)))))
+        return y
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Captions that were read once: logits of the first code (P, V), and keys and values (P, N, 1 + T, D) by layer."""
+
+    logits: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def repeat(self, times: int) -> "Prompt":
+        """Each caption `times` times, one after another."""
+        return Prompt(
+            self.logits.repeat_interleave(times, 0),
+            tuple(x.repeat_interleave(times, 0) for x in self.keys),
+            tuple(x.repeat_interleave(times, 0) for x in self.values),
+        )
+
+    @staticmethod
+    def join(prompts: "Sequence[Prompt]") -> "Prompt":
+        """The captions of several prompts, one after another."""
+        return Prompt(
+            torch.cat([p.logits for p in prompts]),
+            tuple(torch.cat(x) for x in zip(*(p.keys for p in prompts), strict=True)),
+            tuple(torch.cat(x) for x in zip(*(p.values for p in prompts), strict=True)),
+        )
+
+
+class Cache:
+    """State of P*K candidates being drawn: `logits` (P*K, V) of the first code, buffers by layer, the position."""
+
+    def __init__(self, prompt: Prompt, patterns: Sequence[Pattern], candidates: int, places: Tensor) -> None:
+        """`places` (W*W, C) are the summed row and column embeddings."""
+        self.position = 0
+        self.places = places
+        self.logits = prompt.logits.repeat_interleave(candidates, 0)
+        layers = zip(patterns, prompt.keys, prompt.values, strict=True)
+        self.layers = [LayerCache(pattern, k, v, candidates) for pattern, k, v in layers]
+
+    def restart(self) -> None:
+        """Begin again after the caption, in the same buffers."""
+        self.position = 0
+
+
+class Prior(nn.Module):
+    """Causal transformer over one stream of caption and codes; two heads, one for each vocabulary."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.n_embd
+        self.token = nn.Embedding(config.n_text_vocab, width)
+        self.pad = nn.Embedding(config.n_text, width)
+        self.start = nn.Parameter(torch.empty(width))
+        self.text_position = nn.Embedding(config.n_text + 1, width)
+        self.code = nn.Embedding(config.n_image_vocab, width)
+        self.row = nn.Embedding(config.grid, width)
+        self.column = nn.Embedding(config.grid, width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(width)
+        self.text_head = nn.Linear(width, config.n_text_vocab)
+        self.image_head = nn.Linear(width, config.n_image_vocab)
+        kinds = layer_kinds(config.n_layer, config.attention)
+        self.patterns = [Pattern(kind, config.n_text, config.grid, config.conv_kernel) for kind in kinds]
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draw matrices and embeddings from N(0, 0.02), what ends a residual branch by 1 / sqrt(2 n_layer) less."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1)
+            else:
+                residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                parameter.normal_(0, std, generator=generator)
+
+    def forward(self, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of every token and code: (B, T), (B,), (B, W, W) int64 -> (B, T, n_text_vocab), (B, W*W, V) float32.
+
+        Tokens at and beyond a caption's length are not read: the pad embedding of their position stands there.
+
+        Raises: DalleError where the shapes are not the model's.
+        """
+        grid = self.config.grid
+        if codes.shape[1:] != (grid, grid):
+            found = " x ".join(map(str, codes.shape[1:]))
+            raise DalleError(f"expected codes of {grid} x {grid}, found {found}; use codes of the prior's own dVAE")
+        images = self.code(codes.flatten(1)[:, :-1]) + self._places()[:-1]
+        x = self.dropout(torch.cat([self._embed_text(tokens, lengths), images], dim=1))
+        for block, pattern in zip(self.blocks, self.patterns, strict=True):
+            x = block(x, pattern.attend)
+        x = self.norm(x)
+        n_text = self.config.n_text
+        return _logits(self.text_head, x[:, :n_text]), _logits(self.image_head, x[:, n_text:])
+
+    def loss(self, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy by count of caption tokens (pads are no targets) and of codes, weighted (sec. 2.2).
+
+        Shapes as `forward`; returns the loss and, detached, `text_nats` a token and `image_nats` a code.
+        """
+        text_logits, image_logits = self(tokens, lengths, codes)
+        targets = tokens.masked_fill(~self._written(lengths), -100)
+        n_tokens = lengths.sum().clamp(min=1)  # a batch may hold null captions only
+        text = F.cross_entropy(text_logits.flatten(0, 1), targets.flatten(), reduction="sum") / n_tokens
+        image = F.cross_entropy(image_logits.flatten(0, 1), codes.flatten())
+        weight = self.config.text_weight
+        parts = {"text_nats": text.detach(), "image_nats": image.detach()}
+        return weight * text + (1 - weight) * image, parts
+
+    def prefill(self, tokens: Tensor, lengths: Tensor) -> Prompt:
+        """Read captions once, for any number of candidates: (P, T), (P,) int64 -> Prompt.
+
+        Raises: DalleError where the captions' length is not the model's.
+        """
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys.append(k.contiguous())
+            values.append(v.contiguous())
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        x = self.dropout(self._embed_text(tokens, lengths))
+        for block in self.blocks:
+            x = block(x, attend)
+        return Prompt(_logits(self.image_head, self.norm(x[:, -1])), tuple(keys), tuple(values))
+
+    def cache(self, prompt: Prompt, candidates: int = 1) -> Cache:
+        """Static buffers to draw `candidates` grids for each caption of a prompt."""
+        return Cache(prompt, self.patterns, candidates, self._places())
+
+    def step(self, codes: Tensor, cache: Cache) -> Tensor:
+        """Take the codes at the cache's position, advance it, and give the logits of the next: (P*K,) -> (P*K, V)."""
+        x = self.dropout((self.code(codes) + cache.places[cache.position])[:, None])
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block(x, partial(layer.attend, cache.position))
+        cache.position += 1
+        return _logits(self.image_head, self.norm(x[:, 0]))
+
+    def _written(self, lengths: Tensor) -> Tensor:
+        """Whether a caption position holds a token, not a pad: (B,) -> (B, T) bool."""
+        return torch.arange(self.config.n_text, device=lengths.device) < lengths[:, None]
+
+    def _embed_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Start, then tokens or pads, each with its text position, 0..T: (B, T), (B,) -> (B, 1 + T, C)."""
+        n_text = self.config.n_text
+        if tokens.shape[1] != n_text:
+            found = f"found {tokens.shape[1]}"
+            raise DalleError(f"expected captions of {n_text} positions, {found}; tokenize with the prior's own length")
+        x = torch.where(self._written(lengths)[..., None], self.token(tokens), self.pad.weight)
+        start = self.start.expand(len(x), 1, -1)
+        return torch.cat([start, x], dim=1) + self.text_position.weight
+
+    def _places(self) -> Tensor:
+        """Row and column embeddings, added, in raster order: (W*W, C)."""
+        return (self.row.weight[:, None] + self.column.weight).flatten(0, 1)
+
+
+def drop_captions(lengths: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Make some captions null, that is of length 0, all pads, to train for guidance: (B,) int64 -> (B,) int64."""
+    dropped = torch.rand(lengths.shape, generator=generator, device=generator.device) < probability
+    return lengths.masked_fill(dropped.to(lengths.device), 0)
+
+
+def _logits(head: nn.Linear, x: Tensor) -> Tensor:
+    # app. D: logits keep 32 bits even where the other matrix products run in 16
+    with torch.autocast(x.device.type, enabled=False):
+        logits: Tensor = head(x.to(head.weight.dtype))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

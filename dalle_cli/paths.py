@@ -1,0 +1,40 @@
+"""How stages find their input and name their output, so that they chain in a pipe."""
+
+import re
+import sys
+from pathlib import Path
+
+from dalle_cli.errors import DalleError
+
+
+def given_or_piped(path: Path | None) -> Path:
+    """The artifact argument, or the path that the stage before wrote into the pipe.
+
+    Raises:
+        DalleError: neither is there.
+    """
+    if path is not None:
+        return path
+    if sys.stdin is not None and not sys.stdin.isatty():
+        lines = sys.stdin.read().splitlines()
+        if lines and lines[-1].strip():
+            return Path(lines[-1].strip())
+    raise DalleError("expected an artifact, found no argument and nothing in the pipe; give its path")
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """The input's name with another ending: `radish.codes.safetensors` becomes `radish.images.safetensors`."""
+    stem = path.name.removesuffix(".safetensors")
+    for kind in (".captions", ".codes", ".embeddings", ".images", ".best"):
+        stem = stem.removesuffix(kind)
+    return path.with_name(stem + suffix)
+
+
+def slug(prompt: str) -> str:
+    """A file's stem from a prompt: letters and digits of any script, joined by hyphens."""
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "prompt"
+
+
+def skip_list(out: Path) -> Path:
+    """Where the samples that could not be used are listed: beside the output."""
+    return out.with_name(out.name.removesuffix(".safetensors") + ".skipped.jsonl")

@@ -1,0 +1,1 @@
+"""Autoregressive decoding: caches, guidance, truncation, noise."""

@@ -1,0 +1,209 @@
+"""Draw code grids from the token prior: guidance, temperature, truncation, and noise that belongs to the candidate.
+
+N candidates, W side of the grid, V image vocabulary, B candidates of one batch. The noise of a code is a function of
+(seed, candidate's index, position) and of nothing else, so a candidate is the same whatever is drawn beside it, in
+batches of any size. Matrix products of different sizes round differently, which moves a boundary between two codes past
+the noise about once in a million codes in float32, more often in bfloat16.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dalle_cli.errors import DalleError
+from dalle_cli.models.prior import Cache, Prior, Prompt
+from dalle_cli.sampling.truncation import top_k as keep_top_k
+from dalle_cli.sampling.truncation import top_p as keep_top_p
+
+_LEVELS = 3  # uniforms for each code
+_BRANCH = 32  # children of a node in the tree that `draw` descends
+
+
+def sample_codes(
+    prior: Prior,
+    tokens: Tensor,
+    lengths: Tensor,
+    indices: Sequence[int],
+    seed: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance_scale: float = 1.0,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Draw one grid for every candidate index, of one caption or of one caption each.
+
+    (1 or N, T), (1 or N,) int64 -> (N, W, W) int64, on the prior's device. Arguments as `sample_batches`.
+
+    Raises: DalleError where a setting is out of its range.
+    """
+    batches = sample_batches(
+        prior,
+        tokens,
+        lengths,
+        indices,
+        seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    empty = torch.empty(0, prior.config.grid, prior.config.grid, dtype=torch.int64, device=prior.start.device)
+    return torch.cat([empty, *batches])
+
+
+def sample_batches(
+    prior: Prior,
+    tokens: Tensor,
+    lengths: Tensor,
+    indices: Sequence[int],
+    seed: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance_scale: float = 1.0,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Tensor]:
+    """Draw as `sample_codes` does, and give each batch (B, W, W) int64 as soon as it is drawn.
+
+    The logits are guided, null + guidance_scale * (conditional - null), divided by `temperature` (0: the likeliest
+    code), cut to `top_k` and then to `top_p` (None or 0: not), and drawn from. `progress` is told the number of codes
+    drawn since it was last called. One caption is read once for all its candidates, the null caption once a call.
+
+    Raises: DalleError where a setting is out of its range.
+    """
+    _check(len(tokens), len(indices), temperature, top_k, top_p, batch_size)
+    device = prior.start.device
+    tokens, lengths = tokens.to(device), lengths.to(device)
+
+    def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
+        logits = guide(logits, guidance_scale)
+        if temperature == 0:
+            return logits.argmax(dim=-1)
+        logits = logits / temperature
+        logits = keep_top_k(logits, top_k) if top_k else logits
+        return draw(keep_top_p(logits, top_p) if top_p else logits, uniforms)
+
+    null = None if guidance_scale == 1 else _prefill(prior, tokens[:1], torch.zeros_like(lengths[:1]))
+    shared = _prefill(prior, tokens, lengths) if len(tokens) == 1 else None
+    cache = None
+    for begin in range(0, len(indices), batch_size):
+        batch = indices[begin : begin + batch_size]
+        rows = slice(begin, begin + len(batch))
+        if shared is None:
+            cache = _open(prior, _prefill(prior, tokens[rows], lengths[rows]), null, 1)
+        elif cache is None or len(batch) < batch_size:
+            cache = _open(prior, shared, null, len(batch))
+        noise = torch.stack([uniforms(seed, index, prior.config.grid**2) for index in batch]).to(device)
+        yield _draw_grids(prior, cache, noise, 1 if null is None else 2, choose, progress).clone()
+
+
+def guide(logits: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance, null + scale * (conditional - null): (2B, V) -> (B, V), conditional rows first.
+
+    At scale 1 it is the identity, (B, V) -> (B, V): no null rows are computed.
+    """
+    if scale == 1:
+        return logits
+    conditional, null = logits.chunk(2)
+    return null + scale * (conditional - null)
+
+
+def uniforms(seed: int, index: int, n_positions: int) -> Tensor:
+    """The noise of one candidate, in [0, 1) by steps of 2**-24: (n_positions, 3) float32.
+
+    It is the SHAKE-256 stream of (seed, index): the same on every machine and device, and position j's numbers do not
+    depend on how many positions are asked for.
+    """
+    stream = hashlib.shake_256(f"{seed} {index}".encode()).digest(3 * _LEVELS * n_positions)
+    high, middle, low = torch.frombuffer(bytearray(stream), dtype=torch.uint8).view(-1, _LEVELS, 3).long().unbind(-1)
+    return (high << 16 | middle << 8 | low).float() / 2**24
+
+
+def draw(logits: Tensor, noise: Tensor) -> Tensor:
+    """Draw from the softmax of logits by inversion: (B, V), (B, 3) in [0, 1) -> (B,) int64.
+
+    The vocabulary is a tree of depth 3, descended with a number of its own at each level: to invert one distribution
+    over the whole vocabulary would let rounding move one of thousands of boundaries past the number far more often.
+    """
+    weights = torch.softmax(logits.float(), dim=-1)
+    weights = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % _BRANCH**2))
+    leaves = weights.view(len(weights), -1, _BRANCH, _BRANCH)
+    twigs = leaves.sum(-1)
+    rows = torch.arange(len(weights), device=weights.device)
+    first = _invert(twigs.sum(-1), noise[:, 0])
+    second = _invert(twigs[rows, first], noise[:, 1])
+    third = _invert(leaves[rows, first, second], noise[:, 2])
+    return (first * _BRANCH + second) * _BRANCH + third
+
+
+def _invert(weights: Tensor, noise: Tensor) -> Tensor:
+    """The first value whose cumulated share exceeds the noise, so never one of weight 0: (B, M), (B,) -> (B,)."""
+    mass = weights.cumsum(dim=-1)
+    # divided, the last share is 1 exactly; noise * total could be rounded up to the total
+    return (mass / mass[:, -1:] <= noise[:, None]).sum(dim=-1)
+
+
+@torch.inference_mode()
+def _prefill(prior: Prior, tokens: Tensor, lengths: Tensor) -> Prompt:
+    training = prior.training
+    prior.eval()
+    prompt = prior.prefill(tokens, lengths)
+    prior.train(training)
+    return prompt
+
+
+@torch.inference_mode()
+def _open(prior: Prior, prompt: Prompt, null: Prompt | None, candidates: int) -> Cache:
+    """A cache of conditional rows and, for guidance, as many null rows: each half has keys of its own."""
+    if null is not None:
+        prompt = Prompt.join([prompt, null.repeat(len(prompt.logits))])
+    return prior.cache(prompt, candidates)
+
+
+@torch.inference_mode()
+def _draw_grids(
+    prior: Prior,
+    cache: Cache,
+    noise: Tensor,
+    halves: int,
+    choose: Callable[[Tensor, Tensor], Tensor],
+    progress: Callable[[int], None] | None,
+) -> Tensor:
+    """Draw one batch, code by code, with noise (B, W*W, 3) -> (B, W, W); a null half is fed the codes of the other."""
+    training = prior.training
+    prior.eval()
+    cache.restart()
+    codes = torch.empty(noise.shape[:2], dtype=torch.int64, device=noise.device)
+    logits = cache.logits
+    for position in range(noise.shape[1]):
+        if position:
+            logits = prior.step(codes[:, position - 1].repeat(halves), cache)
+        codes[:, position] = choose(logits, noise[:, position])
+        if progress is not None:
+            progress(len(codes))
+    prior.train(training)
+    return codes.view(-1, prior.config.grid, prior.config.grid)
+
+
+def _check(
+    n_captions: int, n_indices: int, temperature: float, top_k: int | None, top_p: float | None, batch_size: int
+) -> None:
+    if n_captions not in (1, n_indices):
+        raise DalleError(f"expected 1 caption or {n_indices}, found {n_captions}; give one for all or one for each")
+    if not temperature >= 0:
+        raise DalleError(f"expected a temperature of 0 or more, found {temperature}; 1 draws as the model was trained")
+    if top_k is not None and top_k < 0:
+        raise DalleError(f"expected top-k of 0 or more, found {top_k}; 0 keeps all codes")
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise DalleError(f"expected top-p in [0, 1], found {top_p}; 0 and 1 keep all codes")
+    if batch_size < 1:
+        raise DalleError(f"expected a batch size of 1 or more, found {batch_size}; try 16")

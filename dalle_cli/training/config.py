@@ -1,0 +1,41 @@
+"""Numbers that every training stage shares; each model's own defaults are the paper's."""
+
+from dataclasses import dataclass
+
+from dalle_cli.errors import DalleError
+from dalle_cli.training.schedules import LEARNING_RATES
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train: updates, batch, optimiser (AdamW), schedule, EMA, and how often to look and to save."""
+
+    steps: int = 1000
+    batch_size: int = 32
+    lr: float = 1e-3
+    final_lr: float = 0.0
+    schedule: str = "cosine"
+    warmup: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0  # 0 = off
+    ema: float = 0.999
+    ema_every: int = 1
+    log_every: int = 50
+    validate_every: int = 500
+    checkpoint_every: int = 500
+    keep: int = 2
+    validation: float = 0.05  # share of ids held out
+    max_validation: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "ema_every", "log_every", "validate_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise DalleError(f"expected {name} of at least 1, found {getattr(self, name)}; raise it")
+        if self.schedule not in LEARNING_RATES:
+            raise DalleError(f"expected schedule among {', '.join(LEARNING_RATES)}, found {self.schedule!r}")
+        for name in ("ema", "validation", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise DalleError(f"expected {name} in [0, 1), found {getattr(self, name)}")

@@ -1,0 +1,109 @@
+"""Training the dVAE (Ramesh et al. 2021, sec. 2.1 and app. A.2).
+
+Shapes: B batch, S side in pixels, V vocabulary.
+"""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dalle_cli import console
+from dalle_cli.data.augment import by_name
+from dalle_cli.data.datasets import Dataset
+from dalle_cli.data.loader import Loader, sequential
+from dalle_cli.data.sheet import sheet
+from dalle_cli.data.split import split
+from dalle_cli.models.dvae import DVAE, DVAEConfig
+from dalle_cli.models.pixels import from_uint8, to_uint8
+from dalle_cli.training.config import TrainConfig
+from dalle_cli.training.loop import Batch, mix
+from dalle_cli.training.schedules import cosine
+
+VALIDATION_BATCH = 32
+SHEET_PICTURES = 12
+COLLAPSE = 0.05  # share of the vocabulary (or of the codes looked at) below which the codebook is called collapsed
+
+
+@dataclass(frozen=True)
+class DVAETrain(TrainConfig):
+    """The paper's numbers (app. A.2), which want 512 pictures a step; small recipes say their own."""
+
+    steps: int = 3_000_000
+    batch_size: int = 512
+    lr: float = 1e-4
+    final_lr: float = 1.25e-6
+    lr_steps: int = 1_200_000
+    weight_decay: float = 1e-4
+    temperature: float = 1.0
+    final_temperature: float = 1 / 16
+    temperature_steps: int = 150_000
+    beta: float = 6.6
+    beta_steps: int = 5000
+    augment: str = "dvae"
+    flip: bool = True
+    revive_every: int = 100  # vq: updates between revivals of dead codes
+
+
+class DVAETask:
+    """Pictures alone; the validation set is reconstructed from hard codes, as `decode` will see them."""
+
+    def __init__(self, config: DVAEConfig, train: DVAETrain, data: Dataset, seed: int, workers: int):
+        self.config, self.options, self.data, self.seed, self.workers = config, train, data, seed, workers
+        torch.manual_seed(mix(seed, -1))
+        self.model = DVAE(config)
+        self.rows, held_out = split(data.ids, train.validation)
+        self.held_out = held_out[: train.max_validation]
+
+    def batches(self, start: int) -> Generator[Batch]:
+        o = self.options
+        augment = by_name(o.augment, o.flip)
+        loader = Loader(self.data, self.config.image_size, augment, o.batch_size, self.seed, self.workers, self.rows)
+        for batch in loader.batches(start):
+            yield (torch.from_numpy(batch.images),)
+
+    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        o = self.options
+        images = from_uint8(batch[0])
+        if step % o.revive_every == 0:
+            self.model.revive(images, generator)
+        temperature = cosine(step, o.temperature, o.final_temperature, o.temperature_steps)
+        beta = cosine(step, 0.0, o.beta, o.beta_steps)
+        return self.model.loss(images, temperature=temperature, beta=beta, generator=generator)
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """PSNR in dB of held-out pictures from hard codes, how many codes they use, and the codes' perplexity."""
+        assert isinstance(model, DVAE)
+        counts = torch.zeros(self.config.n_vocab, dtype=torch.int64)
+        psnr: list[Tensor] = []
+        for images in self._held_out(len(self.held_out)):
+            pixels = from_uint8(images.to(device))
+            codes = model.encode(pixels)
+            error = (model.decode(codes) - pixels).square().mean((1, 2, 3))
+            psnr.append(-10 * error.clamp_min(1e-10).log10().cpu())
+            counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
+        if not psnr:
+            return {}
+        share = counts / counts.sum()
+        used, perplexity = int((counts > 0).sum()), float(torch.special.entr(share).sum().exp())
+        if perplexity < COLLAPSE * min(len(counts), int(counts.sum())):
+            console.warn(f"expected a codebook in use, found a perplexity of {perplexity:.1f} among {len(counts)} codes")
+        return {"psnr_held_out": torch.cat(psnr).mean().item(), "codes_used": used, "code_perplexity": perplexity}
+
+    def _held_out(self, most: int) -> Iterator[Tensor]:
+        size = self.config.image_size
+        for _, images in sequential(self.data, size, self.held_out[:most].tolist(), VALIDATION_BATCH, self.workers):
+            yield torch.from_numpy(images)
+
+    def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
+        """Held-out originals above their reconstructions."""
+        assert isinstance(model, DVAE)
+        first = next(self._held_out(min(SHEET_PICTURES, len(self.held_out))), None)
+        if first is None:
+            return
+        rebuilt = model.reconstruct(from_uint8(first.to(device))).cpu()
+        pixels = [*first.numpy(), *to_uint8(rebuilt).numpy()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet(pixels, columns=len(first), title="held-out originals, and their reconstructions").save(path)

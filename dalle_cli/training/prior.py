@@ -1,0 +1,112 @@
+"""Training the token prior (Ramesh et al. 2021, sec. 2.2).
+
+Shapes: B batch, T caption length, H W code grid.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dalle_cli.data.order import Order
+from dalle_cli.data.pairs import Ints, Pairs
+from dalle_cli.data.tokenizer import Tokenizer
+from dalle_cli.models.prior import Prior, PriorConfig, drop_captions
+from dalle_cli.training.config import TrainConfig
+from dalle_cli.training.loop import Batch, mix
+
+VALIDATION_BATCH = 64
+Sheet = Callable[[Prior, Path], None]
+
+
+@dataclass(frozen=True)
+class PriorTrain(TrainConfig):
+    """The paper's numbers (app. B), which want 1024 pictures a step; small recipes say their own."""
+
+    steps: int = 430_000
+    batch_size: int = 1024
+    lr: float = 4.5e-4
+    warmup: int = 5000
+    beta2: float = 0.96
+    weight_decay: float = 4.5e-2
+    clip_norm: float = 4.0
+    ema: float = 0.99
+    ema_every: int = 25
+    bpe_dropout: float = 0.1
+    caption_dropout: float = 0.0  # 0.1 trains for guidance
+
+
+class PriorTask:
+    """Captions and codes joined by id; each epoch draws one caption and one grid of codes of each id anew."""
+
+    def __init__(
+        self, config: PriorConfig, train: PriorTrain, pairs: Pairs, tokenizer: Tokenizer | None, seed: int,
+        sheet: Sheet | None = None,
+    ):  # fmt: skip
+        self.config, self.options, self.pairs, self.tokenizer, self.seed = config, train, pairs, tokenizer, seed
+        torch.manual_seed(mix(seed, -1))
+        self.model = Prior(config)
+        self.places, self.held_out = pairs.split(train.validation)
+        self.order = Order(len(self.places), train.batch_size, seed)
+        self._sheet = sheet
+
+    def batches(self, start: int) -> Generator[Batch]:
+        step = start
+        while True:
+            yield self.batch(step)
+            step += 1
+
+    def batch(self, step: int) -> Batch:
+        """Tokens (B, T), lengths (B,), codes (B, H, W), all int64: a function of the seed and the step."""
+        _, rows = self.order.batch(step)
+        rng = np.random.default_rng((self.seed, 1, step))
+        captions, latents = self.pairs.draw(self.places[rows], rng.random((len(rows), 2)))
+        if self.options.bpe_dropout and self.tokenizer is not None:
+            tokens, lengths = self._drop_merges(captions, rng)
+        else:
+            tokens, lengths = self.pairs.tokens(captions)
+        return torch.from_numpy(tokens), torch.from_numpy(lengths), torch.from_numpy(self.pairs.codes(latents))
+
+    def _drop_merges(self, rows: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+        """Captions encoded anew with BPE dropout (app. B), from the text that the artifact keeps."""
+        assert self.tokenizer is not None
+        texts = self.pairs.captions.strings("text")
+        tokens = np.zeros((len(rows), self.config.n_text), dtype=np.int64)
+        lengths = np.zeros(len(rows), dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids = self.tokenizer.encode_dropout(texts[int(row)], self.options.bpe_dropout, rng)[: self.config.n_text]
+            tokens[i, : len(ids)] = ids
+            lengths[i] = len(ids)
+        return tokens, lengths
+
+    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens, lengths, codes = batch
+        if self.options.caption_dropout:
+            lengths = drop_captions(lengths, self.options.caption_dropout, generator)
+        return self.model.loss(tokens, lengths, codes)
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Nats per code and per text token on held-out pictures, each with the first of its captions."""
+        assert isinstance(model, Prior)
+        places = self.held_out[: self.options.max_validation]
+        if not len(places):
+            return {}
+        text = image = tokens_seen = 0.0
+        for chunk in np.array_split(places, -(-len(places) // VALIDATION_BATCH)):
+            captions, latents = self.pairs.draw(chunk, np.zeros((len(chunk), 2)))
+            arrays = (*self.pairs.tokens(captions), self.pairs.codes(latents))
+            tokens, lengths, codes = (torch.from_numpy(a).to(device) for a in arrays)
+            _, parts = model.loss(tokens, lengths, codes)
+            n_tokens = float(lengths.sum())
+            text += parts["text_nats"].item() * n_tokens
+            tokens_seen += n_tokens
+            image += parts["image_nats"].item() * len(chunk)
+        return {"image_nats": image / len(places), "text_nats": text / max(tokens_seen, 1)}
+
+    def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
+        if self._sheet is not None:
+            assert isinstance(model, Prior)
+            self._sheet(model, path)

@@ -1,0 +1,117 @@
+"""A run: the weights file, and the folder beside it with checkpoints, `metrics.jsonl` and sample sheets.
+
+A run is known by what its weights will say of themselves (config and history). The same command therefore finds its own
+checkpoints, and finished weights of the same config and inputs are left alone.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dalle_cli import console
+from dalle_cli.artifacts import Artifact, open_artifact
+from dalle_cli.artifacts.container import check_replaceable
+from dalle_cli.artifacts.weights import load_tensors, save_tensors
+from dalle_cli.errors import DalleError
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes, and what its weights will say of themselves."""
+
+    out: Path
+    kind: str
+    config: dict[str, Any]
+    history: list[dict[str, Any]]
+    force: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return self.out.parent / f"{self.out.name.removesuffix('.safetensors')}.run"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def _same(self, artifact: Artifact, config: dict[str, Any]) -> bool:
+        as_json = json.loads(json.dumps([self.config, self.history]))
+        return bool([config, artifact.history] == as_json)
+
+    def start_over(self) -> None:
+        """Forget the checkpoints; the weights stay until new ones replace them."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def finished(self) -> bool:
+        """Whether the weights are there already, made by this config from these inputs; then they count as new."""
+        check_replaceable(self.out, self.kind, self.force)
+        if not self.out.exists():
+            return False
+        try:
+            done = self._same(found := open_artifact(self.out, self.kind), found.config)
+        except DalleError:
+            return False
+        if done:
+            os.utime(self.out)
+        return done
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-*.safetensors"))
+
+    def latest(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The last whole checkpoint of this run: updates done, and its tensors.
+
+        Raises:
+            DalleError: the checkpoints are those of another config or other inputs.
+        """
+        for path in reversed(self.checkpoints()):
+            try:
+                found = open_artifact(path, "checkpoint")
+            except DalleError:
+                continue  # a broken one: the one before it serves
+            config = dict(found.config)
+            step = config.pop("step")
+            if not self._same(found, config):
+                if step == config["train"]["steps"]:  # that run reached its end: nothing is lost
+                    console.note(f"{self.out.name}: another config or other inputs than last time, so starting over")
+                    self.start_over()
+                    return None
+                raise DalleError(
+                    f"expected checkpoints of this run, found unfinished ones of another config or other inputs in "
+                    f"{self.folder}; give --fresh to start over, or another -o"
+                )
+            return int(step), load_tensors(found)
+        return None
+
+    def save_checkpoint(self, step: int, tensors: dict[str, Tensor], keep: int) -> None:
+        path = self.folder / f"checkpoint-{step:08d}.safetensors"
+        save_tensors(path, "checkpoint", tensors, {**self.config, "step": step}, self.history, force=True)
+        for old in self.checkpoints()[:-keep]:
+            old.unlink()
+
+    def save_weights(self, tensors: dict[str, Tensor]) -> None:
+        save_tensors(self.out, self.kind, tensors, self.config, self.history, self.force)
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind_log(self, step: int) -> float:
+        """Drop log rows from beyond `step`, which will be made again; the seconds that the run has taken till there."""
+        if not self.metrics.exists():
+            return 0.0
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # a line cut short by a kill
+            if row["step"] <= step:
+                rows.append(row)
+        self.metrics.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        return float(rows[-1].get("seconds", 0.0)) if rows else 0.0

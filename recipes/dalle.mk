@@ -1,0 +1,46 @@
+# The DALL-E chain, shared by the recipes. A recipe sets DATA (a data set) and READY (files that say it is there),
+# and may set CONFIG, OUT, N and KEEP. A stage that finds its work done leaves it alone, so `make` may be repeated.
+
+DALLE ?= dalle
+PY ?= python3
+CONFIG ?= recipe.toml
+OUT ?= build
+SEED ?= 0
+N ?= 16
+MODEL := $(OUT)/model
+FLAGS := --config $(CONFIG)
+
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+$(MODEL)/tokenizer.json: $(READY) $(CONFIG)
+	$(DALLE) train-tokenizer $(DATA) $(FLAGS) -o $@
+
+$(OUT)/captions.safetensors: $(MODEL)/tokenizer.json
+	$(DALLE) tokenize $(DATA) -t $< $(FLAGS) -o $@
+
+$(MODEL)/dvae.safetensors: $(READY) $(CONFIG)
+	$(DALLE) train-dvae $(DATA) $(FLAGS) --seed $(SEED) -o $@
+
+$(OUT)/codes.safetensors: $(MODEL)/dvae.safetensors
+	$(DALLE) encode-images $(DATA) -m $< $(FLAGS) -o $@
+
+$(MODEL)/clip.safetensors: $(MODEL)/tokenizer.json
+	$(DALLE) train-clip $(DATA) -t $< $(FLAGS) --seed $(SEED) -o $@
+
+$(MODEL)/prior.safetensors: $(OUT)/captions.safetensors $(OUT)/codes.safetensors
+	$(DALLE) train-prior $^ -t $(MODEL)/tokenizer.json $(FLAGS) --seed $(SEED) -o $@
+
+# From a file of prompts to pictures: NAME.txt -> codes -> pictures -> the best of each prompt.
+$(OUT)/%.codes.safetensors: $(OUT)/%.txt $(MODEL)/prior.safetensors
+	$(DALLE) sample --prompts $< -n $(N) -m $(MODEL) --seed $(SEED) $(SAMPLE) -o $@
+
+$(OUT)/%.images.safetensors: $(OUT)/%.codes.safetensors
+	$(DALLE) decode $< -m $(MODEL) -o $@
+
+$(OUT)/%.best.safetensors: $(OUT)/%.images.safetensors $(MODEL)/clip.safetensors
+	$(DALLE) rerank $< -m $(MODEL) --keep 1 -o $@
+
+clean:
+	rm -rf $(OUT)
+.PHONY: clean

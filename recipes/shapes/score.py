@@ -1,0 +1,338 @@
+"""Find the objects in a picture of shapes and say whether it matches its caption: no network, nothing learned.
+
+Run `python recipes/shapes/score.py IMAGES.safetensors` (an artifact with `images` and `text`) or `... truth.tar`, or
+`--self-check` for the scorer's own accuracy on ground truth, on degraded truth and on shuffled captions.
+"""
+
+import argparse
+import io
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import scenes
+from PIL import Image, ImageFilter
+from scenes import Scene, Thing
+
+WIDTH = 32  # pictures are measured at this many pixels, larger ones are reduced
+PATCH = 19  # pixels of the window around an object: the largest shape, and a border that must be empty
+SIGNAL = 50.0  # RGB distance from the background where an object may begin (yellow on cream is 190 away)
+SOLID = 0.42  # share of its object's color above which a pixel belongs to it
+LEAST_AREA = 4.0  # pixels covered by less are specks; the smallest object (small star) covers 14
+LEAST_FIT = 0.75  # correlation with the best template below which a blob is no shape; 99% of degraded truth is over 0.9
+PALETTE = np.array(list(scenes.COLORS.values()), np.float32)
+COLOR_NAMES = tuple(scenes.COLORS)
+
+
+@dataclass(frozen=True)
+class Object:
+    """An object found in a picture: centre in shares of the side, `fit` the correlation with its template."""
+
+    thing: Thing
+    x: float
+    y: float
+    fit: float
+
+
+# Captions
+
+
+def _skeletons() -> dict[str, tuple[bool, str | None]]:
+    """Every template with its words filled in and "#" for an object -> (whether b comes first, relation)."""
+    table: dict[str, tuple[bool, str | None]] = {t.format(a="#"): (False, None) for t in scenes.ONE_TEMPLATES}
+    for relation in scenes.RELATIONS:
+        for template in scenes.TWO_TEMPLATES + scenes.ITS_TEMPLATES:
+            for words in scenes.RELATION_WORDS[relation]:
+                text = template.format(a="#", b="#", rel=words, its=scenes.ITS_WORDS[relation])
+                table[text] = (template.index("{b}") < template.index("{a}"), relation)
+    return table
+
+
+SKELETONS = _skeletons()
+SIZE_OF = {word: size for size, words in scenes.SIZE_WORDS.items() for word in words}
+NAMED = re.compile(rf"\b({'|'.join(SIZE_OF)}) ({'|'.join(COLOR_NAMES)}) ({'|'.join(scenes.SHAPES)})\b")
+
+
+def parse_caption(text: str) -> Scene:
+    """The scene that a caption states.
+
+    Raises: ValueError where the words are none of the generator's.
+    """
+    text = " ".join(text.lower().split())
+    things = tuple(Thing(SIZE_OF[size], color, shape) for size, color, shape in NAMED.findall(text))
+    skeleton = NAMED.sub("#", text).rstrip(".")
+    if skeleton not in SKELETONS:
+        raise ValueError(f"expected a caption of the shapes world, found {text!r}")
+    inverse, relation = SKELETONS[skeleton]
+    return Scene(things[::-1] if inverse else things, relation)
+
+
+# Pictures
+
+
+@lru_cache(maxsize=1)
+def _templates() -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, float, float]]]:
+    """All shapes, sizes, places and two degrees of blur: (N, P*P) raw, the same centred to unit norm, what each is."""
+    rows: list[np.ndarray] = []
+    keys: list[tuple[str, str, float, float]] = []
+    kernel = np.array([0.25, 0.5, 0.25], np.float32)
+    shifts = np.arange(-3, 4) / 3
+    for shape in scenes.SHAPES:
+        for size, share in scenes.SIZES.items():
+            for scale in (0.9, 1.0, 1.1):
+                for dy in shifts:
+                    for dx in shifts:
+                        center = PATCH / 2
+                        sharp = scenes.coverage(shape, center + dx, center + dy, share * WIDTH * scale, PATCH)
+                        soft = _convolve(_convolve(sharp, kernel).T, kernel).T
+                        rows += [sharp.ravel(), soft.ravel()]
+                        keys += [(shape, size, float(dx), float(dy))] * 2
+    raw = np.stack(rows)
+    centered = raw - raw.mean(axis=1, keepdims=True)
+    return raw, centered / np.linalg.norm(centered, axis=1, keepdims=True), keys
+
+
+def _convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Filter the rows of an image with three taps, nothing beyond its edge."""
+    padded = np.pad(image, ((0, 0), (1, 1)))
+    return np.asarray(kernel[0] * padded[:, :-2] + kernel[1] * padded[:, 1:-1] + kernel[2] * padded[:, 2:])
+
+
+def _components(labels: np.ndarray) -> list[np.ndarray]:
+    """Masks of the 4-connected regions of equal label; -1 is no region: (H, W) int -> list of (H, W) bool."""
+    height, width = labels.shape
+    flat = labels.ravel().tolist()
+    seen = [value < 0 for value in flat]
+    found = []
+    for start in range(len(flat)):
+        if seen[start]:
+            continue
+        seen[start] = True
+        region = [start]
+        for here in region:  # grows while it is read: a breadth-first walk
+            column = here % width
+            for there in (
+                here - width,
+                here + width if here + width < height * width else -1,
+                here - 1 if column else -1,
+                here + 1 if column + 1 < width else -1,
+            ):
+                if there >= 0 and not seen[there] and flat[there] == flat[start]:
+                    seen[there] = True
+                    region.append(there)
+        mask = np.zeros(height * width, bool)
+        mask[region] = True
+        found.append(mask.reshape(height, width))
+    return found
+
+
+def _unmix(excess: np.ndarray, ink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest mixture of background and one palette color: excess (H, W, 3), ink (8, 3) -> color, share (H, W)."""
+    length = (ink * ink).sum(axis=1)
+    share = np.clip((excess @ ink.T) / length, 0, 1.15)  # (H, W, 8)
+    error = (excess * excess).sum(axis=2, keepdims=True) - 2 * share * (excess @ ink.T) + share * share * length
+    color = error.argmin(axis=2)
+    return color, np.take_along_axis(share, color[..., None], axis=2)[..., 0]
+
+
+def _regions(color: np.ndarray, share: np.ndarray) -> list[np.ndarray]:
+    """Masks of the blobs; one in which several colors hold a fair part each is divided by color."""
+    masks = []
+    for mask in _components(np.where(share > SOLID, 0, -1)):
+        weight = np.bincount(color[mask], share[mask] ** 4, minlength=len(PALETTE))
+        strong = np.flatnonzero(weight > max(0.3 * weight.max(), LEAST_AREA))
+        if len(strong) < 2:
+            masks.append(mask)
+            continue
+        inner = np.where(mask & np.isin(color, strong), color, -1)
+        masks += _components(inner)
+    return [mask for mask in masks if share[mask].sum() > LEAST_AREA]
+
+
+def _measure(excess: np.ndarray, mask: np.ndarray, others: np.ndarray, background: np.ndarray) -> Object:
+    """Name the object under a mask by its best template; its color is the least-squares fit of that template."""
+    raw, unit, keys = _templates()
+    core = excess[mask]
+    strength = np.linalg.norm(core, axis=1)
+    ink = core[strength >= np.quantile(strength, 0.6)].mean(axis=0)
+    alpha = np.clip((excess @ ink) / (ink @ ink), 0, 1.1) * ~others
+    weights = alpha * mask
+    rows, columns = np.indices(mask.shape)
+    y = round(float((weights * (rows + 0.5)).sum() / weights.sum()) - PATCH / 2)
+    x = round(float((weights * (columns + 0.5)).sum() / weights.sum()) - PATCH / 2)
+    pad = PATCH
+    window = (slice(y + pad, y + pad + PATCH), slice(x + pad, x + pad + PATCH))
+    patch = np.pad(alpha, pad)[window].ravel()
+    patch = patch - patch.mean()
+    fits = unit @ (patch / max(float(np.linalg.norm(patch)), 1e-6)).astype(np.float32)
+    best = int(fits.argmax())
+    shape, size, dx, dy = keys[best]
+    visible = raw[best] * np.pad(~others, pad)[window].ravel()
+    around = np.pad(excess, ((pad, pad), (pad, pad), (0, 0)))[window].reshape(-1, 3)
+    fitted = background + visible @ around / max(float(visible @ visible), 1e-6)
+    color = COLOR_NAMES[int(((PALETTE - fitted) ** 2).sum(axis=1).argmin())]
+    center_x, center_y = (x + PATCH / 2 + dx) / mask.shape[1], (y + PATCH / 2 + dy) / mask.shape[0]
+    return Object(Thing(size, color, shape), center_x, center_y, float(fits[best]))
+
+
+def find_objects(picture: np.ndarray) -> list[Object]:
+    """The objects of a picture: (H, W, 3) uint8 -> objects, those that resemble no shape included (see `fit`)."""
+    if picture.shape[0] != WIDTH:
+        picture = np.asarray(Image.fromarray(picture).resize((WIDTH, WIDTH), Image.Resampling.BOX))
+    pixels = picture.astype(np.float32)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+    background = np.median(border, axis=0)
+    excess = pixels - background
+    color, share = _unmix(excess, PALETTE - background)
+    share[np.linalg.norm(excess, axis=2) < SIGNAL] = 0
+    masks = _regions(color, share)
+    taken = np.sum(masks, axis=0, dtype=np.int32) if masks else None
+    return [_measure(excess, mask, (taken - mask) > 0, background) for mask in masks]
+
+
+# Agreement
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What of a picture agrees with its caption; `relation` is None where the caption states none."""
+
+    right: bool
+    count: bool
+    color: bool
+    shape: bool
+    size: bool
+    relation: bool | None
+
+
+def _related(first: Object, second: Object, relation: str) -> bool:
+    """Whether the first stands `relation` of the second, and clearly so: more along that axis than across it."""
+    dx, dy = second.x - first.x, second.y - first.y
+    along, across = (dx, dy) if relation in ("left", "right") else (dy, dx)
+    return (along if relation in ("left", "above") else -along) > max(abs(across), 0.1)
+
+
+def judge(picture: np.ndarray, scene: Scene) -> Verdict:
+    """Compare a picture (H, W, 3) uint8 with a scene."""
+    objects = find_objects(picture)
+    count = len(objects) == len(scene.things)
+    color = sorted(o.thing.color for o in objects) == sorted(t.color for t in scene.things)
+    shapes = sorted(o.thing.shape if o.fit >= LEAST_FIT else "" for o in objects)
+    shape = shapes == sorted(t.shape for t in scene.things)
+    size = sorted(o.thing.size for o in objects) == sorted(t.size for t in scene.things)
+    right, relation = False, None if scene.relation is None else False
+    for order in permutations(objects) if count else ():
+        agree = all(o.thing == t and o.fit >= LEAST_FIT for o, t in zip(order, scene.things, strict=True))
+        if scene.relation is None:
+            right = agree
+            continue
+        related = _related(order[0], order[1], scene.relation)
+        # The relation counts by itself where the objects can be told apart by color, or else by shape, or else by size.
+        likely = _likeness(order, scene) >= _likeness(order[::-1], scene)
+        relation = relation or (related and likely)
+        right = right or (agree and related)
+    return Verdict(right, count, color, shape, size, relation)
+
+
+def _likeness(order: Sequence[Object], scene: Scene) -> int:
+    """How far objects taken in this order agree with the scene's: color before shape before size."""
+    pairs = [(found.thing, asked) for found, asked in zip(order, scene.things, strict=True)]
+    return sum(4 * (f.color == a.color) + 2 * (f.shape == a.shape) + (f.size == a.size) for f, a in pairs)
+
+
+def matches(picture: np.ndarray, caption: str) -> bool:
+    """Whether a picture (H, W, 3) uint8 shows what its caption says: objects, colors, shapes, sizes, relation."""
+    return judge(picture, parse_caption(caption)).right
+
+
+def score(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float]:
+    """Shares of pictures that agree with their captions, in whole (`accuracy`) and in each respect."""
+    verdicts = [judge(p, parse_caption(c)) for p, c in zip(pictures, captions, strict=True)]
+    shares = {"pictures": float(len(verdicts)), "accuracy": float(np.mean([v.right for v in verdicts]))}
+    for name in ("count", "color", "shape", "size"):
+        shares[name] = float(np.mean([getattr(v, name) for v in verdicts]))
+    related = [v.relation for v in verdicts if v.relation is not None]
+    return shares | ({"relation": float(np.mean(related))} if related else {})
+
+
+def chance(captions: Sequence[str]) -> float:
+    """Expected accuracy when each picture is given the caption of another one drawn at random."""
+    counts = Counter(parse_caption(caption).canonical() for caption in captions)
+    return sum(n * (n - 1) for n in counts.values()) / (len(captions) * (len(captions) - 1))
+
+
+# Self-check and command line
+
+
+def degrade(picture: np.ndarray, how: str, seed: int = 0) -> np.ndarray:
+    """Spoil a picture, for the self-check: `blur` (Gaussian, radius 0.7), `jpeg` (quality 50) or `noise` (sigma 8)."""
+    image = Image.fromarray(picture)
+    if how == "blur":
+        return np.asarray(image.filter(ImageFilter.GaussianBlur(0.7)))
+    if how == "jpeg":
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=50)
+        return np.asarray(Image.open(buffer))
+    if how == "noise":
+        noise = np.random.default_rng(seed).normal(0, 8, picture.shape)
+        return np.clip(np.rint(picture + noise), 0, 255).astype(np.uint8)
+    return picture
+
+
+def self_check(count: int, seed: int, width: int) -> dict[str, float]:
+    """Accuracy on fresh ground truth, sharp and degraded, and on shuffled captions."""
+    drawn = [scenes.sample(seed, 9, i, i % 2 == 1, width) for i in range(count)]
+    pictures, captions = [d[1] for d in drawn], [d[2] for d in drawn]
+    result = {"pictures": float(count), "truth": score(pictures, captions)["accuracy"]}
+    for how in ("blur", "jpeg", "noise"):
+        result[how] = score([degrade(p, how, i) for i, p in enumerate(pictures)], captions)["accuracy"]
+    shuffled = [captions[i] for i in np.random.default_rng(seed).permutation(count)]
+    result["shuffled"] = score(pictures, shuffled)["accuracy"]
+    result["chance"] = chance(captions)
+    return result
+
+
+def _read(path: Path) -> tuple[list[np.ndarray], list[str]]:
+    """Pictures and captions of an `images` artifact or of a tar that scenes.py wrote."""
+    if path.suffix == ".tar":
+        with tarfile.open(path) as tar:
+            files = {m.name: stream.read() for m in tar if (stream := tar.extractfile(m)) is not None}
+        names = [n for n in sorted(files) if n.endswith(".png")]
+        pictures = [np.asarray(Image.open(io.BytesIO(files[n])).convert("RGB")) for n in names]
+        return pictures, [files[n[:-4] + ".txt"].decode().strip() for n in names]
+    from dalle_cli.artifacts import open_artifact
+
+    artifact = open_artifact(path)
+    images, text = artifact.array("images"), artifact.strings("text")
+    return [np.asarray(images[i]).transpose(1, 2, 0) for i in range(len(images))], [text[i] for i in range(len(images))]
+
+
+def main() -> None:
+    """Print the share of pictures that match their captions."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, nargs="?", help="artifact with pictures and their captions, or a tar")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--self-check", action="store_true", help="score ground truth that is drawn for it")
+    parser.add_argument("--count", type=int, default=2000, help="scenes of the self-check (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the self-check (%(default)s)")
+    parser.add_argument("--size", type=int, default=32, choices=(32, 48, 64), help="of the self-check (%(default)s)")
+    args = parser.parse_args()
+    if not args.self_check and args.images is None:
+        parser.error("name an artifact of images, or give --self-check")
+    result = self_check(args.count, args.seed, args.size) if args.self_check else score(*_read(args.images))
+    if args.json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:10}{value:8.0f}" if name == "pictures" else f"{name:10}{value:8.2%}")
+
+
+if __name__ == "__main__":
+    main()
