@@ -43,7 +43,7 @@ def _download(model: str) -> Path:
 
 
 def weights(model: str | None, *kinds: str) -> Artifact:
-    """The weights of one of `kinds` that `model` names: the file itself, or the one file of a bundle that is of the kind.
+    """The weights of one of `kinds` that `model` names: the file itself, or the one file of a bundle of that kind.
 
     Raises:
         DalleError: no such weights, or several.
@@ -51,8 +51,11 @@ def weights(model: str | None, *kinds: str) -> Artifact:
     path = locate(model)
     if path.is_file():
         return open_artifact(path, *kinds)
-    found = [f for f in sorted(path.glob("*.safetensors")) if _kind(f) in kinds]
+    broken: list[str] = []
+    found = [f for f in sorted(path.glob("*.safetensors")) if _kind(f, broken) in kinds]
     wanted = " or ".join(kinds)
+    if not found and broken:
+        raise DalleError(f"expected {wanted} in the bundle {path}, found none that is whole: {broken[0]}")
     if not found:
         raise DalleError(f"expected {wanted}, found none in the bundle {path}; give -m a folder that holds them")
     if len(found) > 1:
@@ -61,10 +64,11 @@ def weights(model: str | None, *kinds: str) -> Artifact:
     return open_artifact(found[0], *kinds)
 
 
-def _kind(path: Path) -> str:
+def _kind(path: Path, broken: list[str]) -> str:
     try:
         return read_header(path).kind
-    except DalleError:
+    except DalleError as error:
+        broken.append(str(error))
         return ""
 
 
@@ -89,7 +93,7 @@ def tokenizer(weights: Artifact) -> Path:
     Raises:
         DalleError: there is none.
     """
-    return find_tokenizer(str(weights.config.get("tokenizer")), weights.path.parent)
+    return find_tokenizer(weights.fact("tokenizer", str), weights.path.parent)
 
 
 def check_digest(what: str, found: str, expected: str, source: object) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import io
 import sys
 from typing import Annotated, Any
 
@@ -94,10 +95,19 @@ def root(
     """DALL-E as a chain of small commands: pictures to codes, captions to codes, codes to pictures."""
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Whether numpy or torch, which is not imported for this, found too little memory."""
+    torch_says = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or torch_says
+
+
 def main() -> None:
     """Run the command line. Exit status: 0; 1 for a DalleError; 2 for usage; 130 when interrupted."""
     from dalle_cli import console
 
+    for stream in (sys.stdin, sys.stdout):  # paths may hold bytes that are no UTF-8, and go through pipes as they are
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
     try:
         app(prog_name="dalle")
     except DalleError as error:
@@ -105,8 +115,13 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        console.error(f"expected more memory, found {error}; lower --batch-size or the sizes of the model")
+        sys.exit(1)
     except OSError as error:
-        if error.errno not in FULL_DISK:
+        if error.filename is None and error.errno not in FULL_DISK:
             raise
         console.error(f"expected to read or write {error.filename or 'a file'}, found {error.strerror}; mend that")
         sys.exit(1)

@@ -1,6 +1,7 @@
 """Hyper-parameters: a recipe's TOML and `--set section.key=value` to frozen dataclasses, every key checked."""
 
 import difflib
+import math
 import sys
 import types
 from collections.abc import Iterable, Mapping
@@ -34,7 +35,7 @@ def read(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
             table = _loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise DalleError(f"expected a recipe, found {error.strerror}: {path}; give a .toml file") from None
-        except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are both ValueErrors
+        except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
             raise DalleError(f"expected TOML, found {error}: {path}") from None
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -58,7 +59,7 @@ def _assign(table: dict[str, Any], keys: list[str], value: Any, override: str) -
 def _value(text: str) -> Any:
     try:
         return _loads(f"value = {text}")["value"]
-    except ValueError:
+    except (ValueError, RecursionError):
         return text  # a bare word is a string
 
 
@@ -110,9 +111,10 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return _coerce(value, next(a for a in args if a is not type(None)), where)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_coerce(item, args[0], where) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return float(value)
-    if hint in (int, float, str, bool) and type(value) is hint:
+    finite = not isinstance(value, float) or math.isfinite(value)  # JSON, and so a header, holds no others
+    if hint in (int, float, str, bool) and type(value) is hint and finite:
         return value
     name = "a list" if origin is tuple else getattr(hint, "__name__", str(hint))
     raise DalleError(f"expected {name} for {where}, found {value!r}")
@@ -126,5 +128,7 @@ def derive(values: Mapping[str, Any], where: str, known: Mapping[str, Any]) -> d
     """
     for key, value in known.items():
         if values.get(key, value) != value:
-            raise DalleError(f"expected {where}.{key} = {value}, as the inputs have it, found {values[key]}; leave it out")
+            raise DalleError(
+                f"expected {where}.{key} = {value}, as the inputs have it, found {values[key]}; leave it out"
+            )
     return {**values, **known}

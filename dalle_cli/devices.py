@@ -23,7 +23,10 @@ def select_device(name: str) -> torch.device:
         raise DalleError(f"expected --device auto, cpu, cuda or mps, found {name!r}")
     if not has[kind]:
         raise DalleError(f"expected --device {name} to be there, found no {kind} on this machine; use --device auto")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise DalleError(f"expected --device auto, cpu, cuda or mps, found {name!r}") from None
 
 
 def _cpu_has_bfloat16() -> bool:

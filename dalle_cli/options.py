@@ -20,7 +20,7 @@ Sets = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="Arithmetic: auto, bfloat16 or float32.")]
-Seed = Annotated[int, typer.Option(help="Same inputs, same seed, same machine: same bytes.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same inputs, same seed, same machine: same bytes.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="How many at once; does not change the result.")]
 Workers = Annotated[int, typer.Option(min=0, help="Threads that read pictures ahead.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file even if it is something else.")]
@@ -36,7 +36,8 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="Below 1 is safer, abo
 TopK = Annotated[int, typer.Option(min=0, help="Draw among the k likeliest codes only; 0 = all.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among codes of this total probability; 1 = all.")]
 Guidance = Annotated[
-    float, typer.Option(min=0.0, help="Classifier-free guidance; 1 = off. The prior must be trained with captions dropped.")
+    float,
+    typer.Option(min=0.0, help="Classifier-free guidance; 1 = off. The prior must be trained with captions dropped."),
 ]
 SampleDtype = Annotated[str, typer.Option("--dtype", help="Arithmetic: auto, bfloat16 or float32.")]
 Keep = Annotated[int, typer.Option(min=0, help="Keep the best so many per prompt; 0 keeps all, best first.")]

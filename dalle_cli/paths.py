@@ -6,6 +6,8 @@ from pathlib import Path
 
 from dalle_cli.errors import DalleError
 
+LONGEST = 1 << 16  # characters of a pipe that are looked at for a path
+
 
 def given_or_piped(path: Path | None) -> Path:
     """The artifact argument, or the path that the stage before wrote into the pipe.
@@ -16,18 +18,25 @@ def given_or_piped(path: Path | None) -> Path:
     if path is not None:
         return path
     if sys.stdin is not None and not sys.stdin.isatty():
-        lines = sys.stdin.read().splitlines()
-        if lines and lines[-1].strip():
+        lines = sys.stdin.read(LONGEST).splitlines()
+        if lines and lines[-1].strip() and "\0" not in lines[-1]:
             return Path(lines[-1].strip())
     raise DalleError("expected an artifact, found no argument and nothing in the pipe; give its path")
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """The input's name with another ending: `radish.codes.safetensors` becomes `radish.images.safetensors`."""
+    """The input's name with another ending: `radish.codes.safetensors` becomes `radish.images.safetensors`.
+
+    Raises:
+        DalleError: that is the input itself.
+    """
     stem = path.name.removesuffix(".safetensors")
     for kind in (".captions", ".codes", ".embeddings", ".images", ".best"):
         stem = stem.removesuffix(kind)
-    return path.with_name(stem + suffix)
+    target = path.with_name(stem + suffix)
+    if target == path:
+        raise DalleError(f"expected -o, found that {path} would be written over itself; say where to write")
+    return target
 
 
 def slug(prompt: str) -> str:

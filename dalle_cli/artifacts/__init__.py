@@ -1,4 +1,4 @@
-"""Artifacts: one safetensors file, or a folder of shards, that says what it is and how it was made (docs/artifacts.md)."""
+"""Artifacts: a safetensors file, or a folder of shards, that says what it is and how it was made."""
 
 from dalle_cli.artifacts.artifact import Artifact, open_artifact
 from dalle_cli.artifacts.container import digest_bytes, digest_file, write_artifact

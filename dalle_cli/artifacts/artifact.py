@@ -5,18 +5,23 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from dalle_cli.artifacts.container import Header, digest_bytes, digest_file, read_header
+from dalle_cli.artifacts.container import SHARDS, Header, digest_bytes, digest_file, read_header
 from dalle_cli.artifacts.strings import Strings
 from dalle_cli.errors import DalleError
 
+F = TypeVar("F", str, int, dict[str, Any])
+
 
 class Rows:
-    """The rows of one column over several shards, copied only where asked for; indexed by int, slice or int array."""
+    """The rows of one column over several shards, copied only where asked for.
+
+    Indexed, along the rows alone, by an int, a slice, or an array of ints or bools.
+    """
 
     def __init__(self, parts: list[npt.NDArray[Any]]):
         self.parts = parts
@@ -28,19 +33,25 @@ class Rows:
         return int(self.starts[-1])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        return np.asarray(np.concatenate(self.parts), dtype=dtype)
+        whole: npt.NDArray[Any] = np.concatenate(self.parts)
+        return whole if dtype is None else whole.astype(np.dtype(dtype), copy=False)
 
     def __getitem__(self, index: Any) -> npt.NDArray[Any]:
         if isinstance(index, slice):
             index = np.arange(*index.indices(len(self)))
         wanted = np.asarray(index)
         if wanted.ndim == 0:
-            return self[wanted[None]][0]
+            row: npt.NDArray[Any] = self[wanted[None]][0]
+            return row
+        if isinstance(index, tuple) or wanted.ndim > 1 or (wanted.size and wanted.dtype.kind not in "iub"):
+            raise IndexError(f"rows are asked for by int, slice or array of ints, not by {index!r}")
         if wanted.dtype == bool:
+            if len(wanted) != len(self):
+                raise IndexError(f"a mask of {len(wanted)} for {len(self)} rows")
             wanted = np.flatnonzero(wanted)
         if len(wanted) and not (-len(self) <= wanted.min() and wanted.max() < len(self)):
             raise IndexError(f"row out of {len(self)}")
-        wanted = wanted % max(len(self), 1)
+        wanted = wanted.astype(np.int64) % max(len(self), 1)
         out = np.empty((len(wanted), *self.shape[1:]), dtype=self.dtype)
         shard = np.searchsorted(self.starts, wanted, side="right") - 1
         for i in np.unique(shard):
@@ -75,7 +86,7 @@ class ChainedStrings(Sequence[str]):
 
 def _strings(header: Header, name: str) -> Strings:
     data, offsets = header.map(f"{name}.bytes"), header.map(f"{name}.offsets")
-    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(data) or np.any(np.diff(offsets) < 0):
+    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(data) or np.any(offsets[1:] < offsets[:-1]):
         raise DalleError(f"expected a string column, found offsets that lie in {name} of {header.path}; make it again")
     return Strings(data, offsets)
 
@@ -92,6 +103,20 @@ class Artifact:
 
     def __len__(self) -> int:
         return sum(map(len, self.headers))
+
+    def fact(self, name: str, type_: type[F]) -> F:
+        """What the config says of `name`.
+
+        Raises:
+            DalleError: nothing, or something of another type, as may be in a file that another program wrote.
+        """
+        value = self.config.get(name)
+        if not isinstance(value, type_) or isinstance(value, bool):
+            found = "nothing" if value is None else repr(value)
+            raise DalleError(
+                f"expected {name} ({type_.__name__}) in the header of {self.path}, found {found}; make it again"
+            )
+        return value
 
     def __contains__(self, name: str) -> bool:
         """Whether there is such a column, of numbers or of strings."""
@@ -121,8 +146,13 @@ class Artifact:
         return digests[0] if len(digests) == 1 and self.path.is_file() else digest_bytes("".join(digests).encode())
 
 
+def _layout(header: Header) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name, dtype and shape beyond the rows of each tensor."""
+    return {name: (info.dtype, info.shape[1:]) for name, info in header.tensors.items()}
+
+
 def _open_shards(path: Path) -> list[Header]:
-    files = sorted(path.glob("[0-9]" * 5 + ".safetensors"))
+    files = sorted(path.glob(SHARDS))
     if not files:
         raise DalleError(f"expected an artifact, found a folder without shards (00000.safetensors ...): {path}")
     headers = [read_header(file) for file in files]
@@ -132,6 +162,8 @@ def _open_shards(path: Path) -> list[Header]:
     for header in headers[1:]:
         if (header.kind, header.config, header.history) != (first.kind, first.config, first.history):
             raise DalleError(f"expected shards of one run, found {header.path} from another; make {path} again")
+        if _layout(header) != _layout(first):
+            raise DalleError(f"expected shards alike, found other columns in {header.path}; make {path} again")
     return headers
 
 

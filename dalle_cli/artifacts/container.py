@@ -22,6 +22,10 @@ from dalle_cli.artifacts.strings import Strings
 from dalle_cli.errors import DalleError
 
 MAX_HEADER = 100_000_000  # safetensors' own limit
+MAX_BYTES = 1 << 62  # of a tensor; what a lying shape promises goes beyond every disk
+MAX_DIMENSIONS = 32
+SHARDS = "[0-9]" * 5 + ".safetensors"  # the names of shards in their folder
+MAX_DEPTH = 32  # of tables within tables in the metadata
 SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 SIZES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
 NUMPY = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "U32": "<u4", "I32": "<i4"}
@@ -87,29 +91,49 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:
         raise DalleError(f"expected an artifact, found no such file: {path}; check the path") from None
     except OSError as error:
         raise DalleError(f"expected a readable artifact, found {error.strerror}: {path}") from None
+    return _parse_json(path, raw, "a header"), 8 + length, size
+
+
+def _parse_json(path: Path, raw: bytes | str, what: str) -> dict[str, Any]:
+    """A JSON object in which no key stands twice and all text is Unicode."""
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise _broken(path, "a header that is no JSON") from None
-    if not isinstance(header, dict):
-        raise _broken(path, "a header that is no JSON object")
-    return header, 8 + length, size
+        value = json.loads(raw, object_pairs_hook=_unique_keys)
+        if isinstance(value, dict) and not _too_deep(value, MAX_DEPTH):
+            json.dumps(value, ensure_ascii=False).encode()
+            return value
+    except (ValueError, RecursionError):  # a JSONDecodeError and a UnicodeEncodeError are ValueErrors
+        pass
+    raise _broken(path, f"{what} that is no JSON object")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a key stands twice")
+    return table
+
+
+def _too_deep(value: object, left: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left == 0 or any(_too_deep(v, left - 1) for v in inner)
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_BYTES
 
 
 def _tensor_info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
-        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        ok = isinstance(dtype, str) and dtype in SIZES and isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
+        ok = ok and all(map(_is_size, (*shape, start, end))) and math.prod(n for n in shape if n) < MAX_BYTES
     except (TypeError, KeyError, ValueError):
-        raise _broken(path, f"a malformed entry for tensor {name!r}") from None
-    if dtype not in SIZES or not all(map(_is_size, (*shape, start, end))):
+        ok = False
+    if not ok:
         raise _broken(path, f"a malformed entry for tensor {name!r}")
     if end - start != SIZES[dtype] * math.prod(shape):
         raise _broken(path, f"tensor {name!r} whose {end - start} bytes do not fit {dtype} {list(shape)}")
-    return TensorInfo(dtype, shape, base + start, base + end)
+    return TensorInfo(dtype, tuple(shape), base + start, base + end)
 
 
 def _check_layout(path: Path, tensors: dict[str, TensorInfo], base: int, size: int) -> None:
@@ -135,6 +159,8 @@ def _check_columns(path: Path, kind: Kind, tensors: dict[str, TensorInfo]) -> No
             found = "nothing" if info is None else f"{info.dtype} {list(info.shape)}"
             wanted = f"{' or '.join(column.dtypes)} of {column.ndim} dimensions"
             raise _broken(path, f"{found} where {kind.name}.{name} must be {wanted}")
+        if column.channels not in (None, *info.shape[1:2]):
+            raise _broken(path, f"{list(info.shape)} where {kind.name}.{name} has {column.channels} channels")
     rows = tensors[kind.main].shape[0]
     for name, info in tensors.items():
         stem, _, part = name.rpartition(".")
@@ -156,20 +182,26 @@ def _parse_metadata(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     text = metadata.get("dalle") if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise DalleError(f"expected an artifact that dalle wrote, found a plain safetensors file: {path}")
-    try:
-        meta = json.loads(text)
-    except (ValueError, RecursionError):
-        raise _broken(path, "metadata that is no JSON") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("kind"), str):
+    meta = _parse_json(path, text, "metadata")
+    if not isinstance(meta.get("kind"), str):
         raise _broken(path, "metadata without a kind")
     version, config, history = meta.get("version"), meta.get("config", {}), meta.get("history", [])
-    if not isinstance(version, int) or not isinstance(config, dict) or not isinstance(history, list):
+    well = _is_size(version) and isinstance(config, dict) and isinstance(history, list)
+    if not well or not isinstance(version, int) or not all(map(_is_entry, history)):
         raise _broken(path, "malformed metadata")
     if version > VERSION:
         raise DalleError(f"expected artifact version {VERSION} or older, found {version}: {path}; upgrade dalle-cli")
     if meta["kind"] not in KINDS:
         raise DalleError(f"expected a known kind, found {meta['kind']!r}: {path}; upgrade dalle-cli")
     return {"kind": meta["kind"], "version": version, "config": config, "history": history}
+
+
+def _is_entry(value: object) -> bool:
+    """Whether this is an entry of a history: {"stage", "options", "inputs"}."""
+    if not isinstance(value, dict) or not isinstance(value.get("stage"), str):
+        return False
+    options, inputs = value.get("options"), value.get("inputs")
+    return isinstance(options, dict) and isinstance(inputs, dict) and all(isinstance(v, str) for v in inputs.values())
 
 
 def read_header(path: Path) -> Header:
@@ -204,7 +236,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         raise DalleError(f"expected to write {path}, found {error.strerror}; nothing was changed") from None
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
+        part.touch()
+        mode = (
+            part.stat().st_mode
+        )  # as the umask has it; safetensors' own writer would leave the file to its owner alone
         write(part)
+        part.chmod(mode)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -220,18 +257,17 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def check_replaceable(path: Path, kind: str, force: bool = False) -> None:
-    """Refuse to replace anything that is not an artifact of the same kind, unless forced.
+    """Refuse to replace anything that is not an artifact of the same kind, unless forced; never a folder by a file.
 
     Raises:
         DalleError: something else lies at `path`.
     """
+    if path.is_dir():
+        raise DalleError(f"expected to write the file {path}, found a folder there; choose another -o")
     if force or not path.exists():
         return
-    target = path / "00000.safetensors" if path.is_dir() else path
-    if path.is_dir() and not any(path.iterdir()):
-        return
     try:
-        found = read_header(target).kind
+        found = read_header(path).kind
     except DalleError:
         found = "something else"
     if found != kind:

@@ -1,4 +1,4 @@
-"""The history of an artifact: each stage that led to it, oldest first; no paths, no times, so the same work is the same bytes."""
+"""The history of an artifact: each stage that led to it, oldest first; no paths, no times: same work, same bytes."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -11,11 +11,15 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Column:
-    """A tensor that a kind holds: allowed dtypes (safetensors' names), number of dimensions, whether it must be there."""
+    """A tensor that a kind holds: allowed dtypes (safetensors' names), number of dimensions, whether it must be there.
+
+    `channels` is the size of the dimension after the rows, where the kind fixes it.
+    """
 
     dtypes: tuple[str, ...]
     ndim: int
     required: bool = True
+    channels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ KINDS = {
         Kind(
             "images",
             "pictures",
-            {"images": Column(("U8",), 4), "score": Column(("F32",), 1, required=False)},
+            {"images": Column(("U8",), 4, channels=3), "score": Column(("F32",), 1, required=False)},
             {"ids": True, "text": False},
         ),
         Kind("weights.dvae", "weights of a dVAE"),

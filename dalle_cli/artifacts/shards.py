@@ -1,14 +1,25 @@
-"""Writing rows as one file or as a folder of shards; a stage that was stopped writes only the shards that are missing."""
+"""Writing rows as one file or as a folder of shards; a stage that was stopped writes only the missing shards."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dalle_cli.artifacts.container import check_replaceable, read_header, write_artifact
+from dalle_cli.artifacts.container import SHARDS, check_replaceable, read_header, write_artifact
 from dalle_cli.errors import DalleError
 
 MAX_SHARDS = 99_999
+
+
+def _check_folder(out: Path, kind: str) -> None:
+    """Raises: DalleError if `out` is a folder of something else, or holds a shard of another kind."""
+    shards = sorted(out.glob(SHARDS))
+    for path in shards:
+        check_replaceable(path, kind)
+    others = {} if shards or not out.is_dir() else set(out.iterdir()) - set(out.glob(f".{SHARDS}.*.part"))
+    if others:
+        found = min(others).name
+        raise DalleError(f"expected to write {kind} to {out}, found {found} there; choose another -o or give --force")
 
 
 class ShardWriter:
@@ -38,9 +49,10 @@ class ShardWriter:
             raise DalleError(f"expected at most {MAX_SHARDS} shards, found {self.total}; raise --shard-size")
         if not self.single and out.is_file():
             raise DalleError(f"expected a folder for shards, found a file: {out}; choose another -o")
-        if self.single and out.is_dir():
-            raise DalleError(f"expected a file to write, found a folder: {out}; choose another -o")
-        check_replaceable(out, kind, force)
+        if self.single:
+            check_replaceable(out, kind, force)
+        elif not force:
+            _check_folder(out, kind)
         self.config = dict(config) if self.single else {**config, "shards": self.total}
         self.history = list(history)
 
@@ -64,7 +76,9 @@ class ShardWriter:
     def missing(self) -> Iterator[int]:
         """The shards to write; what a run of other options or inputs left is removed first."""
         if not self.single and self.out.is_dir():
-            for stale in self.out.glob("[0-9]" * 5 + ".safetensors"):
+            for cut in self.out.glob(f".{SHARDS}.*.part"):
+                cut.unlink()  # a shard in the making when a run was killed
+            for stale in self.out.glob(SHARDS):
                 if int(stale.stem) >= self.total or not self.has(int(stale.stem)):
                     stale.unlink()
         for i in range(self.total):

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 
 class Strings(Sequence[str]):
-    """N UTF-8 strings over `data` (n_bytes,) uint8 and `offsets` (N+1,) int64; nothing is decoded before it is asked for."""
+    """N UTF-8 strings over `data` (n_bytes,) uint8 and `offsets` (N+1,) int64, decoded only when asked for."""
 
     def __init__(self, data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]):
         self.data = data

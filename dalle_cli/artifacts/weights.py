@@ -34,10 +34,18 @@ def save_tensors(
 
 
 def load_tensors(artifact: Artifact, device: str = "cpu") -> dict[str, Tensor]:
-    """Every tensor of a one-file artifact, on `device`."""
+    """Every tensor of a one-file artifact, on `device`.
+
+    Raises:
+        DalleError: the safetensors library does not agree that it is whole.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(str(artifact.path), device=device)
+    try:
+        return load_file(str(artifact.headers[0].path), device=device)
+    except SafetensorError as error:
+        raise DalleError(f"expected whole tensors, found {error} in {artifact.path}; make it again") from None
 
 
 def load_into(module: torch.nn.Module, artifact: Artifact) -> None:
@@ -46,13 +54,21 @@ def load_into(module: torch.nn.Module, artifact: Artifact) -> None:
     Raises:
         DalleError: a tensor is missing, unknown, or of another shape.
     """
-    state = load_tensors(artifact)
-    own = module.state_dict()
-    for name in sorted(own.keys() ^ state.keys()):
-        where = "missing from" if name in own else "unknown in"
-        raise DalleError(f"expected the weights of {artifact.config}, found {name} {where} {artifact.path}")
-    for name, tensor in state.items():
-        if tensor.shape != own[name].shape:
-            shapes = f"{name} of {list(tensor.shape)} where {list(own[name].shape)} is due"
-            raise DalleError(f"expected the weights that the header tells of, found {shapes} in {artifact.path}")
-    module.load_state_dict(state)
+    check_fit(module, artifact)
+    module.load_state_dict(load_tensors(artifact))
+
+
+def check_fit(module: torch.nn.Module, artifact: Artifact) -> None:
+    """Compare names and shapes by the header alone; the module may be on the meta device.
+
+    Raises:
+        DalleError: a tensor is missing, unknown, or of another shape.
+    """
+    own, stored = module.state_dict(), artifact.headers[0].tensors
+    for name in sorted(own.keys() ^ stored.keys()):
+        found = f"{name} {'missing' if name in own else 'that is unknown'}"
+        raise DalleError(f"expected the weights that the header tells of, found {found} in {artifact.path}")
+    for name, info in stored.items():
+        if info.shape != tuple(own[name].shape):
+            found = f"{name} of {list(info.shape)} where {list(own[name].shape)} is due"
+            raise DalleError(f"expected the weights that the header tells of, found {found} in {artifact.path}")

@@ -26,7 +26,7 @@ def run(
     source = given_or_piped(codes)
     latents = open_artifact(source, "codes")
     weights = bundle.weights(model, "weights.dvae")
-    dvae = drawing.decoder(weights, latents.config["encoder"], source, device)
+    dvae = drawing.decoder(weights, latents.fact("encoder", str), source, device)
     target = out or beside(source, ".images.safetensors")
     made = history("decode", {"dtype": dtype}, codes=latents, model=weights)
     writer = ShardWriter(target, "images", len(latents), shard_size, {}, made, force)

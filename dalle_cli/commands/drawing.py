@@ -3,6 +3,7 @@
 Shapes: P prompts, K candidates of each, N = P * K, T caption length, H W code grid, S side in pixels.
 """
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,11 @@ class Settings:
     seed: int
     batch_size: int
 
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "guidance"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise DalleError(f"expected a finite --{name.replace('_', '-')}, found {value}")
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -46,7 +52,7 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     texts = list(prompts or [])
     if file is not None:
         try:
-            texts += file.read_text(encoding="utf-8").splitlines()
+            texts += file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DalleError(f"expected prompts, one a line in UTF-8, found {error}; check --prompts") from None
     texts = [text.strip() for text in texts if text.strip()]
@@ -60,22 +66,20 @@ def sample(weights: "Artifact", texts: list[str], s: Settings, device: str, dtyp
     import numpy as np
     import torch
 
+    from dalle_cli import load
     from dalle_cli.artifacts import digest_bytes, history
     from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.devices import autocast, select_device, select_dtype
-    from dalle_cli import load
     from dalle_cli.sampling.autoregressive import sample_codes
 
-    where = select_device(device)
-    prior = load.prior(weights, where)
+    prior, encoder = load.prior(weights, where := select_device(device)), weights.fact("encoder", str)
     bpe = tokenizers.load(bundle.tokenizer(weights))
     tokens, lengths, cut = bpe.encode_batch(texts, prior.config.n_text)
     if cut:
         console.warn(f"{cut} prompts are longer than {prior.config.n_text} tokens and were cut")
     indices = [int(digest_bytes(text.encode())[:16], 16) << 32 | k for text in texts for k in range(s.n)]
     of_prompt = np.repeat(np.arange(len(texts)), s.n if len(texts) > 1 else 1)
-    arithmetic = select_dtype(dtype, where)
-    n_codes = prior.config.grid**2
+    arithmetic, n_codes = select_dtype(dtype, where), prior.config.grid**2
     with console.progress("sample", len(indices) * n_codes, unit="codes") as advance, autocast(where, arithmetic):
         codes = sample_codes(
             prior,
@@ -90,8 +94,8 @@ def sample(weights: "Artifact", texts: list[str], s: Settings, device: str, dtyp
             batch_size=s.batch_size,
             progress=advance,
         )
-    options = {k: v for k, v in asdict(s).items() if k != "batch_size"}
-    options["dtype"] = str(arithmetic).removeprefix("torch.")
+    options = {**asdict(s), "dtype": str(arithmetic).removeprefix("torch.")}
+    del options["batch_size"]
     tensors = {
         "codes": codes.cpu().numpy().astype(np.uint16 if prior.config.n_image_vocab <= 2**16 else np.int32),
         "prompt": np.repeat(np.arange(len(texts), dtype=np.int32), s.n),
@@ -99,7 +103,7 @@ def sample(weights: "Artifact", texts: list[str], s: Settings, device: str, dtyp
         "ids": [f"{p:05d}-{k:05d}" for p in range(len(texts)) for k in range(s.n)],
         "text": [text for text in texts for _ in range(s.n)],
     }
-    config = {"n_vocab": prior.config.n_image_vocab, "grid": prior.config.grid, "encoder": weights.config["encoder"]}
+    config = {"n_vocab": prior.config.n_image_vocab, "grid": prior.config.grid, "encoder": encoder}
     return Columns(tensors, config, history("sample", options, model=weights))
 
 
@@ -109,8 +113,8 @@ def decoder(weights: "Artifact", encoder: str, source: object, device: str) -> A
     Raises:
         DalleError: the codes were made by another.
     """
-    from dalle_cli.devices import select_device
     from dalle_cli import load
+    from dalle_cli.devices import select_device
 
     bundle.check_digest("dVAE", weights.digest, encoder, source)
     return load.dvae(weights, select_device(device))
@@ -120,7 +124,7 @@ def decode(dvae: Any, codes: Any, dtype: str) -> Any:
     """(B, H, W) codes -> (B, 3, S, S) uint8.
 
     Raises:
-        DalleError: a code beyond the vocabulary.
+        DalleError: a code beyond the vocabulary, or a grid of another size.
     """
     import numpy as np
     import torch
@@ -131,6 +135,9 @@ def decode(dvae: Any, codes: Any, dtype: str) -> Any:
     rows = np.asarray(codes).astype(np.int64)
     if rows.size and not 0 <= rows.min() <= rows.max() < dvae.config.n_vocab:
         raise DalleError(f"expected codes below {dvae.config.n_vocab}, found {rows.max()}; the file is not this dVAE's")
+    grid = (dvae.config.grid, dvae.config.grid)
+    if rows.shape[1:] != grid:
+        raise DalleError(f"expected codes of {grid}, found {rows.shape[1:]}; the file is not this dVAE's")
     device = next(dvae.parameters()).device
     with autocast(device, select_dtype(dtype, device)):
         return to_uint8(dvae.decode(torch.from_numpy(rows).to(device))).cpu().numpy()
@@ -140,9 +147,9 @@ class Judge:
     """A CLIP with its tokenizer: scores pictures against captions."""
 
     def __init__(self, weights: "Artifact", device: str, dtype: str):
+        from dalle_cli import load
         from dalle_cli.data import tokenizer as tokenizers
         from dalle_cli.devices import select_device, select_dtype
-        from dalle_cli import load
 
         self.device = select_device(device)
         self.dtype = select_dtype(dtype, self.device)
@@ -158,7 +165,7 @@ class Judge:
 
         unique = sorted(set(texts))
         tokens, lengths, _ = self.tokenizer.encode_batch(unique, self.clip.config.n_text)
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).float() / 255
+        pixels = torch.from_numpy(np.array(images)).to(self.device).float() / 255
         with torch.inference_mode(), autocast(self.device, self.dtype):
             text = self.clip.encode_text(
                 torch.from_numpy(tokens.astype(np.int64)).to(self.device),
@@ -188,6 +195,17 @@ def best(scores: Any, groups: list[str], keep: int) -> Any:
     return np.array([row for rows in ranked for row in rows], dtype=np.int64)
 
 
+def check_png(path: Path, force: bool) -> None:
+    """Raises: DalleError if anything but a PNG lies at `path`."""
+    if path.is_dir() or (path.exists() and not force and not _is_png(path)):
+        raise DalleError(f"expected to write a PNG to {path}, found something else there; choose another -o or --force")
+
+
+def _is_png(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"\x89PNG"
+
+
 def save_sheet(
     path: Path, pixels: list[Any], texts: list[str], scores: list[float] | None, columns: int, title: str | None,
     force: bool,
@@ -200,8 +218,7 @@ def save_sheet(
     from dalle_cli.artifacts.container import replace_file
     from dalle_cli.data.sheet import sheet
 
-    if path.is_dir() or (path.exists() and not force and path.read_bytes()[:4] != b"\x89PNG"):
-        raise DalleError(f"expected to write a PNG to {path}, found something else there; choose another -o or --force")
+    check_png(path, force)
     groups = [texts.index(text) for text in texts]
     image = sheet(pixels, texts, scores, columns=columns or None, title=title, groups=groups)
     replace_file(path, lambda part: image.save(part, format="PNG"))

@@ -1,11 +1,28 @@
 """`dalle encode-images`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dalle_cli.options import BatchSize, DatasetArg, Device, Dtype, Force, Model, OutFile, Recipe, Seed, Sets
-from dalle_cli.options import ShardSize, Workers
+from dalle_cli.options import (
+    BatchSize,
+    DatasetArg,
+    Device,
+    Dtype,
+    Force,
+    Model,
+    OutFile,
+    Recipe,
+    Seed,
+    Sets,
+    ShardSize,
+    Workers,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from dalle_cli.models.dvae import DVAE
 
 EXAMPLE = "Example: dalle encode-images photos/ -m dvae.safetensors -o codes/"
 
@@ -15,10 +32,10 @@ def run(
     out: OutFile,
     model: Model = None,
     config: Recipe = None,
-    sets: Sets = [],  # noqa: B006
-    augment: Annotated[str, typer.Option(help="center, or a random crop: prior (the paper's for stage two) or dvae.")] = (
-        "center"
-    ),
+    sets: Sets = [],
+    augment: Annotated[
+        str, typer.Option(help="center, or a random crop: prior (the paper's for stage two) or dvae.")
+    ] = "center",
     repeats: Annotated[int, typer.Option(min=1, help="Rows per picture, each cropped anew.")] = 1,
     shard_size: ShardSize = 8192,
     batch_size: BatchSize = 64,
@@ -29,56 +46,69 @@ def run(
     force: Force = False,
 ) -> None:
     """Encode a data set's pictures to dVAE codes."""
-    import numpy as np
-    import torch
+    from dataclasses import asdict
 
-    from dalle_cli import bundle, console
+    import numpy as np
+
+    from dalle_cli import bundle, console, load
     from dalle_cli import config as recipes
     from dalle_cli.artifacts import ShardWriter, history
     from dalle_cli.data.augment import by_name
     from dalle_cli.data.datasets import open_dataset
     from dalle_cli.data.filters import Filters
     from dalle_cli.data.loader import sequential
-    from dalle_cli.devices import autocast, select_device, select_dtype
+    from dalle_cli.devices import select_device, select_dtype
     from dalle_cli.errors import DalleError
-    from dalle_cli import load
-    from dalle_cli.models.pixels import from_uint8
     from dalle_cli.paths import skip_list
 
     if repeats > 1 and augment == "center":
         raise DalleError(f"expected --augment prior or dvae with --repeats {repeats}, found center; all would be alike")
     (filters,) = recipes.section(recipes.read(config, sets), "data", Filters)
     weights = bundle.weights(model, "weights.dvae")
-    where = select_device(device)
-    arithmetic = select_dtype(dtype, where)
-    dvae = load.dvae(weights, where)
+    dvae = load.dvae(weights, where := select_device(device))
+    arithmetic, size = select_dtype(dtype, where), dvae.config.image_size
     data = open_dataset(dataset, need_captions=False, filters=filters)
-    options = {"augment": augment, "repeats": repeats, "dtype": str(arithmetic).removeprefix("torch.")}
+    options = {
+        "data": asdict(filters),
+        "augment": augment,
+        "repeats": repeats,
+        "dtype": str(arithmetic).removeprefix("torch."),
+    }
     options |= {"seed": seed} if augment != "center" else {}
     made = history("encode-images", options, dataset=data.digest, model=weights)
     header = {"n_vocab": dvae.config.n_vocab, "grid": dvae.config.grid, "encoder": weights.digest}
     # Shard by shard, and pass by pass over the data: `repeats` passes, each cropped anew.
     writer = ShardWriter(out, "codes", len(data) * repeats, shard_size, header, made, force)
-    data.skipped.load(skip_list(out))
+    if any(map(writer.has, range(writer.total))):
+        data.skipped.load(skip_list(out))
     small = np.uint16 if dvae.config.n_vocab <= 2**16 else np.int32
     crop = by_name(augment)
-    written = 0
+    written, fresh = 0, False
     with console.progress("encode-images", len(data) * repeats, unit="pictures") as advance:
         for shard in writer.missing():
             codes, ids = [np.zeros((0, dvae.config.grid, dvae.config.grid), small)], []
             for rows, draw in passes(*writer.bounds(shard), len(data)):
-                reader = sequential(data, dvae.config.image_size, rows, batch_size, workers, crop, seed, draw)
-                for kept, images in reader:
-                    with autocast(where, arithmetic):
-                        found = dvae.encode(from_uint8(torch.from_numpy(images).to(where)))
-                    codes.append(found.cpu().numpy().astype(small))
+                for kept, images in sequential(data, size, rows, batch_size, workers, crop, seed, draw):
+                    codes.append(encode(dvae, images, arithmetic).astype(small))
                     ids += [data.ids[row] for row in kept]
                     advance(len(images))
             writer.write(shard, {"codes": np.concatenate(codes), "ids": ids})
             data.skipped.write(skip_list(out))
-            written += len(ids)
-    found_before = None if written else "all there already"
-    console.result(out, pictures=written or found_before, shards=writer.total, skipped=data.skipped.summary() or None)
+            written, fresh = written + len(ids), True
+    figures = {"pictures": written if fresh else "all there already", "skipped": data.skipped.summary() or None}
+    console.result(out, **figures, shards=writer.total)
+
+
+def encode(dvae: "DVAE", images: Any, arithmetic: "torch.dtype") -> Any:
+    """(B, 3, S, S) uint8 -> codes (B, H, W)."""
+    import torch
+
+    from dalle_cli.devices import autocast
+    from dalle_cli.models.pixels import from_uint8
+
+    where = next(dvae.parameters()).device
+    with autocast(where, arithmetic):
+        return dvae.encode(from_uint8(torch.from_numpy(images).to(where))).cpu().numpy()
 
 
 def passes(start: int, stop: int, n: int) -> list[tuple[range, int]]:

@@ -32,8 +32,9 @@ def run(
     if folder.exists() and not folder.is_dir():
         raise DalleError(f"expected a folder to write to, found a file: {folder}; choose another -o")
     manifest = folder / "manifest.jsonl"
-    if folder.is_dir() and any(folder.iterdir()) and not manifest.exists() and not force:
-        raise DalleError(f"expected an empty folder or an earlier export, found {folder}; choose another or give --force")
+    before = _earlier(manifest)
+    if folder.is_dir() and any(folder.iterdir()) and not before and not force:
+        raise DalleError(f"expected an empty folder or an earlier export, found {folder}; choose another or --force")
     ids = pictures.strings("ids")
     texts = pictures.strings("text") if "text" in pictures else None
     scores = pictures.array("score") if "score" in pictures else None
@@ -50,4 +51,18 @@ def run(
             advance()
     text = "".join(f"{line}\n" for line in lines)
     replace_file(manifest, lambda part: part.write_text(text, encoding="utf-8"))
+    for name in before[len(lines) :]:
+        (folder / name).unlink(missing_ok=True)  # of an earlier export, which had more
     console.result(folder, pictures=len(lines))
+
+
+def _earlier(manifest: Path) -> list[str]:
+    """The pictures of an earlier export, as its manifest names them in order; none where it is another's manifest."""
+    import json
+
+    try:
+        rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+        names = [f"{row:06d}.png" for row in range(len(rows))]
+        return names if all("id" in row and row["image"] == name for row, name in zip(rows, names, strict=True)) else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -5,8 +5,25 @@ from typing import Annotated
 
 import typer
 
-from dalle_cli.options import BatchSize, Columns, Device, Force, Guidance, Keep, Model, Out, PromptFile, Prompts
-from dalle_cli.options import SampleDtype, Samples, Seed, Temperature, Terminal, TopK, TopP
+from dalle_cli.options import (
+    BatchSize,
+    Columns,
+    Device,
+    Force,
+    Guidance,
+    Keep,
+    Model,
+    Out,
+    PromptFile,
+    Prompts,
+    SampleDtype,
+    Samples,
+    Seed,
+    Temperature,
+    Terminal,
+    TopK,
+    TopP,
+)
 
 EXAMPLE = 'Example: dalle generate "a tutu radish walking a dog" -n 64 --keep 8 -o radish.png'
 
@@ -36,18 +53,22 @@ def run(
 
     from dalle_cli import bundle, console
     from dalle_cli.artifacts import history, write_artifact
+    from dalle_cli.artifacts.container import check_replaceable
     from dalle_cli.commands import drawing
     from dalle_cli.paths import slug
 
     texts = drawing.read_prompts(prompts, prompt_file)
     drawing.check_keep([t for t in texts for _ in range(n)], keep)
+    target = out or Path(f"{slug(texts[0])}.png")
+    drawing.check_png(target, force)
+    if images is not None:
+        check_replaceable(images, "images", force)
     prior, vae = bundle.weights(model, "weights.prior.codes"), bundle.weights(model, "weights.dvae")
     clip = bundle.weights(model, "weights.clip")
-    drawn = drawing.sample(
-        prior, texts, drawing.Settings(n, temperature, top_k, top_p, guidance, seed, batch_size), device, dtype
-    )
-    dvae = drawing.decoder(vae, drawn.config["encoder"], prior.path, device)
+    dvae = drawing.decoder(vae, prior.fact("encoder", str), prior.path, device)
     judge = drawing.Judge(clip, device, dtype)
+    settings = drawing.Settings(n, temperature, top_k, top_p, guidance, seed, batch_size)
+    drawn = drawing.sample(prior, texts, settings, device, dtype)
     codes, text, ids = (drawn.tensors[name] for name in ("codes", "text", "ids"))
     pixels, scores = [], []
     with console.progress("decode and rerank", len(codes), unit="pictures") as advance:
@@ -56,17 +77,16 @@ def run(
             pixels.append(drawing.decode(dvae, codes[rows], dtype))
             scores.append(judge.score(pixels[-1], text[rows]))
             advance(len(pixels[-1]))
-    pictures, score = np.concatenate(pixels), np.concatenate(scores)
+    score = np.concatenate(scores)
     order = drawing.best(score, text, keep)
-    kept = {"images": pictures[order], "score": score[order]}
-    kept_text = [text[row] for row in order]
+    kept = {"images": np.concatenate(pixels)[order], "score": score[order]}
+    kept |= {"ids": [ids[row] for row in order], "text": [text[row] for row in order]}
     if images is not None:
-        made = [*drawn.history, *history("generate", {"keep": keep, "dtype": dtype}, dvae=vae, clip=clip)[-1:]]
-        columns_ = {**kept, "ids": [ids[row] for row in order], "text": kept_text}
-        write_artifact(images, "images", columns_, {}, made, force)
-    target = out or Path(f"{slug(texts[0])}.png")
+        made = history("generate", {"keep": keep, "dtype": dtype}, dvae=vae, clip=clip)
+        made = [*drawn.history, *(entry for entry in made if entry not in drawn.history)]
+        write_artifact(images, "images", kept, {}, made, force)
     shown = list(kept["images"])
-    drawing.save_sheet(target, shown, kept_text, [float(s) for s in kept["score"]], columns, None, force)
+    drawing.save_sheet(target, shown, kept["text"], kept["score"].tolist(), columns, None, force)
     if terminal:
         drawing.preview(shown, columns)
     console.result(target, kept=len(order), of=len(codes), best=float(score.max()))

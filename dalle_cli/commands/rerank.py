@@ -25,6 +25,7 @@ def run(
 
     from dalle_cli import bundle, console
     from dalle_cli.artifacts import history, open_artifact, write_artifact
+    from dalle_cli.artifacts.container import check_replaceable
     from dalle_cli.commands import drawing
     from dalle_cli.errors import DalleError
     from dalle_cli.paths import beside, given_or_piped
@@ -37,6 +38,8 @@ def run(
         raise DalleError(f"expected images to rank, found none in {source}")
     texts = [prompt] * len(pictures) if prompt is not None else list(pictures.strings("text"))
     drawing.check_keep(texts, keep)
+    target = out or beside(source, ".best.safetensors")
+    check_replaceable(target, "images", force)
     weights = bundle.weights(model, "weights.clip")
     judge = drawing.Judge(weights, device, dtype)
     pixels, ids = pictures.array("images"), pictures.strings("ids")
@@ -54,6 +57,5 @@ def run(
         "text": [texts[int(row)] for row in order],
     }
     made = history("rerank", {"keep": keep, "prompt": prompt, "dtype": dtype}, images=pictures, model=weights)
-    target = out or beside(source, ".best.safetensors")
     write_artifact(target, "images", columns, {}, made, force)
     console.result(target, kept=len(order), of=len(pictures), best=float(scores.max()), mean=float(scores.mean()))

@@ -1,14 +1,27 @@
 """`dalle sample`."""
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from dalle_cli.options import (
+    BatchSize,
+    Device,
+    Force,
+    Guidance,
+    Model,
+    Out,
+    PromptFile,
+    Prompts,
+    SampleDtype,
+    Samples,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+)
 
-from dalle_cli.options import BatchSize, Device, Force, Guidance, Model, Out, Prompts, PromptFile
-from dalle_cli.options import SampleDtype, Samples, Seed, Temperature, TopK, TopP
-
-EXAMPLE = 'Example: dalle sample "a tutu radish walking a dog" -n 64 | dalle decode | dalle rerank --keep 8 | dalle show'
+EXAMPLE = (
+    'Example: dalle sample "a tutu radish walking a dog" -n 64 | dalle decode | dalle rerank --keep 8 | dalle show'
+)
 
 
 def run(
@@ -30,6 +43,7 @@ def run(
     """Draw codes for a prompt from a prior."""
     from dalle_cli import bundle, console
     from dalle_cli.artifacts import write_artifact
+    from dalle_cli.artifacts.container import check_replaceable
     from dalle_cli.commands import drawing
     from dalle_cli.paths import slug
 
@@ -37,6 +51,7 @@ def run(
     weights = bundle.weights(model, "weights.prior.codes")
     settings = drawing.Settings(n, temperature, top_k, top_p, guidance, seed, batch_size)
     target = out or Path(f"{slug(prompt_file.stem if prompt_file else texts[0])}.codes.safetensors")
+    check_replaceable(target, "codes", force)
     drawn = drawing.sample(weights, texts, settings, device, dtype)
     write_artifact(target, "codes", drawn.tensors, drawn.config, drawn.history, force)
     console.result(target, prompts=len(texts), samples=len(texts) * n)

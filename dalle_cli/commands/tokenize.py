@@ -15,17 +15,19 @@ def run(
     tokenizer: Annotated[Path, typer.Option("-t", "--tokenizer", help="A tokenizer's JSON.")],
     out: OutFile,
     config: Recipe = None,
-    sets: Sets = [],  # noqa: B006
+    sets: Sets = [],
     shard_size: ShardSize = 65536,
     force: Force = False,
 ) -> None:
     """Turn a data set's captions into tokens."""
+    from dataclasses import asdict
+
     from dalle_cli import config as recipes
     from dalle_cli import console
     from dalle_cli.artifacts import ShardWriter, history
+    from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.data.datasets import open_dataset
     from dalle_cli.data.filters import Filters
-    from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.data.tokenizer import TokenizerConfig
     from dalle_cli.paths import skip_list
 
@@ -36,7 +38,9 @@ def run(
     data = open_dataset(dataset, need_captions=True, filters=filters)
     rows = [(i, text) for i, texts in enumerate(data.captions) for text in texts]
     header = {"n_vocab": bpe.vocab_size, "n_text": options.length, "tokenizer": bpe.digest}
-    made = history("tokenize", {"length": options.length}, dataset=data.digest, tokenizer=bpe.digest)
+    made = history(
+        "tokenize", {"length": options.length, "data": asdict(filters)}, dataset=data.digest, tokenizer=bpe.digest
+    )
     writer = ShardWriter(out, "captions", len(rows), shard_size, header, made, force)
     n_cut = 0
     with console.progress("tokenize", len(rows), unit="captions") as advance:

@@ -15,7 +15,7 @@ def run(
     tokenizer: Annotated[Path, typer.Option("-t", "--tokenizer", help="A tokenizer's JSON.")],
     out: OutFile,
     config: Recipe = None,
-    sets: Sets = [],  # noqa: B006
+    sets: Sets = [],
     seed: Seed = 0,
     workers: Workers = 2,
     device: Device = "auto",
@@ -29,9 +29,9 @@ def run(
     from dalle_cli import config as recipes
     from dalle_cli import console
     from dalle_cli.artifacts import history
+    from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.data.datasets import open_dataset
     from dalle_cli.data.filters import Filters
-    from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.models.clip import CLIPConfig
     from dalle_cli.paths import skip_list
     from dalle_cli.training.clip import CLIPTask, CLIPTrain
@@ -45,7 +45,12 @@ def run(
     data = open_dataset(dataset, need_captions=True, filters=filters)
     machine = arithmetic(device, dtype)
     header = {"model": asdict(model), "train": asdict(options), "tokenizer": bpe.digest}
-    made = history("train-clip", {"seed": seed, "dtype": machine.name}, dataset=data.digest, tokenizer=bpe.digest)
+    made = history(
+        "train-clip",
+        {"seed": seed, "dtype": machine.name, "data": asdict(filters)},
+        dataset=data.digest,
+        tokenizer=bpe.digest,
+    )
     run_ = Run(out, "weights.clip", header, made, force)
     figures = train(lambda: CLIPTask(model, options, data, bpe, seed, workers), options, run_, machine, seed, fresh)
     data.skipped.write(skip_list(out))

@@ -9,7 +9,7 @@ def run(
     dataset: DatasetArg,
     out: OutFile,
     config: Recipe = None,
-    sets: Sets = [],  # noqa: B006
+    sets: Sets = [],
     seed: Seed = 0,
     workers: Workers = 2,
     device: Device = "auto",
@@ -37,7 +37,7 @@ def run(
     data = open_dataset(dataset, need_captions=False, filters=filters)
     machine = arithmetic(device, dtype)
     header = {"model": asdict(model), "train": asdict(options)}
-    made = history("train-dvae", {"seed": seed, "dtype": machine.name}, dataset=data.digest)
+    made = history("train-dvae", {"seed": seed, "dtype": machine.name, "data": asdict(filters)}, dataset=data.digest)
     run_ = Run(out, "weights.dvae", header, made, force)
     figures = train(lambda: DVAETask(model, options, data, seed, workers), options, run_, machine, seed, fresh)
     data.skipped.write(skip_list(out))

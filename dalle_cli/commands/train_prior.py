@@ -15,10 +15,11 @@ def run(
     latents: Annotated[Path, typer.Argument(metavar="LATENTS", help="What `encode-images` wrote.")],
     out: OutFile,
     tokenizer: Annotated[
-        Path | None, typer.Option("-t", "--tokenizer", help="For BPE dropout; looked for beside the inputs if left out.")
+        Path | None,
+        typer.Option("-t", "--tokenizer", help="For BPE dropout; looked for beside the inputs if left out."),
     ] = None,
     config: Recipe = None,
-    sets: Sets = [],  # noqa: B006
+    sets: Sets = [],
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -31,8 +32,8 @@ def run(
     from dalle_cli import bundle, console
     from dalle_cli import config as recipes
     from dalle_cli.artifacts import history, open_artifact
-    from dalle_cli.data.pairs import Pairs
     from dalle_cli.data import tokenizer as tokenizers
+    from dalle_cli.data.pairs import Pairs
     from dalle_cli.models.prior import PriorConfig
     from dalle_cli.training.loop import arithmetic, train
     from dalle_cli.training.prior import PriorTask, PriorTrain
@@ -40,20 +41,20 @@ def run(
 
     texts, codes = open_artifact(captions, "captions"), open_artifact(latents, "codes")
     known = {
-        "n_text_vocab": texts.config["n_vocab"],
-        "n_text": texts.config["n_text"],
-        "n_image_vocab": codes.config["n_vocab"],
-        "grid": codes.config["grid"],
+        "n_text_vocab": texts.fact("n_vocab", int),
+        "n_text": texts.fact("n_text", int),
+        "n_image_vocab": codes.fact("n_vocab", int),
+        "grid": codes.fact("grid", int),
     }
+    read_with, encoder = texts.fact("tokenizer", str), codes.fact("encoder", str)
     model, options = recipes.section(recipes.read(config, sets), "prior", PriorConfig, known, train=PriorTrain)
     bpe = None
     if options.bpe_dropout:
         folders = (out.parent, captions.parent)
-        bpe = tokenizers.load(tokenizer or bundle.find_tokenizer(texts.config["tokenizer"], *folders))
-        bundle.check_digest("tokenizer", bpe.digest, texts.config["tokenizer"], captions)
+        bpe = tokenizers.load(tokenizer or bundle.find_tokenizer(read_with, *folders))
+        bundle.check_digest("tokenizer", bpe.digest, read_with, captions)
     machine = arithmetic(device, dtype)
-    header = {"model": asdict(model), "train": asdict(options)}
-    header |= {"tokenizer": texts.config["tokenizer"], "encoder": codes.config["encoder"]}
+    header = {"model": asdict(model), "train": asdict(options), "tokenizer": read_with, "encoder": encoder}
     made = history("train-prior", {"seed": seed, "dtype": machine.name}, captions=texts, codes=codes)
     run_ = Run(out, "weights.prior.codes", header, made, force)
     pairs = Pairs(texts, codes)

@@ -5,14 +5,14 @@ from dalle_cli.options import DatasetArg, Force, OutFile, Recipe, Sets
 EXAMPLE = "Example: dalle train-tokenizer photos/ --set tokenizer.vocab_size=4096 -o tokenizer.json"
 
 
-def run(dataset: DatasetArg, out: OutFile, config: Recipe = None, sets: Sets = [], force: Force = False) -> None:  # noqa: B006
+def run(dataset: DatasetArg, out: OutFile, config: Recipe = None, sets: Sets = [], force: Force = False) -> None:
     """Train a byte-level BPE tokenizer on a data set's captions."""
     from dalle_cli import config as recipes
     from dalle_cli import console
     from dalle_cli.artifacts.container import replace_file
+    from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.data.datasets import open_dataset
     from dalle_cli.data.filters import Filters
-    from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.data.tokenizer import TokenizerConfig
 
     table = recipes.read(config, sets)

@@ -44,6 +44,10 @@ class Pairs:
                 f"expected captions and {latents.kind} of the same pictures, found no id in common ({example}); "
                 "make both from one data set"
             )
+        self._sizes = {name: captions.fact(name, int) for name in ("n_text", "n_vocab")}
+        self._latent_sizes = {name: latents.fact(name, int) for name in ("grid", "n_vocab")}
+        _check(captions, captions.array("tokens")[:0], (self._sizes["n_text"],), self._sizes["n_vocab"])
+        _check(latents, latents.array("codes")[:0], (self._latent_sizes["grid"],) * 2, self._latent_sizes["n_vocab"])
         place = {name: i for i, name in enumerate(self.ids)}
         self._captions = _rows_by_id(caption_ids, place)
         self._latents = _rows_by_id(latent_ids, place)
@@ -63,11 +67,23 @@ class Pairs:
     def tokens(self, rows: Ints) -> tuple[npt.NDArray[Any], Ints]:
         """Captions of these rows: tokens (B, T) int64 and lengths (B,) int64."""
         tokens = np.asarray(self.captions.array("tokens")[rows]).astype(np.int64)
+        _check(self.captions, tokens, (self._sizes["n_text"],), self._sizes["n_vocab"])
         return tokens, np.asarray(self.captions.array("lengths")[rows]).astype(np.int64)
 
     def codes(self, rows: Ints) -> Ints:
         """Codes of these rows, (B, H, W) int64."""
-        return np.asarray(self.latents.array("codes")[rows]).astype(np.int64)
+        codes = np.asarray(self.latents.array("codes")[rows]).astype(np.int64)
+        _check(self.latents, codes, (self._latent_sizes["grid"],) * 2, self._latent_sizes["n_vocab"])
+        return codes
+
+
+def _check(source: Artifact, rows: Ints, shape: tuple[int, ...], n_vocab: int) -> None:
+    """Raises: DalleError if rows are not what the header says of them."""
+    if rows.shape[1:] != shape or (rows.size and not 0 <= rows.min() <= rows.max() < n_vocab):
+        found = f"{rows.shape[1:]} up to {rows.max(initial=0)}"
+        raise DalleError(
+            f"expected {source.kind} {shape} below {n_vocab}, found {found} in {source.path}; make it again"
+        )
 
 
 def _pick(table: tuple[Ints, Ints], places: Ints, uniform: npt.NDArray[np.float64]) -> Ints:

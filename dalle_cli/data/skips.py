@@ -51,9 +51,10 @@ class SkipLog:
                 self.add(row["id"], row["reason"])
 
     def write(self, path: Path) -> None:
-        """Write one JSON object a line, {"id", "reason"}, atomically; nothing when nothing was skipped."""
+        """Write one JSON object a line, {"id", "reason"}, atomically; when nothing was skipped there is no file."""
         entries = self.entries()
         if not entries:
+            path.unlink(missing_ok=True)
             return
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:

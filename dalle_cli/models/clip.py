@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
+from dalle_cli.models.attention import batched_attention, trains_on_cpu
 
 MAX_LOG_SCALE = math.log(100.0)  # sec. 2.5: the scale is clipped, or training becomes unstable
 
@@ -53,6 +54,9 @@ class CLIPConfig:
     def __post_init__(self) -> None:
         for name in ("pixel_mean", "pixel_std"):  # TOML and JSON only know lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, size in vars(self).items():
+            if isinstance(size, int) and size < 1:
+                raise DalleError(f"expected clip.{name} of at least 1, found {size}; raise it")
         if self.image_size % self.patch_size:
             raise DalleError(
                 f"expected clip.image_size divisible by clip.patch_size, found {self.image_size} and "
@@ -79,6 +83,12 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _bias(x: Tensor, causal: bool) -> Tensor:
+    """0 where a position is seen, -inf where it lies ahead: (B, T, C) -> (T, T), or a () of 0 where all are seen."""
+    length = x.shape[1]
+    return x.new_full((length, length), float("-inf")).triu(1) if causal else x.new_zeros(())
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; q, k and v stay separate because the published names are."""
 
@@ -96,7 +106,10 @@ class Attention(nn.Module):
         q, k, v = (
             proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        if trains_on_cpu(q):
+            h = batched_attention(q, k, v, _bias(x, self.causal))
+        else:
+            h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(h.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

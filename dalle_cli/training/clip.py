@@ -40,6 +40,10 @@ class CLIPTrain(TrainConfig):
     augment: str = "prior"
     flip: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        by_name(self.augment)
+
 
 class CLIPTask:
     """Pictures with captions, of which each epoch draws one anew."""

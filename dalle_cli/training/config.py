@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from dalle_cli.errors import DalleError
 from dalle_cli.training.schedules import LEARNING_RATES
 
+OPTIMIZERS = ("adamw", "muon")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -16,6 +18,7 @@ class TrainConfig:
     final_lr: float = 0.0
     schedule: str = "cosine"
     warmup: int = 0
+    optimizer: str = "adamw"  # or "muon" for the matrices
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -34,8 +37,18 @@ class TrainConfig:
         for name in ("steps", "batch_size", "ema_every", "log_every", "validate_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise DalleError(f"expected {name} of at least 1, found {getattr(self, name)}; raise it")
+        if self.optimizer not in OPTIMIZERS:
+            raise DalleError(f"expected optimizer among {', '.join(OPTIMIZERS)}, found {self.optimizer!r}")
         if self.schedule not in LEARNING_RATES:
             raise DalleError(f"expected schedule among {', '.join(LEARNING_RATES)}, found {self.schedule!r}")
         for name in ("ema", "validation", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise DalleError(f"expected {name} in [0, 1), found {getattr(self, name)}")
+        for name in ("lr", "final_lr", "warmup", "eps", "weight_decay", "clip_norm", "max_validation"):
+            if getattr(self, name) < 0:
+                raise DalleError(f"expected {name} of at least 0, found {getattr(self, name)}; raise it")
+
+    @property
+    def schedule_steps(self) -> int:
+        """Updates that the learning rate takes to come down."""
+        return self.steps

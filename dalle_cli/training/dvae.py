@@ -16,6 +16,7 @@ from dalle_cli.data.datasets import Dataset
 from dalle_cli.data.loader import Loader, sequential
 from dalle_cli.data.sheet import sheet
 from dalle_cli.data.split import split
+from dalle_cli.errors import DalleError
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.pixels import from_uint8, to_uint8
 from dalle_cli.training.config import TrainConfig
@@ -45,6 +46,18 @@ class DVAETrain(TrainConfig):
     augment: str = "dvae"
     flip: bool = True
     revive_every: int = 100  # vq: updates between revivals of dead codes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("temperature", "final_temperature", "lr_steps", "revive_every"):
+            if getattr(self, name) <= 0:
+                raise DalleError(f"expected {name} above 0, found {getattr(self, name)}; raise it")
+        by_name(self.augment)
+
+    @property
+    def schedule_steps(self) -> int:
+        """Updates that the learning rate takes to come down; it stays there."""
+        return min(self.lr_steps, self.steps)
 
 
 class DVAETask:
@@ -89,7 +102,9 @@ class DVAETask:
         share = counts / counts.sum()
         used, perplexity = int((counts > 0).sum()), float(torch.special.entr(share).sum().exp())
         if perplexity < COLLAPSE * min(len(counts), int(counts.sum())):
-            console.warn(f"expected a codebook in use, found a perplexity of {perplexity:.1f} among {len(counts)} codes")
+            console.warn(
+                f"expected a codebook in use, found a perplexity of {perplexity:.1f} among {len(counts)} codes"
+            )
         return {"psnr_held_out": torch.cat(psnr).mean().item(), "codes_used": used, "code_perplexity": perplexity}
 
     def _held_out(self, most: int) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from dalle_cli import console
 from dalle_cli.devices import autocast, select_device, select_dtype
 from dalle_cli.errors import DalleError
 from dalle_cli.training.config import TrainConfig
-from dalle_cli.training.optim import EMA, adamw, load_optimizer_state, optimizer_state
+from dalle_cli.training.optim import EMA, load_optimizer_state, optimizer_state, optimizers
 from dalle_cli.training.run import Run
 from dalle_cli.training.schedules import learning_rate
 
@@ -78,19 +78,18 @@ class Interrupt:
 class Trainer:
     """Carries a task from its last checkpoint to its weights."""
 
-    def __init__(
-        self, task: Task, config: TrainConfig, run: Run, machine: "Arithmetic", seed: int
-    ):
+    def __init__(self, task: Task, config: TrainConfig, run: Run, machine: "Arithmetic", seed: int):
         self.task, self.config, self.run = task, config, run
         self.device, self.dtype, self.seed = machine.device, machine.dtype, seed
         self.model = task.model.to(self.device).train()
-        self.optimizer = adamw(self.model, config)
+        self.optimizers = optimizers(self.model, config)
         self.ema = EMA(self.model, config.ema)
         self.step = 0
         self.seconds = 0.0
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
+        self.run.sweep()
         found = self.run.latest()
         if found is None:
             self.run.rewind_log(-1)
@@ -102,21 +101,21 @@ class Trainer:
             parts[part][rest] = tensor
         self.model.load_state_dict(parts["model"])
         self.ema.model.load_state_dict(parts["ema"])
-        load_optimizer_state(self.model, self.optimizer, parts["optimizer"])
+        load_optimizer_state(self.model, self.optimizers, parts["optimizer"])
         self.seconds = self.run.rewind_log(self.step)
         console.note(f"resuming from update {self.step}")
 
     def save(self) -> None:
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"ema/{k}": v for k, v in self.ema.model.state_dict().items()}
-        tensors |= {f"optimizer/{k}": v for k, v in optimizer_state(self.model, self.optimizer).items()}
+        tensors |= {f"optimizer/{k}": v for k, v in optimizer_state(self.model, self.optimizers).items()}
         self.run.save_checkpoint(self.step, tensors, self.config.keep)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update of the weights; the figures to log."""
         c = self.config
-        rate = learning_rate(self.step, c.schedule, c.lr, c.final_lr, c.warmup, c.steps)
-        for group in self.optimizer.param_groups:
+        rate = learning_rate(self.step, c.schedule, c.lr, c.final_lr, c.warmup, c.schedule_steps)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         seed = mix(self.seed, self.step)
         torch.manual_seed(seed)
@@ -124,11 +123,12 @@ class Trainer:
         batch = tuple(t.to(self.device, non_blocking=True) for t in batch)
         with autocast(self.device, self.dtype):
             loss, figures = self.task.loss(batch, self.step, generator)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if c.clip_norm:
             figures["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         if self.step % c.ema_every == 0:
             self.ema.update(self.model, self.step // c.ema_every - 1)
@@ -234,6 +234,7 @@ def train(
         DalleError: checkpoints of another run, a full disk, or a loss that is no longer finite.
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint has been written.
     """
+    run.check()
     if fresh:
         run.start_over()
     elif run.finished():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dalle_cli.data.order import Order
 from dalle_cli.data.pairs import Ints, Pairs
 from dalle_cli.data.tokenizer import Tokenizer
+from dalle_cli.errors import DalleError
 from dalle_cli.models.prior import Prior, PriorConfig, drop_captions
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.loop import Batch, mix
@@ -37,6 +38,12 @@ class PriorTrain(TrainConfig):
     ema_every: int = 25
     bpe_dropout: float = 0.1
     caption_dropout: float = 0.0  # 0.1 trains for guidance
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("bpe_dropout", "caption_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DalleError(f"expected {name} in [0, 1], found {getattr(self, name)}")
 
 
 class PriorTask:

@@ -4,6 +4,7 @@ A run is known by what its weights will say of themselves (config and history). 
 checkpoints, and finished weights of the same config and inputs are left alone.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -42,13 +43,16 @@ class Run:
         as_json = json.loads(json.dumps([self.config, self.history]))
         return bool([config, artifact.history] == as_json)
 
+    def check(self) -> None:
+        """Raises: DalleError if something else lies where the weights are to be written."""
+        check_replaceable(self.out, self.kind, self.force)
+
     def start_over(self) -> None:
         """Forget the checkpoints; the weights stay until new ones replace them."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def finished(self) -> bool:
         """Whether the weights are there already, made by this config from these inputs; then they count as new."""
-        check_replaceable(self.out, self.kind, self.force)
         if not self.out.exists():
             return False
         try:
@@ -58,6 +62,14 @@ class Run:
         if done:
             os.utime(self.out)
         return done
+
+    def sweep(self) -> None:
+        """Remove what a killed run was in the middle of writing."""
+        for cut in (
+            *self.folder.glob(".checkpoint-*.part"),
+            *self.out.parent.glob(f".{glob.escape(self.out.name)}.*.part"),
+        ):
+            cut.unlink(missing_ok=True)
 
     def checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*.safetensors"))
@@ -73,10 +85,10 @@ class Run:
                 found = open_artifact(path, "checkpoint")
             except DalleError:
                 continue  # a broken one: the one before it serves
-            config = dict(found.config)
-            step = config.pop("step")
+            config, step = dict(found.config), found.fact("step", int)
+            config.pop("step")
             if not self._same(found, config):
-                if step == config["train"]["steps"]:  # that run reached its end: nothing is lost
+                if step == found.fact("train", dict).get("steps"):  # that run reached its end: nothing is lost
                     console.note(f"{self.out.name}: another config or other inputs than last time, so starting over")
                     self.start_over()
                     return None
@@ -84,7 +96,7 @@ class Run:
                     f"expected checkpoints of this run, found unfinished ones of another config or other inputs in "
                     f"{self.folder}; give --fresh to start over, or another -o"
                 )
-            return int(step), load_tensors(found)
+            return step, load_tensors(found)
         return None
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], keep: int) -> None:
@@ -111,7 +123,7 @@ class Run:
                 row = json.loads(line)
             except ValueError:
                 continue  # a line cut short by a kill
-            if row["step"] <= step:
+            if isinstance(row, dict) and row.get("step", step) <= step:
                 rows.append(row)
         self.metrics.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
         return float(rows[-1].get("seconds", 0.0)) if rows else 0.0

@@ -56,8 +56,9 @@ ITS_TEMPLATES = ("a {b}; {its} a {a}", "a {b} with a {a} {its}", "a {b}, and {it
 
 MARGIN = 0.75 / 32  # the picture's edge keeps this clear, so that it shows the background
 GAP = 2.5 / 32  # least distance between two objects along their axis
-SIDESTEP = 3.5 / 32  # most offset across that axis
+SIDESTEP = 4 / 32  # most offset across that axis
 SUPERSAMPLE = 4
+LATTICE = 8  # centres lie on an 8x8 lattice: a world small enough for a prior that learns in minutes
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,30 @@ def _bounds(thing: Thing) -> tuple[np.ndarray, np.ndarray]:
 
 
 def place(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Random centres (x, y), as shares of the side, which obey the relation with a clear gap."""
+    """Random centres (x, y), as shares of the side, on the lattice, which obey the relation with a clear gap."""
+    while True:
+        centers = [(round(x * LATTICE) / LATTICE, round(y * LATTICE) / LATTICE) for x, y in _anywhere(scene, rng)]
+        if _fits(scene, centers):
+            return centers
+
+
+def _fits(scene: Scene, centers: list[tuple[float, float]]) -> bool:
+    """Whether all lies within the margin, and two objects within reach of the relation and apart by the gap."""
+    for thing, center in zip(scene.things, centers, strict=True):
+        low, high = _bounds(thing)
+        if np.any(center - low < MARGIN) or np.any(center + high > 1 - MARGIN):
+            return False
+    if scene.relation is None:
+        return True
+    axis = 0 if scene.relation in ("left", "right") else 1
+    near, far = (1, 0) if scene.relation in ("right", "below") else (0, 1)
+    ends = centers[near][axis] + _bounds(scene.things[near])[1][axis]
+    begins = centers[far][axis] - _bounds(scene.things[far])[0][axis]
+    return bool(begins - ends >= GAP and abs(centers[0][1 - axis] - centers[1][1 - axis]) <= SIDESTEP)
+
+
+def _anywhere(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Centres off the lattice."""
     first = _bounds(scene.things[0])
     if scene.relation is None:
         x, y = rng.uniform(MARGIN + first[0], 1 - MARGIN - first[1])

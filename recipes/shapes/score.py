@@ -314,6 +314,18 @@ def _read(path: Path) -> tuple[list[np.ndarray], list[str]]:
     return [np.asarray(images[i]).transpose(1, 2, 0) for i in range(len(images))], [text[i] for i in range(len(images))]
 
 
+def table(sets: list[str]) -> str:
+    """Accuracy of every candidate and of the best by CLIP, for NAME=STEM with STEM.images and STEM.best.safetensors."""
+    rows = [f"{'caption accuracy':18}{'prompts':>9}{'one sample':>12}{'best of':>9}{'reranked':>10}"]
+    for entry in sets:
+        name, _, stem = entry.partition("=")
+        drawn, best = (score(*_read(Path(f"{stem}.{kind}.safetensors"))) for kind in ("images", "best"))
+        n = int(best["pictures"])
+        each = int(drawn["pictures"]) // n
+        rows.append(f"{name:18}{n:9}{drawn['accuracy']:12.1%}{each:9}{best['accuracy']:10.1%}")
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Print the share of pictures that match their captions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -323,7 +335,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000, help="scenes of the self-check (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the self-check (%(default)s)")
     parser.add_argument("--size", type=int, default=32, choices=(32, 48, 64), help="of the self-check (%(default)s)")
+    parser.add_argument("--table", nargs="+", metavar="NAME=STEM", help="compare all candidates with the best of each")
     args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+        return
     if not args.self_check and args.images is None:
         parser.error("name an artifact of images, or give --self-check")
     result = self_check(args.count, args.seed, args.size) if args.self_check else score(*_read(args.images))

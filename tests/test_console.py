@@ -1,0 +1,168 @@
+"""What is said to a person, and where weights, inputs and outputs are found."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_bad, run_ok
+
+from dalle_cli import bundle, console
+from dalle_cli.devices import autocast, select_device, select_dtype
+from dalle_cli.errors import DalleError
+from dalle_cli.paths import beside, given_or_piped, skip_list, slug
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_data_to_stdout_and_facts_to_stderr(capsys):
+    console.result(Path("a/b.safetensors"), rows=3, psnr=12.34567, skipped=None, codes_used="7")
+    assert capsys.readouterr() == ("a/b.safetensors\n", "b.safetensors: rows 3, psnr 12.35, codes used 7\n")
+    console.result("x")
+    assert capsys.readouterr() == ("x\n", "")
+    console.error("one\ntwo\t three")
+    console.warn("so\nso")
+    console.note("well")
+    assert capsys.readouterr() == ("", "dalle: error: one two three\ndalle: warning: so so\nwell\n")
+    console.emit_json({"a": "é"})
+    console.emit("plain")
+    out = capsys.readouterr().out.splitlines()
+    assert (json.loads(out[0]), out[1]) == ({"a": "é"}, "plain")
+
+
+def test_progress_is_sparse_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("dalle_cli.console.time.monotonic", lambda: now[0])
+    with console.progress("train", 100, 10, "updates") as advance:
+        for step in range(90):
+            now[0] += 0.5
+            advance(1, loss=1 / (step + 1))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "train: 30/100 updates, 2/s, loss 0.05"
+    assert lines[-1].startswith("train: 100/100 updates, 2/s")
+    assert len(lines) == 5
+    with console.progress("quick", 3) as advance:
+        advance(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with console.progress("sample", 4, 1, "codes") as advance:
+        advance(2, loss=0.5)
+        advance()
+    assert "sample" in screen.getvalue()
+    assert "4/4" in screen.getvalue()
+    assert "loss 0.5" in screen.getvalue()
+
+
+def test_names_beside_the_input():
+    assert beside(Path("a/red.codes.safetensors"), ".images.safetensors") == Path("a/red.images.safetensors")
+    assert beside(Path("red.images.safetensors"), ".best.safetensors") == Path("red.best.safetensors")
+    assert beside(Path("a/codes"), ".images.safetensors") == Path("a/codes.images.safetensors")
+    assert beside(Path("v1.2.safetensors"), ".png") == Path("v1.2.png")
+    assert skip_list(Path("a/codes")) == Path("a/codes.skipped.jsonl")
+    assert skip_list(Path("a/c.safetensors")) == Path("a/c.skipped.jsonl")
+    with pytest.raises(DalleError, match="over itself"):
+        beside(Path("red.best.safetensors"), ".best.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("A red circle, on white!", "a-red-circle-on-white"),
+        ("빨간 원", "빨간-원"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("🟥", "prompt"),
+        ("", "prompt"),
+        ("x" * 99, "x" * 60),
+    ],
+)
+def test_slugs(prompt, expected):
+    assert slug(prompt) == expected
+
+
+def test_input_by_argument_or_pipe(monkeypatch):
+    assert given_or_piped(Path("a")) == Path("a")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("note\n b c.safetensors \n"))
+    assert given_or_piped(None) == Path("b c.safetensors")
+    for stdin in (None, Terminal("a\n"), io.StringIO("")):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(DalleError, match="no argument"):
+            given_or_piped(None)
+
+
+def test_devices():
+    cpu = torch.device("cpu")
+    assert select_device("cpu") == cpu
+    assert select_dtype("bfloat16", cpu) is torch.bfloat16
+    assert select_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+    for name in ("tpu", "", "cpu:x"):
+        with pytest.raises(DalleError, match="--device"):
+            select_device(name)
+    if not torch.cuda.is_available():
+        assert select_device("auto").type in ("cpu", "mps")
+        with pytest.raises(DalleError, match="no cuda on this machine"):
+            select_device("cuda")
+    a = torch.randn(3, 3)
+    with autocast(cpu, torch.float32):
+        assert (a @ a).dtype is torch.float32
+    with autocast(cpu, torch.bfloat16):
+        assert (a @ a).dtype is torch.bfloat16
+
+
+# Bundles
+
+
+def test_a_bundle_is_a_folder_a_file_a_shipped_name_or_a_repository(chain, monkeypatch, tmp_path):
+    found = bundle.weights(str(chain.model), "weights.clip")
+    assert found.path == chain.clip
+    assert bundle.weights(str(chain.clip), "weights.clip").digest == found.digest
+    assert bundle.tokenizer(found) == chain.tokenizer
+    monkeypatch.setattr(bundle, "SHIPPED", chain.root)
+    assert bundle.locate("model") == chain.model
+    monkeypatch.setattr(bundle, "DEFAULT", "model")
+    assert bundle.locate(None) == chain.model
+    asked = []
+
+    def download(repo, revision, allow_patterns):
+        asked.append((repo, revision))
+        return str(chain.model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert bundle.locate("hf://me/it@v2") == chain.model
+    assert bundle.locate("hf://me/it") == chain.model
+    assert asked == [("me/it", "v2"), ("me/it", None)]
+
+
+def test_repositories_that_are_none(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    for name in ("hf://a/b/c", "hf://", "hf://a b@c"):  # refused by their names, without a request
+        assert "hub repository" in run_bad("sample", "x", "-m", name)
+
+    def unreachable(*_, **__):
+        raise LocalEntryNotFoundError("no network\nand more lines")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    assert "hub repository no/where, found no network; check" in run_bad("sample", "x", "-m", "hf://no/where")
+
+
+def test_the_environment_names_a_model(chain, tmp_path):
+    out = tmp_path / "a.safetensors"
+    assert run_ok("sample", "x", "-n", 1, "-o", out, env={"DALLE_MODEL": str(chain.model)}) == str(out)
+
+
+def test_too_little_memory_is_one_line(chain, tmp_path, monkeypatch):
+    def greedy(*_):
+        return torch.empty(10**17)
+
+    monkeypatch.setattr("dalle_cli.commands.drawing.decode", greedy)
+    error = run_bad("decode", chain.drawn, "-m", chain.model, "-o", tmp_path / "x.safetensors")
+    assert "expected more memory" in error

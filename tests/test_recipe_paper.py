@@ -1,0 +1,135 @@
+"""The paper's recipe: it loads, its models have the published sizes, and its numbers are the paper's."""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_cli import config
+from dalle_cli.data.filters import Filters
+from dalle_cli.data.tokenizer import TokenizerConfig
+from dalle_cli.models.attention import layer_kinds
+from dalle_cli.models.clip import CLIP, CLIPConfig
+from dalle_cli.models.dvae import DVAE, DVAEConfig
+from dalle_cli.models.prior import Prior, PriorConfig
+from dalle_cli.training.clip import CLIPTrain
+from dalle_cli.training.dvae import DVAETrain
+from dalle_cli.training.prior import PriorTrain
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "paper" / "recipe.toml"
+PUBLISHED_CLIP_VOCAB = 49408
+
+# What the papers give, written down once more by hand.
+DATA = {"drop_boilerplate": True, "max_aspect": 2.0}
+TOKENIZER = {"vocab_size": 16384, "length": 256}
+DVAE_MODEL = {
+    "image_size": 256, "n_groups": 4, "n_blk_per_group": 2, "n_hid": 256, "n_init": 128, "n_vocab": 8192,
+    "quantizer": "gumbel", "block": "bottleneck", "likelihood": "logit_laplace", "grid": 32, "reduction": 8,
+}  # fmt: skip
+DVAE_TRAIN = {
+    "steps": 3_000_000, "batch_size": 512, "lr": 1e-4, "final_lr": 1.25e-6, "lr_steps": 1_200_000,
+    "temperature": 1.0, "final_temperature": 1 / 16, "temperature_steps": 150_000, "beta": 6.6, "beta_steps": 5000,
+    "schedule": "cosine", "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-4, "ema": 0.999,
+    "ema_every": 1, "augment": "dvae", "flip": True,
+}  # fmt: skip
+PRIOR_MODEL = {
+    "n_layer": 64, "n_head": 62, "n_embd": 62 * 64, "n_text_vocab": 16384, "n_text": 256, "n_image_vocab": 8192,
+    "grid": 32, "attention": "sparse", "conv_kernel": 11, "text_weight": 1 / 8,
+}  # fmt: skip
+PRIOR_TRAIN = {
+    "steps": 430_000, "batch_size": 1024, "lr": 4.5e-4, "final_lr": 4.5e-4 / 2**5, "warmup": 5000, "beta1": 0.9,
+    "beta2": 0.96, "eps": 1e-8, "weight_decay": 4.5e-2, "clip_norm": 4.0, "ema": 0.99, "ema_every": 25,
+    "bpe_dropout": 0.1, "caption_dropout": 0.0,
+}  # fmt: skip
+CLIP_MODEL = {
+    "image_size": 224, "patch_size": 32, "n_proj": 512, "vision_width": 768, "vision_layers": 12, "vision_heads": 12,
+    "n_text": 77, "text_width": 512, "text_layers": 12, "text_heads": 8, "activation": "quick_gelu", "loss": "softmax",
+}  # fmt: skip
+CLIP_TRAIN = {
+    "steps": 32 * 400_000_000 // 32_768, "batch_size": 32_768, "lr": 5e-4, "warmup": 2000, "beta1": 0.9,
+    "beta2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "flip": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table():
+    return config.read(RECIPE)
+
+
+def differing(made, expected):
+    """The values that are not the paper's: name -> (recipe's, paper's)."""
+    found = {name: getattr(made, name) for name in expected}
+    return {n: (found[n], value) for n, value in expected.items() if found[n] != value}
+
+
+def sections(table, clip_vocab=PUBLISHED_CLIP_VOCAB):
+    """Every dataclass of the recipe, built as the stages build them."""
+    (data,) = config.section(table, "data", Filters)
+    (tokenizer,) = config.section(table, "tokenizer", TokenizerConfig)
+    dvae, dvae_train = config.section(table, "dvae", DVAEConfig, train=DVAETrain)
+    clip, clip_train = config.section(table, "clip", CLIPConfig, {"n_text_vocab": clip_vocab}, train=CLIPTrain)
+    known = {
+        "n_text_vocab": tokenizer.vocab_size,
+        "n_text": tokenizer.length,
+        "n_image_vocab": dvae.n_vocab,
+        "grid": dvae.grid,
+    }
+    prior, prior_train = config.section(table, "prior", PriorConfig, known, train=PriorTrain)
+    return data, tokenizer, dvae, dvae_train, clip, clip_train, prior, prior_train
+
+
+def test_every_value_is_the_papers(table):
+    expected = (DATA, TOKENIZER, DVAE_MODEL, DVAE_TRAIN, CLIP_MODEL, CLIP_TRAIN, PRIOR_MODEL, PRIOR_TRAIN)
+    for made, values in zip(sections(table), expected, strict=True):
+        assert not differing(made, values)
+
+
+def test_a_changed_value_is_noticed(table):
+    changed = {**table, "prior": {**table["prior"], "n_layer": 63}}
+    assert differing(sections(changed)[6], PRIOR_MODEL) == {"n_layer": (63, 64)}
+
+
+def test_the_recipe_says_what_the_paper_gives_instead_of_leaning_on_defaults(table):
+    """Defaults may move; a recipe that is read on its own should not."""
+    inputs = {"n_text_vocab", "n_text", "n_image_vocab", "grid"}  # of the prior: known from its captions and codes
+    for section, expected, settings, absent in (
+        (table["dvae"], DVAE_MODEL, DVAEConfig, set()),
+        (table["dvae"]["train"], DVAE_TRAIN, DVAETrain, set()),
+        (table["prior"], PRIOR_MODEL, PriorConfig, inputs),
+        (table["prior"]["train"], PRIOR_TRAIN, PriorTrain, set()),
+        (table["clip"], CLIP_MODEL, CLIPConfig, set()),
+    ):
+        wanted = expected.keys() & {f.name for f in fields(settings)}
+        assert not wanted - absent - section.keys()
+
+
+def count(module):
+    return sum(math.prod(p.shape) for p in module.parameters())
+
+
+def test_parameter_counts_are_the_published_ones(table):
+    _, _, dvae, _, clip, _, prior, _ = sections(table)
+    with torch.device("meta"):
+        vae, transformer, judge = DVAE(dvae), Prior(prior), CLIP(clip)
+    # exactly 53,786,240 and 43,829,766, of which test_dvae loads the published layout
+    assert count(vae.encoder) == pytest.approx(53.8e6, rel=1e-3)
+    assert count(vae.decoder) == pytest.approx(43.8e6, rel=1e-3)
+    assert count(transformer) == pytest.approx(12e9, rel=0.05)
+    assert count(judge) == 151_277_313
+    assert all(p.is_meta for module in (vae, transformer, judge) for p in module.parameters())
+
+
+def test_clip_on_the_recipes_own_tokenizer_is_smaller_by_its_embeddings(table):
+    with torch.device("meta"):
+        small = CLIP(sections(table, clip_vocab=TOKENIZER["vocab_size"])[4])
+    assert count(small) == 151_277_313 - (PUBLISHED_CLIP_VOCAB - TOKENIZER["vocab_size"]) * 512
+
+
+def test_layers_are_those_of_the_figure(table):
+    prior = sections(table)[6]
+    kinds = layer_kinds(prior.n_layer, prior.attention)
+    assert kinds[:5] == ["row", "column", "row", "row", "row"]
+    assert kinds[-1] == "conv"
+    assert kinds.count("column") == 16
