@@ -7,7 +7,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from dalle_cli import __version__
 from dalle_cli.errors import DalleError
@@ -36,12 +36,24 @@ STAGES: dict[str, dict[str, str]] = {
         "info": "Say what an artifact is and how it was made.",
     },
 }
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # also where no file is named
 
 
 def load_stage(name: str) -> Any:
     """The module of a stage: `train-prior` is dalle_cli/commands/train_prior.py."""
     return importlib.import_module(f"dalle_cli.commands.{name.replace('-', '_')}")
+
+
+class Stage(TyperCommand):
+    """A command whose help can be read and copied: plain arguments, and the example in lines that are not wrapped."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]  # typer's mark of what is required
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        if self.epilog:
+            example = "".join(f"  {line}\n" for line in self.epilog.splitlines())
+            formatter.write(f"\nExample:\n{example}")
 
 
 class Stages(TyperGroup):
@@ -55,7 +67,8 @@ class Stages(TyperGroup):
         if cmd_name not in self.commands:
             return None
         stage = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-        stage.command(cmd_name, epilog=getattr(load_stage(cmd_name), "EXAMPLE", None))(load_stage(cmd_name).run)
+        module = load_stage(cmd_name)
+        stage.command(cmd_name, cls=Stage, epilog=module.EXAMPLE)(module.run)
         return typer.main.get_command(stage)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -121,7 +134,7 @@ def main() -> None:
         console.error(f"expected more memory, found {error}; lower --batch-size or the sizes of the model")
         sys.exit(1)
     except OSError as error:
-        if error.filename is None and error.errno not in FULL_DISK:
+        if error.filename is None and error.errno not in MENDABLE:
             raise
         console.error(f"expected to read or write {error.filename or 'a file'}, found {error.strerror}; mend that")
         sys.exit(1)

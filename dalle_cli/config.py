@@ -89,7 +89,11 @@ def section(
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str, also: tuple[str, ...] = ()) -> T:
-    """A dataclass from a table, every key and type checked; `where` names the table in messages."""
+    """A dataclass from a table, every key and type checked; `where` names the table in messages.
+
+    Raises:
+        DalleError: an unknown key (`also` are hints for its spelling), a missing one, or a value of another type.
+    """
     if not isinstance(values, Mapping):
         raise DalleError(f"expected a table [{where}], found {values!r}")
     hints = get_type_hints(cls)

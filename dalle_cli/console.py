@@ -18,14 +18,17 @@ class Advance(Protocol):
 
 
 def error(message: str) -> None:
+    """What ended the command, in one line."""
     _stderr(f"dalle: error: {_one_line(message)}")
 
 
 def warn(message: str) -> None:
+    """What a person should look at, in one line; the command goes on."""
     _stderr(f"dalle: warning: {_one_line(message)}")
 
 
 def note(message: str) -> None:
+    """What a person may want to know."""
     _stderr(message)
 
 
@@ -46,8 +49,8 @@ def emit_json(value: object) -> None:
 
 def result(path: Path | str, **figures: object) -> None:
     """The path of what was written, on stdout, and the facts, on stderr."""
-    if figures:
-        _stderr(f"{Path(path).name}: {_figures(figures)}")
+    if said := _figures(figures):
+        _stderr(f"{Path(path).name}: {said}")
     print(path, flush=True)
 
 

@@ -1,6 +1,7 @@
 """Which device and arithmetic to run on."""
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 
@@ -52,3 +53,30 @@ def select_dtype(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Matrix products in `dtype`; nothing changes for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Where to compute, and in what."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """What a history calls it: the dtype that `auto` came to."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Matrix products in this arithmetic."""
+        return autocast(self.device, self.dtype)
+
+
+def arithmetic(device: str, dtype: str) -> Arithmetic:
+    """What --device and --dtype come to on this machine.
+
+    Raises:
+        DalleError: a device or a dtype that is not to be had.
+    """
+    where = select_device(device)
+    return Arithmetic(where, select_dtype(dtype, where))

@@ -5,41 +5,103 @@ from typing import Annotated
 
 import typer
 
+MAX_SEED = 2**63 - 1  # the largest that every generator takes
+
+
+def _check_seed(value: int) -> int:
+    """Refuse a seed out of range: typer's own `min` and `max` would do so, too, but fill the help with 19 digits."""
+    if not 0 <= value <= MAX_SEED:
+        raise typer.BadParameter(f"{value} is not between 0 and {MAX_SEED}")
+    return value
+
+
 DatasetArg = Annotated[
     str, typer.Argument(metavar="DATASET", help="A folder, a manifest (.jsonl .csv .tsv .parquet) or tars.")
 ]
-Out = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write; named after the input if left out.")]
-OutFile = Annotated[Path, typer.Option("-o", "--output", help="Where to write.")]
+CodesArg = Annotated[
+    Path | None,
+    typer.Argument(metavar="CODES", help="From `sample` or `encode-images`; read from the pipe if left out."),
+]
+ImagesArg = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="IMAGES", help="From `decode`, `rerank` or `generate --images`; read from the pipe if left out."
+    ),
+]
+Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw; quote each prompt.")]
+PromptFile = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="One prompt a line.")]
+
+OutFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", metavar="FILE", help="Where to write; named after the input if left out."),
+]
+DrawnOut = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--output", metavar="FILE", help="Where to write; named after the prompt, or --prompts, if left out."
+    ),
+]
+RowsOut = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="Where to write: a .safetensors file, else a folder of shards; named after the input if left out.",
+    ),
+]
+OutRows = Annotated[
+    Path,
+    typer.Option("-o", "--output", metavar="OUT", help="Where to write: a .safetensors file, else a folder of shards."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file even if it is something else.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
+ShardSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows in a shard, when writing a folder of shards.")]
+
 Model = Annotated[
     str | None,
-    typer.Option("-m", "--model", envvar="DALLE_MODEL", help="Weights: a file, a bundle folder, or hf://owner/repo."),
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        envvar="DALLE_MODEL",
+        help="Weights: a file, a bundle folder, or hf://owner/repo.",
+    ),
 ]
-Recipe = Annotated[Path | None, typer.Option("--config", help="A recipe's TOML with hyper-parameters.")]
+TokenizerFile = Annotated[Path, typer.Option("-t", "--tokenizer", metavar="FILE", help="What `train-tokenizer` wrote.")]
+Recipe = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A recipe's TOML with hyper-parameters.")]
 Sets = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one hyper-parameter, as prior.n_layer=4.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option(help="Arithmetic: auto, bfloat16 or float32.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same inputs, same seed, same machine: same bytes.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="How many at once; does not change the result.")]
-Workers = Annotated[int, typer.Option(min=0, help="Threads that read pictures ahead.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace a file even if it is something else.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
+
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or mps.")]
+Dtype = Annotated[str, typer.Option(metavar="NAME", help="Arithmetic: auto, bfloat16 or float32.")]
+Seed = Annotated[
+    int, typer.Option(metavar="N", callback=_check_seed, help="Same inputs, same seed, same machine: same bytes.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="How many at once; does not change the result.")]
+Workers = Annotated[int, typer.Option(min=0, metavar="N", help="Threads that read pictures ahead.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-ShardSize = Annotated[int, typer.Option(min=1, help="Rows in a shard, when writing a folder of shards.")]
-CodesArg = Annotated[Path | None, typer.Argument(metavar="CODES", help="From `sample` or `encode-images`; else piped.")]
-ImagesArg = Annotated[Path | None, typer.Argument(metavar="IMAGES", help="From `decode` or `rerank`; else piped.")]
-Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw; quote each prompt.")]
-PromptFile = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="One prompt a line.")]
-Samples = Annotated[int, typer.Option("-n", "--samples", min=1, help="Candidates per prompt (the paper: 512).")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="Below 1 is safer, above 1 wilder; 0 takes the likeliest.")]
-TopK = Annotated[int, typer.Option(min=0, help="Draw among the k likeliest codes only; 0 = all.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among codes of this total probability; 1 = all.")]
+
+Samples = Annotated[
+    int, typer.Option("-n", "--samples", min=1, metavar="N", help="Candidates per prompt (the paper: 512).")
+]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, metavar="X", help="Below 1 is safer, above 1 wilder; 0 takes the likeliest.")
+]
+TopK = Annotated[int, typer.Option(min=0, metavar="N", help="Draw among the N likeliest codes only; 0 = all.")]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, metavar="X", help="Draw among codes of this total probability; 1 = all.")
+]
 Guidance = Annotated[
     float,
-    typer.Option(min=0.0, help="Classifier-free guidance; 1 = off. The prior must be trained with captions dropped."),
+    typer.Option(
+        min=0.0,
+        metavar="X",
+        help="Classifier-free guidance; 1 = off. The prior must be trained with captions dropped.",
+    ),
 ]
-SampleDtype = Annotated[str, typer.Option("--dtype", help="Arithmetic: auto, bfloat16 or float32.")]
-Keep = Annotated[int, typer.Option(min=0, help="Keep the best so many per prompt; 0 keeps all, best first.")]
-Columns = Annotated[int, typer.Option(min=0, help="Pictures in a row of the sheet; 0 = as fits.")]
+Keep = Annotated[int, typer.Option(min=0, metavar="N", help="Keep the best N per prompt; 0 keeps all, best first.")]
+Columns = Annotated[int, typer.Option(min=0, metavar="N", help="Pictures in a row of the sheet; 0 = as fits.")]
 Terminal = Annotated[bool, typer.Option("--terminal", help="Also preview in the terminal.")]

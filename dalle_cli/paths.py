@@ -44,6 +44,11 @@ def slug(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "prompt"
 
 
+def after_prompt(prompts: list[str], file: Path | None, suffix: str) -> Path:
+    """What is drawn is named after the file of prompts, or else after the first prompt, in the working folder."""
+    return Path(slug(file.stem if file else prompts[0]) + suffix)
+
+
 def skip_list(out: Path) -> Path:
     """Where the samples that could not be used are listed: beside the output."""
     return out.with_name(out.name.removesuffix(".safetensors") + ".skipped.jsonl")

@@ -37,8 +37,8 @@ def stage_help(root: Any, name: str) -> str:
     """One stage: its help without the example, which follows as a block of its own that can be copied."""
     command = root.command.get_command(root, name)
     command.epilog = None
-    example = load_stage(name).EXAMPLE.removeprefix("Example: ")
-    return f"### dalle {name}\n\n```text\n{help_of(context_of(command, name, root))}\n```\n\n```sh\n{example}\n```\n"
+    shown = help_of(context_of(command, name, root))
+    return f"### dalle {name}\n\n```text\n{shown}\n```\n\n```sh\n{load_stage(name).EXAMPLE}\n```\n"
 
 
 def render() -> str:

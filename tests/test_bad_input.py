@@ -15,8 +15,10 @@ import torch
 from conftest import run_bad, run_cli, run_ok, start, write_pictures
 from PIL import Image
 
+from dalle_cli import load
 from dalle_cli.artifacts import open_artifact, write_artifact
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
+from dalle_cli.errors import DalleError
 
 STAGES = ("train-tokenizer", "tokenize", "train-dvae", "train-clip", "encode-images")
 
@@ -336,6 +338,20 @@ def test_sizes_of_weights_that_are_not_theirs(chain, model):
         save_tensors(model / "prior.safetensors", found.kind, load_tensors(found), config, found.history)
         run_bad("sample", "x", "-n", 1, "-m", model, "-o", model / "x.safetensors")
         save_tensors(model / "prior.safetensors", found.kind, load_tensors(found), found.config, found.history)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("prior", "n_layer"), ("clip", "vision_layers"), ("clip", "text_layers"), ("dvae", "n_blk_per_group")],
+)
+def test_a_lie_of_a_billion_layers_is_refused_at_once(chain, tmp_path, name, size):
+    found = open_artifact(getattr(chain, name))
+    config = {**found.config, "model": {**found.config["model"], size: 10**9}}
+    path = save_tensors(tmp_path / "lie.safetensors", found.kind, load_tensors(found), config, found.history)
+    began = time.monotonic()
+    with pytest.raises(DalleError, match=f"{size} 1000000000 beside [0-9]+ tensors"):
+        getattr(load, name)(open_artifact(path), torch.device("cpu"))
+    assert time.monotonic() - began < 2
 
 
 def test_codes_beyond_the_vocabulary(chain, tmp_path):

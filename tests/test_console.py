@@ -23,8 +23,9 @@ class Terminal(io.StringIO):
 def test_data_to_stdout_and_facts_to_stderr(capsys):
     console.result(Path("a/b.safetensors"), rows=3, psnr=12.34567, skipped=None, codes_used="7")
     assert capsys.readouterr() == ("a/b.safetensors\n", "b.safetensors: rows 3, psnr 12.35, codes used 7\n")
-    console.result("x")
-    assert capsys.readouterr() == ("x\n", "")
+    for nothing in ({}, {"skipped": None}):
+        console.result("x", **nothing)
+        assert capsys.readouterr() == ("x\n", "")
     console.error("one\ntwo\t three")
     console.warn("so\nso")
     console.note("well")

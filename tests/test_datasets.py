@@ -192,6 +192,20 @@ def test_jsonl(tmp_path):
     assert open_dataset(tmp_path / "list.jsonl", need_captions=False).ids == ["12", "p/a", "p/b", "p/c", "p/d"]
 
 
+@pytest.mark.parametrize("need_captions", [True, False])
+def test_a_folder_with_a_manifest_is_read_through_it(tmp_path, need_captions):
+    """With the manifest's ids, whether captions are needed or not: else codes and captions would share none."""
+    rows = [{"image": "p/a.png", "id": "one", "caption": "cat"}, {"image": "p/b.png", "id": "two", "caption": "dog"}]
+    fill(tmp_path, PICTURES | {"manifest.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
+    fill(tmp_path, {"p/a.txt": "another caption"})
+    through, direct = (open_dataset(p, need_captions=need_captions) for p in (tmp_path, tmp_path / "manifest.jsonl"))
+    assert through.ids == direct.ids == ["one", "two"]
+    assert through.captions == direct.captions == ([("cat",), ("dog",)] if need_captions else [(), ()])
+    assert through.digest == direct.digest
+    (tmp_path / "manifest.jsonl").rename(tmp_path / "p/manifest.jsonl")  # below the top it is a file like any other
+    assert "p/a" in open_dataset(tmp_path, need_captions=False).ids
+
+
 @pytest.mark.parametrize(("suffix", "dialect"), [("csv", "excel"), ("tsv", "excel-tab")])
 @pytest.mark.parametrize("names", [("file_name", "text"), ("PATH", "Title"), ("file", "caption")])
 def test_csv_and_tsv(tmp_path, suffix, dialect, names):

@@ -39,7 +39,7 @@ def test_help(name):
     assert f"Usage: dalle {name} " in shown.stdout
     assert STAGES[name] == inspect.getdoc(module(name).run).splitlines()[0]
     assert STAGES[name].split()[0] in shown.stdout
-    assert "Example: dalle" in shown.stdout
+    assert "Example:\n" in shown.stdout
     for parameter in command(name).params:
         if parameter.param_type_name == "option" and parameter.name != "help":
             assert parameter.help, f"{name} {parameter.opts} has no help"
@@ -47,13 +47,29 @@ def test_help(name):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_the_example_parses(name):
-    text = module(name).EXAMPLE
-    assert text.startswith("Example: dalle ")
-    parts = [shlex.split(part) for part in text.removeprefix("Example: ").split(" | ")]
+    lines = [line for line in module(name).EXAMPLE.splitlines() if not line.startswith("export DALLE_MODEL=")]
+    parts = [shlex.split(part) for line in lines for part in line.split(" | ")]
     assert any(words[1] == name for words in parts)
     for words in parts:
         assert words[0] == "dalle"
         command(words[1]).make_context(words[1], words[2:], resilient_parsing=False).close()
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("width", ["40", "200"])
+def test_help_can_be_read_and_its_example_copied(name, width):
+    """Arguments and values by plain names, no bounds of 19 digits, and an example that no narrow terminal breaks."""
+    shown = run_cli(name, "--help", env={"COLUMNS": width, "TERMINAL_WIDTH": width}).stdout
+    usage, _, rest = shown.partition("\n\n")
+    assert not set("{}<>") & set(usage)
+    assert " <" not in rest
+    assert "92233720" not in rest
+    assert shown.endswith("Example:\n" + "".join(f"  {line}\n" for line in module(name).EXAMPLE.splitlines()))
+    for parameter in command(name).params:
+        if parameter.param_type_name == "option" and not getattr(parameter, "is_flag", False):
+            assert parameter.metavar, f"{name} {parameter.opts} has no word for its value"
+        shown_n = "-n" in parameter.opts and not parameter.hidden  # everywhere the number of candidates
+        assert not shown_n or "--samples" in parameter.opts
 
 
 def table_rows(text):

@@ -105,3 +105,12 @@ def test_files_and_functions_stay_small(path):
             assert lines <= 40, f"{path}:{node.lineno} {node.name} has {lines} lines"
             assert not [a for a in (node.args.kwarg,) if a and node.name == "run"], f"{path}: **kwargs in a stage"
     assert path.name != "utils.py"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_pickled(path):
+    """Weights that only one version of Python and torch can read, and that run code when opened, are never written."""
+    assert not {"pickle", "joblib", "shelve"} & {name.split(".")[0] for name in imports(path)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            assert node.attr not in ("save", "load"), f"{path}:{node.lineno}"

@@ -197,6 +197,20 @@ def test_sample_writes_down_its_settings(chain, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "ending"), [("sample", ".codes.safetensors"), ("generate", ".png")])
+def test_what_is_drawn_is_named_after_the_prompt_or_the_file(chain, tmp_path, monkeypatch, name, ending):
+    monkeypatch.chdir(tmp_path)
+    Path("My list.txt").write_text("two\n")
+    assert run_ok(name, "One!", "Three", "-n", 1, "-m", chain.model) == f"one{ending}"
+    assert run_ok(name, "--prompts", "My list.txt", "-n", 1, "-m", chain.model) == f"my-list{ending}"
+
+
+def test_histories_name_the_dtype_that_auto_came_to(chain, tmp_path):
+    for name, source in (("sample", PROMPT), ("decode", chain.drawn), ("rerank", chain.images)):
+        made = run_ok(name, source, "-m", chain.model, "--dtype", "auto", "-o", tmp_path / f"{name}.safetensors")
+        assert open_artifact(made).history[-1]["options"]["dtype"] in ("float32", "bfloat16")
+
+
 def test_prompts_from_a_file(chain, tmp_path):
     file = tmp_path / "list.txt"
     file.write_bytes("\ufeffone\r\n\n  two \n빨간\n".encode())
@@ -321,7 +335,9 @@ def test_export_is_a_data_set_again(chain, tmp_path):
     pictures = {name: np.asarray(data.read(i)) for i, name in enumerate(data.ids)}
     for name, pixels in zip(strings(chain.best, "ids"), array(chain.best, "images"), strict=True):
         np.testing.assert_array_equal(pictures[name], pixels.transpose(1, 2, 0))
-    again = run_ok("encode-images", folder / "manifest.jsonl", "-m", chain.model, "-o", tmp_path / "again")
+    again = run_ok("encode-images", folder, "-m", chain.model, "-o", tmp_path / "again")  # the folder is enough
+    captions = run_ok("tokenize", folder, "-t", chain.tokenizer, "-o", tmp_path / "captions.safetensors")
+    assert set(strings(captions, "ids")) == set(strings(again, "ids")) == set(strings(chain.best, "ids"))
     dvae = load.dvae(bundle.weights(str(chain.model), "weights.dvae"), CPU)
     codes = dict(zip(strings(again, "ids"), array(again, "codes"), strict=True))
     for name, pixels in zip(strings(chain.best, "ids"), array(chain.best, "images"), strict=True):
@@ -367,6 +383,18 @@ def test_several_captions_of_a_picture_are_rows_of_one_id(chain, data, tmp_path)
     )
     assert strings(out, "ids") == ["p0", "p0", "p1", "p1", "p2", "p2"]
     assert strings(out, "text")[:2] == ["one 0", "two 0"]
+
+
+def test_what_is_done_is_said_to_be_done(chain, tmp_path):
+    captions = shutil.copy(chain.captions, tmp_path / "c.safetensors")
+    more = ("-t", chain.tokenizer, "--config", chain.recipe)
+    before = digest_file(captions)
+    assert "captions all there already" in run_cli("tokenize", chain.data, *more, "-o", captions).stderr
+    assert digest_file(captions) == before
+    assert "captions 24" in run_cli("tokenize", chain.data, *more, "-o", tmp_path / "new.safetensors").stderr
+    images = shutil.copy(chain.images, tmp_path / "i.safetensors")
+    decode = ("decode", chain.drawn, "-m", chain.model, "-o", images)
+    assert "pictures all there already" in run_cli(*decode).stderr
 
 
 def test_tokenize_counts_what_it_cuts(chain, tmp_path):

@@ -15,12 +15,14 @@ import torch
 from conftest import run_bad, run_cli, run_ok, start, write_pictures
 from torch import nn
 
+from dalle_cli import load
 from dalle_cli.artifacts import open_artifact, write_artifact
-from dalle_cli.artifacts.weights import load_tensors
+from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.data.order import Order
 from dalle_cli.data.pairs import Pairs
 from dalle_cli.data.split import split
 from dalle_cli.errors import DalleError
+from dalle_cli.models.dvae import DVAE
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.dvae import DVAETrain
 from dalle_cli.training.loop import Trainer, mix
@@ -69,6 +71,37 @@ def after_update(monkeypatch, step, act):
 
 def crash():
     raise Crash
+
+
+# What is written at the end
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_weights_are_stored_in_the_dtype_asked_for(chain, tmp_path, name, dtype):
+    whole = getattr(chain, name)
+    out = run_ok(*command(chain, name, tmp_path / "a.safetensors", "--set", f"{name}.train.save_dtype={dtype}"))
+    full, half = load_tensors(open_artifact(whole)), load_tensors(open_artifact(out))
+    assert open_artifact(out).config["train"]["save_dtype"] == dtype
+    assert open_artifact(whole).config["train"]["save_dtype"] == "float32"
+    for key, tensor in full.items():
+        expected = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+        assert torch.equal(half[key], expected), key
+    assert {t.dtype for t in half.values()} == {getattr(torch, dtype)}
+    near, exact = (outputs(name, open_artifact(path)) for path in (out, whole))
+    assert not torch.equal(near, exact)  # else nothing would have been rounded
+    torch.testing.assert_close(near, exact, rtol=0.05, atol=0.05)
+
+
+def outputs(name, weights):
+    """What a model makes of a fixed input, in float32 whatever its weights were stored in."""
+    model = getattr(load, name)(weights, torch.device("cpu"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    if name == "dvae":
+        return model.decode(torch.arange(16).view(1, 4, 4))
+    if name == "clip":
+        return torch.nn.functional.normalize(model.encode_image(torch.linspace(0, 1, 768).view(1, 3, 16, 16)), dim=-1)
+    return model(torch.zeros(1, 24, dtype=torch.int64), torch.tensor([3]), torch.arange(16).view(1, 4, 4))[1].detach()
 
 
 # Stopped anywhere, the same bytes
@@ -203,6 +236,21 @@ def test_finished_weights_are_left_alone(chain, tmp_path, name):
     assert out.read_bytes() == getattr(chain, name).read_bytes()
 
 
+def test_weights_from_before_a_setting_came_count_as_its_default(chain, tmp_path):
+    out = copy_run(chain.clip, tmp_path)
+    for path in (out, *(tmp_path / "clip.run").glob("checkpoint-*")):
+        found = open_artifact(path)
+        train = {k: v for k, v in found.config["train"].items() if k != "save_dtype"}
+        tensors = load_tensors(found)
+        save_tensors(path, found.kind, tensors, {**found.config, "train": train}, found.history)
+    assert "left alone" in run_cli(*command(chain, "clip", out)).stderr
+    out.unlink()
+    assert "resuming from update 12" in run_cli(*command(chain, "clip", out)).stderr
+    assert out.read_bytes() == chain.clip.read_bytes()
+    half = ("--set", "clip.train.save_dtype=bfloat16")
+    assert "starting over" in run_cli(*command(chain, "clip", out, *half)).stderr
+
+
 def test_another_config(chain, tmp_path, monkeypatch):
     out = copy_run(chain.dvae, tmp_path)
     other = ("--set", "dvae.train.lr=1e-3")
@@ -332,6 +380,29 @@ def test_learning_rates():
         learning_rate(0, "linear", 1.0, 0.0, 0, 1)
 
 
+def test_temperature_and_beta_are_functions_of_the_update_alone(chain, tmp_path, monkeypatch):
+    """None compounds on the one before, and a resumed run goes on where it was: the paper's cosines, in closed form."""
+    seen, loss = {}, DVAE.loss
+
+    def spy(self, images, *, temperature, beta, generator):
+        seen[len(seen)] = (temperature, beta)
+        return loss(self, images, temperature=temperature, beta=beta, generator=generator)
+
+    monkeypatch.setattr(DVAE, "loss", spy)
+    settings = ("temperature_steps=8", "beta_steps=5", "beta=6.6", "final_temperature=0.0625", "checkpoint_every=4")
+    more = tuple(itertools.chain.from_iterable(("--set", f"dvae.train.{k}") for k in settings))
+    with monkeypatch.context() as patch:
+        after_update(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run_cli(*command(chain, "dvae", tmp_path / "a.safetensors", *more)).status == 130
+    run_ok(*command(chain, "dvae", tmp_path / "a.safetensors", *more))
+    for step in range(12):
+        falling = 0.5 * (1 + math.cos(math.pi * min(step / 8, 1)))
+        rising = 0.5 * (1 - math.cos(math.pi * min(step / 5, 1)))
+        assert seen[step] == pytest.approx((0.0625 + 0.9375 * falling, 6.6 * rising))
+    assert len(seen) == 12
+    assert seen[7][0] > seen[8][0] == 0.0625  # the floor is reached at its step, not before
+
+
 def test_the_dvae_learning_rate_comes_down_by_lr_steps():
     assert TrainConfig(steps=7).schedule_steps == 7
     assert DVAETrain().schedule_steps == 1_200_000
@@ -341,8 +412,17 @@ def test_the_dvae_learning_rate_comes_down_by_lr_steps():
 @pytest.mark.parametrize(
     "values",
     [
-        *({"steps": 0}, {"batch_size": 0}, {"keep": 0}, {"schedule": "linear"}, {"ema": 1.0}, {"validation": 1.0}),
+        *(
+            {"steps": 0},
+            {"batch_size": 0},
+            {"keep": 0},
+            {"schedule": "linear"},
+            {"ema": 1.0},
+            {"validation": 1.0},
+            {"save_dtype": "int8"},
+        ),
         *({"lr": -1.0}, {"weight_decay": -0.1}, {"warmup": -1}, {"eps": -1.0}, {"clip_norm": -1.0}, {"beta1": 1.0}),
+        {"save_dtype": "int8"},
     ],
     ids=str,
 )

@@ -55,6 +55,7 @@ class Header:
 
     @property
     def table(self) -> Kind:
+        """What a file of this kind has to hold."""
         return KINDS[self.kind]
 
     def __len__(self) -> int:
@@ -62,7 +63,11 @@ class Header:
         return self.tensors[self.table.main].shape[0] if self.table.rows else 0
 
     def map(self, name: str) -> npt.NDArray[Any]:
-        """The tensor as a read-only memory map."""
+        """The tensor as a read-only memory map.
+
+        Raises:
+            DalleError: a dtype that numpy has not, such as BF16.
+        """
         info = self.tensors[name]
         if info.dtype not in NUMPY:
             raise DalleError(f"expected a tensor that numpy can read, found {name} as {info.dtype} in {self.path}")
@@ -237,9 +242,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         part.touch()
-        mode = (
-            part.stat().st_mode
-        )  # as the umask has it; safetensors' own writer would leave the file to its owner alone
+        mode = part.stat().st_mode  # as the umask has it; safetensors' own writer leaves a file to its owner alone
         write(part)
         part.chmod(mode)
         with open(part, "rb+") as file:

@@ -55,8 +55,10 @@ class ShardWriter:
             _check_folder(out, kind)
         self.config = dict(config) if self.single else {**config, "shards": self.total}
         self.history = list(history)
+        self.wrote = False  # whether any shard had to be written
 
     def path(self, i: int) -> Path:
+        """The file of shard i."""
         return self.out if self.single else self.out / f"{i:05d}.safetensors"
 
     def bounds(self, i: int) -> tuple[int, int]:
@@ -88,4 +90,10 @@ class ShardWriter:
                 yield i
 
     def write(self, i: int, tensors: Mapping[str, Any]) -> None:
+        """Write shard i, atomically.
+
+        Raises:
+            DalleError: the disk is full, or the folder cannot be written.
+        """
         write_artifact(self.path(i), self.kind, tensors, self.config, self.history, force=True)
+        self.wrote = True

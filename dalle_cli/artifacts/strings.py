@@ -16,6 +16,7 @@ class Strings(Sequence[str]):
 
     @classmethod
     def pack(cls, strings: Sequence[str]) -> "Strings":
+        """A column of these strings; half a surrogate pair, which UTF-8 cannot hold, becomes "?"."""
         if isinstance(strings, Strings):
             return strings
         encoded = [s.encode("utf-8", "replace") for s in strings]

@@ -14,6 +14,8 @@ from dalle_cli.errors import DalleError
 
 if TYPE_CHECKING:
     from dalle_cli.artifacts import Artifact
+    from dalle_cli.devices import Arithmetic
+    from dalle_cli.models.dvae import DVAE
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     return texts
 
 
-def sample(weights: "Artifact", texts: list[str], s: Settings, device: str, dtype: str) -> Columns:
+def sample(weights: "Artifact", texts: list[str], s: Settings, machine: "Arithmetic") -> Columns:
     """Draw `s.n` candidates for each prompt; candidate k of a prompt is a function of (seed, prompt, k) alone."""
     import numpy as np
     import torch
@@ -69,18 +71,17 @@ def sample(weights: "Artifact", texts: list[str], s: Settings, device: str, dtyp
     from dalle_cli import load
     from dalle_cli.artifacts import digest_bytes, history
     from dalle_cli.data import tokenizer as tokenizers
-    from dalle_cli.devices import autocast, select_device, select_dtype
     from dalle_cli.sampling.autoregressive import sample_codes
 
-    prior, encoder = load.prior(weights, where := select_device(device)), weights.fact("encoder", str)
+    prior, encoder = load.prior(weights, machine.device), weights.fact("encoder", str)
     bpe = tokenizers.load(bundle.tokenizer(weights))
     tokens, lengths, cut = bpe.encode_batch(texts, prior.config.n_text)
     if cut:
         console.warn(f"{cut} prompts are longer than {prior.config.n_text} tokens and were cut")
     indices = [int(digest_bytes(text.encode())[:16], 16) << 32 | k for text in texts for k in range(s.n)]
     of_prompt = np.repeat(np.arange(len(texts)), s.n if len(texts) > 1 else 1)
-    arithmetic, n_codes = select_dtype(dtype, where), prior.config.grid**2
-    with console.progress("sample", len(indices) * n_codes, unit="codes") as advance, autocast(where, arithmetic):
+    n_codes = len(indices) * prior.config.grid**2
+    with console.progress("sample", n_codes, unit="codes") as advance, machine.autocast():
         codes = sample_codes(
             prior,
             torch.from_numpy(tokens[of_prompt].astype(np.int64)),
@@ -94,7 +95,7 @@ def sample(weights: "Artifact", texts: list[str], s: Settings, device: str, dtyp
             batch_size=s.batch_size,
             progress=advance,
         )
-    options = {**asdict(s), "dtype": str(arithmetic).removeprefix("torch.")}
+    options = {**asdict(s), "dtype": machine.name}
     del options["batch_size"]
     tensors = {
         "codes": codes.cpu().numpy().astype(np.uint16 if prior.config.n_image_vocab <= 2**16 else np.int32),
@@ -107,20 +108,19 @@ def sample(weights: "Artifact", texts: list[str], s: Settings, device: str, dtyp
     return Columns(tensors, config, history("sample", options, model=weights))
 
 
-def decoder(weights: "Artifact", encoder: str, source: object, device: str) -> Any:
+def decoder(weights: "Artifact", encoder: str, source: object, machine: "Arithmetic") -> "DVAE":
     """The dVAE that made these codes.
 
     Raises:
         DalleError: the codes were made by another.
     """
     from dalle_cli import load
-    from dalle_cli.devices import select_device
 
     bundle.check_digest("dVAE", weights.digest, encoder, source)
-    return load.dvae(weights, select_device(device))
+    return load.dvae(weights, machine.device)
 
 
-def decode(dvae: Any, codes: Any, dtype: str) -> Any:
+def decode(dvae: "DVAE", codes: Any, machine: "Arithmetic") -> Any:
     """(B, H, W) codes -> (B, 3, S, S) uint8.
 
     Raises:
@@ -129,7 +129,6 @@ def decode(dvae: Any, codes: Any, dtype: str) -> Any:
     import numpy as np
     import torch
 
-    from dalle_cli.devices import autocast, select_dtype
     from dalle_cli.models.pixels import to_uint8
 
     rows = np.asarray(codes).astype(np.int64)
@@ -138,22 +137,19 @@ def decode(dvae: Any, codes: Any, dtype: str) -> Any:
     grid = (dvae.config.grid, dvae.config.grid)
     if rows.shape[1:] != grid:
         raise DalleError(f"expected codes of {grid}, found {rows.shape[1:]}; the file is not this dVAE's")
-    device = next(dvae.parameters()).device
-    with autocast(device, select_dtype(dtype, device)):
-        return to_uint8(dvae.decode(torch.from_numpy(rows).to(device))).cpu().numpy()
+    with machine.autocast():
+        return to_uint8(dvae.decode(torch.from_numpy(rows).to(machine.device))).cpu().numpy()
 
 
 class Judge:
     """A CLIP with its tokenizer: scores pictures against captions."""
 
-    def __init__(self, weights: "Artifact", device: str, dtype: str):
+    def __init__(self, weights: "Artifact", machine: "Arithmetic"):
         from dalle_cli import load
         from dalle_cli.data import tokenizer as tokenizers
-        from dalle_cli.devices import select_device, select_dtype
 
-        self.device = select_device(device)
-        self.dtype = select_dtype(dtype, self.device)
-        self.clip = load.clip(weights, self.device)
+        self.machine = machine
+        self.clip = load.clip(weights, machine.device)
         self.tokenizer = tokenizers.load(bundle.tokenizer(weights))
 
     def score(self, images: Any, texts: list[str]) -> Any:
@@ -161,19 +157,20 @@ class Judge:
         import numpy as np
         import torch
 
-        from dalle_cli.devices import autocast
+        from dalle_cli.models.pixels import from_uint8
 
+        device = self.machine.device
         unique = sorted(set(texts))
         tokens, lengths, _ = self.tokenizer.encode_batch(unique, self.clip.config.n_text)
-        pixels = torch.from_numpy(np.array(images)).to(self.device).float() / 255
-        with torch.inference_mode(), autocast(self.device, self.dtype):
+        pixels = from_uint8(torch.from_numpy(np.array(images)).to(device))
+        with torch.inference_mode(), self.machine.autocast():
             text = self.clip.encode_text(
-                torch.from_numpy(tokens.astype(np.int64)).to(self.device),
-                torch.from_numpy(lengths.astype(np.int64)).to(self.device),
+                torch.from_numpy(tokens.astype(np.int64)).to(device),
+                torch.from_numpy(lengths.astype(np.int64)).to(device),
             )
             picture = self.clip.encode_image(pixels)
         of = {t: i for i, t in enumerate(unique)}
-        own = text[torch.tensor([of[t] for t in texts], device=self.device)]
+        own = text[torch.tensor([of[t] for t in texts], device=device)]
         return torch.cosine_similarity(picture.float(), own.float()).cpu().numpy()
 
 

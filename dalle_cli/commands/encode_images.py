@@ -11,7 +11,7 @@ from dalle_cli.options import (
     Dtype,
     Force,
     Model,
-    OutFile,
+    OutRows,
     Recipe,
     Seed,
     Sets,
@@ -20,23 +20,22 @@ from dalle_cli.options import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
+    from dalle_cli.devices import Arithmetic
     from dalle_cli.models.dvae import DVAE
 
-EXAMPLE = "Example: dalle encode-images photos/ -m dvae.safetensors -o codes/"
+EXAMPLE = "dalle encode-images photos/ -m dvae.safetensors -o codes/"
 
 
 def run(
     dataset: DatasetArg,
-    out: OutFile,
+    out: OutRows,
     model: Model = None,
     config: Recipe = None,
     sets: Sets = [],
     augment: Annotated[
-        str, typer.Option(help="center, or a random crop: prior (the paper's for stage two) or dvae.")
+        str, typer.Option(metavar="NAME", help="center, or a random crop: prior (the paper's for stage two) or dvae.")
     ] = "center",
-    repeats: Annotated[int, typer.Option(min=1, help="Rows per picture, each cropped anew.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rows per picture, each cropped anew.")] = 1,
     shard_size: ShardSize = 8192,
     batch_size: BatchSize = 64,
     workers: Workers = 2,
@@ -57,7 +56,7 @@ def run(
     from dalle_cli.data.datasets import open_dataset
     from dalle_cli.data.filters import Filters
     from dalle_cli.data.loader import sequential
-    from dalle_cli.devices import select_device, select_dtype
+    from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
     from dalle_cli.paths import skip_list
 
@@ -65,50 +64,44 @@ def run(
         raise DalleError(f"expected --augment prior or dvae with --repeats {repeats}, found center; all would be alike")
     (filters,) = recipes.section(recipes.read(config, sets), "data", Filters)
     weights = bundle.weights(model, "weights.dvae")
-    dvae = load.dvae(weights, where := select_device(device))
-    arithmetic, size = select_dtype(dtype, where), dvae.config.image_size
+    machine = arithmetic(device, dtype)
+    dvae = load.dvae(weights, machine.device)
+    size, grid, n_vocab = dvae.config.image_size, dvae.config.grid, dvae.config.n_vocab
     data = open_dataset(dataset, need_captions=False, filters=filters)
-    options = {
-        "data": asdict(filters),
-        "augment": augment,
-        "repeats": repeats,
-        "dtype": str(arithmetic).removeprefix("torch."),
-    }
+    options = {"data": asdict(filters), "augment": augment, "repeats": repeats, "dtype": machine.name}
     options |= {"seed": seed} if augment != "center" else {}
     made = history("encode-images", options, dataset=data.digest, model=weights)
-    header = {"n_vocab": dvae.config.n_vocab, "grid": dvae.config.grid, "encoder": weights.digest}
+    header = {"n_vocab": n_vocab, "grid": grid, "encoder": weights.digest}
     # Shard by shard, and pass by pass over the data: `repeats` passes, each cropped anew.
     writer = ShardWriter(out, "codes", len(data) * repeats, shard_size, header, made, force)
     if any(map(writer.has, range(writer.total))):
         data.skipped.load(skip_list(out))
-    small = np.uint16 if dvae.config.n_vocab <= 2**16 else np.int32
+    small = np.uint16 if n_vocab <= 2**16 else np.int32
     crop = by_name(augment)
-    written, fresh = 0, False
+    written = 0
     with console.progress("encode-images", len(data) * repeats, unit="pictures") as advance:
         for shard in writer.missing():
-            codes, ids = [np.zeros((0, dvae.config.grid, dvae.config.grid), small)], []
+            codes, ids = [np.zeros((0, grid, grid), small)], []
             for rows, draw in passes(*writer.bounds(shard), len(data)):
                 for kept, images in sequential(data, size, rows, batch_size, workers, crop, seed, draw):
-                    codes.append(encode(dvae, images, arithmetic).astype(small))
+                    codes.append(encode(dvae, images, machine).astype(small))
                     ids += [data.ids[row] for row in kept]
                     advance(len(images))
             writer.write(shard, {"codes": np.concatenate(codes), "ids": ids})
             data.skipped.write(skip_list(out))
-            written, fresh = written + len(ids), True
-    figures = {"pictures": written if fresh else "all there already", "skipped": data.skipped.summary() or None}
+            written += len(ids)
+    figures = {"pictures": written if writer.wrote else "all there already", "skipped": data.skipped.summary() or None}
     console.result(out, **figures, shards=writer.total)
 
 
-def encode(dvae: "DVAE", images: Any, arithmetic: "torch.dtype") -> Any:
+def encode(dvae: "DVAE", images: Any, machine: "Arithmetic") -> Any:
     """(B, 3, S, S) uint8 -> codes (B, H, W)."""
     import torch
 
-    from dalle_cli.devices import autocast
     from dalle_cli.models.pixels import from_uint8
 
-    where = next(dvae.parameters()).device
-    with autocast(where, arithmetic):
-        return dvae.encode(from_uint8(torch.from_numpy(images).to(where))).cpu().numpy()
+    with machine.autocast():
+        return dvae.encode(from_uint8(torch.from_numpy(images).to(machine.device))).cpu().numpy()
 
 
 def passes(start: int, stop: int, n: int) -> list[tuple[range, int]]:

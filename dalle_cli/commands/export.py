@@ -5,15 +5,18 @@ from typing import Annotated
 
 import typer
 
-from dalle_cli.options import Force, ImagesArg
+from dalle_cli.options import ImagesArg
 
-EXAMPLE = "Example: dalle export radish.best.safetensors -o radish/"
+EXAMPLE = "dalle export radish.best.safetensors -o radish/"
 
 
 def run(
     images: ImagesArg = None,
-    out: Annotated[Path | None, typer.Option("-o", "--output", help="The folder to write to.")] = None,
-    force: Force = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FOLDER", help="Where to write; named after the input if left out."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write even among files of something else.")] = False,
 ) -> None:
     """Write pictures as PNG files with a manifest, which is again a data set."""
     import json
@@ -23,6 +26,7 @@ def run(
     from dalle_cli import console
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.artifacts.container import replace_file
+    from dalle_cli.data.manifest import IN_FOLDER
     from dalle_cli.errors import DalleError
     from dalle_cli.paths import beside, given_or_piped
 
@@ -31,7 +35,7 @@ def run(
     folder = out or beside(source, "")
     if folder.exists() and not folder.is_dir():
         raise DalleError(f"expected a folder to write to, found a file: {folder}; choose another -o")
-    manifest = folder / "manifest.jsonl"
+    manifest = folder / IN_FOLDER
     before = _earlier(manifest)
     if folder.is_dir() and any(folder.iterdir()) and not before and not force:
         raise DalleError(f"expected an empty folder or an earlier export, found {folder}; choose another or --force")

@@ -10,7 +10,7 @@ from dalle_cli.options import Json
 if TYPE_CHECKING:
     from dalle_cli.artifacts import Artifact
 
-EXAMPLE = "Example: dalle info prior.safetensors --history"
+EXAMPLE = "dalle info prior.safetensors --history"
 
 
 def run(

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from dalle_cli.options import BatchSize, Device, Force, ImagesArg, Keep, Model, Out, SampleDtype
+from dalle_cli.options import BatchSize, Device, Dtype, Force, ImagesArg, Keep, Model, Out
 
-EXAMPLE = "Example: dalle rerank radish.images.safetensors -m clip.safetensors --keep 8"
+EXAMPLE = "dalle rerank radish.images.safetensors -m clip.safetensors --keep 8"
 
 
 def run(
@@ -14,10 +14,12 @@ def run(
     out: Out = None,
     model: Model = None,
     keep: Keep = 0,
-    prompt: Annotated[str | None, typer.Option(help="Score against this instead of each picture's own text.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Score against this instead of each picture's own text.")
+    ] = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",
-    dtype: SampleDtype = "float32",
+    dtype: Dtype = "float32",
     force: Force = False,
 ) -> None:
     """Score pictures against their prompts with CLIP and keep the best."""
@@ -27,6 +29,7 @@ def run(
     from dalle_cli.artifacts import history, open_artifact, write_artifact
     from dalle_cli.artifacts.container import check_replaceable
     from dalle_cli.commands import drawing
+    from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
     from dalle_cli.paths import beside, given_or_piped
 
@@ -41,7 +44,8 @@ def run(
     target = out or beside(source, ".best.safetensors")
     check_replaceable(target, "images", force)
     weights = bundle.weights(model, "weights.clip")
-    judge = drawing.Judge(weights, device, dtype)
+    machine = arithmetic(device, dtype)
+    judge = drawing.Judge(weights, machine)
     pixels, ids = pictures.array("images"), pictures.strings("ids")
     scores = np.empty(len(pictures), dtype=np.float32)
     with console.progress("rerank", len(pictures), unit="pictures") as advance:
@@ -56,6 +60,6 @@ def run(
         "ids": [ids[int(row)] for row in order],
         "text": [texts[int(row)] for row in order],
     }
-    made = history("rerank", {"keep": keep, "prompt": prompt, "dtype": dtype}, images=pictures, model=weights)
+    made = history("rerank", {"keep": keep, "prompt": prompt, "dtype": machine.name}, images=pictures, model=weights)
     write_artifact(target, "images", columns, {}, made, force)
     console.result(target, kept=len(order), of=len(pictures), best=float(scores.max()), mean=float(scores.mean()))

@@ -1,17 +1,15 @@
 """`dalle sample`."""
 
-from pathlib import Path
-
 from dalle_cli.options import (
     BatchSize,
     Device,
+    DrawnOut,
+    Dtype,
     Force,
     Guidance,
     Model,
-    Out,
     PromptFile,
     Prompts,
-    SampleDtype,
     Samples,
     Seed,
     Temperature,
@@ -19,16 +17,15 @@ from dalle_cli.options import (
     TopP,
 )
 
-EXAMPLE = (
-    'Example: dalle sample "a tutu radish walking a dog" -n 64 | dalle decode | dalle rerank --keep 8 | dalle show'
-)
+EXAMPLE = """export DALLE_MODEL=model/
+dalle sample "a tutu radish walking a dog" -n 64 | dalle decode | dalle rerank --keep 8 | dalle show -o radish.png"""
 
 
 def run(
     prompts: Prompts = None,
     prompt_file: PromptFile = None,
     n: Samples = 16,
-    out: Out = None,
+    out: DrawnOut = None,
     model: Model = None,
     temperature: Temperature = 1.0,
     top_k: TopK = 0,
@@ -37,7 +34,7 @@ def run(
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     device: Device = "auto",
-    dtype: SampleDtype = "float32",
+    dtype: Dtype = "float32",
     force: Force = False,
 ) -> None:
     """Draw codes for a prompt from a prior."""
@@ -45,13 +42,15 @@ def run(
     from dalle_cli.artifacts import write_artifact
     from dalle_cli.artifacts.container import check_replaceable
     from dalle_cli.commands import drawing
-    from dalle_cli.paths import slug
+    from dalle_cli.devices import arithmetic
+    from dalle_cli.paths import after_prompt
 
     texts = drawing.read_prompts(prompts, prompt_file)
+    machine = arithmetic(device, dtype)
     weights = bundle.weights(model, "weights.prior.codes")
     settings = drawing.Settings(n, temperature, top_k, top_p, guidance, seed, batch_size)
-    target = out or Path(f"{slug(prompt_file.stem if prompt_file else texts[0])}.codes.safetensors")
+    target = out or after_prompt(texts, prompt_file, ".codes.safetensors")
     check_replaceable(target, "codes", force)
-    drawn = drawing.sample(weights, texts, settings, device, dtype)
+    drawn = drawing.sample(weights, texts, settings, machine)
     write_artifact(target, "codes", drawn.tensors, drawn.config, drawn.history, force)
     console.result(target, prompts=len(texts), samples=len(texts) * n)

@@ -7,15 +7,18 @@ import typer
 
 from dalle_cli.options import Columns, Force, ImagesArg, Out, Terminal
 
-EXAMPLE = "Example: dalle show radish.best.safetensors -o radish.png --terminal"
+EXAMPLE = "dalle show radish.best.safetensors -o radish.png --terminal"
 
 
 def run(
     images: ImagesArg = None,
     out: Out = None,
     columns: Columns = 0,
-    most: Annotated[int, typer.Option("-n", "--most", min=1, help="Draw at most so many pictures.")] = 256,
-    title: Annotated[str | None, typer.Option(help="A line above the sheet.")] = None,
+    most: Annotated[int, typer.Option("--most", min=1, metavar="N", help="Draw at most so many pictures.")] = 256,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, metavar="N", hidden=True, help="The former name of --most, for recipes.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(metavar="TEXT", help="A line above the sheet.")] = None,
     terminal: Terminal = False,
     force: Force = False,
 ) -> None:
@@ -30,7 +33,7 @@ def run(
     pictures = open_artifact(source, "images")
     if not len(pictures):
         raise DalleError(f"expected images to show, found none in {source}")
-    count = min(most, len(pictures))
+    count = min(n or most, len(pictures))
     pixels = list(pictures.array("images")[:count])
     texts = list(pictures.strings("text" if "text" in pictures else "ids")[:count])
     scores = [float(s) for s in pictures.array("score")[:count]] if "score" in pictures else None

@@ -1,19 +1,14 @@
 """`dalle tokenize`."""
 
-from pathlib import Path
-from typing import Annotated
+from dalle_cli.options import DatasetArg, Force, OutRows, Recipe, Sets, ShardSize, TokenizerFile
 
-import typer
-
-from dalle_cli.options import DatasetArg, Force, OutFile, Recipe, Sets, ShardSize
-
-EXAMPLE = "Example: dalle tokenize photos/ -t tokenizer.json -o captions.safetensors"
+EXAMPLE = "dalle tokenize photos/ -t tokenizer.json -o captions.safetensors"
 
 
 def run(
     dataset: DatasetArg,
-    tokenizer: Annotated[Path, typer.Option("-t", "--tokenizer", help="A tokenizer's JSON.")],
-    out: OutFile,
+    tokenizer: TokenizerFile,
+    out: OutRows,
     config: Recipe = None,
     sets: Sets = [],
     shard_size: ShardSize = 65536,
@@ -54,4 +49,5 @@ def run(
             advance(stop - start)
     data.skipped.write(skip_list(out))
     cut_note = f"{n_cut} longer than {options.length} tokens" if n_cut else None
-    console.result(out, captions=len(rows), pictures=len(data), cut=cut_note, skipped=data.skipped.summary() or None)
+    found = len(rows) if writer.wrote else "all there already"
+    console.result(out, captions=found, pictures=len(data), cut=cut_note, skipped=data.skipped.summary() or None)

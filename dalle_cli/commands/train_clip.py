@@ -1,18 +1,25 @@
 """`dalle train-clip`."""
 
-from pathlib import Path
-from typing import Annotated
+from dalle_cli.options import (
+    DatasetArg,
+    Device,
+    Dtype,
+    Force,
+    Fresh,
+    OutFile,
+    Recipe,
+    Seed,
+    Sets,
+    TokenizerFile,
+    Workers,
+)
 
-import typer
-
-from dalle_cli.options import DatasetArg, Device, Dtype, Force, Fresh, OutFile, Recipe, Seed, Sets, Workers
-
-EXAMPLE = "Example: dalle train-clip photos/ -t tokenizer.json --config recipe.toml -o clip.safetensors"
+EXAMPLE = "dalle train-clip photos/ -t tokenizer.json --config recipe.toml -o clip.safetensors"
 
 
 def run(
     dataset: DatasetArg,
-    tokenizer: Annotated[Path, typer.Option("-t", "--tokenizer", help="A tokenizer's JSON.")],
+    tokenizer: TokenizerFile,
     out: OutFile,
     config: Recipe = None,
     sets: Sets = [],
@@ -32,10 +39,11 @@ def run(
     from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.data.datasets import open_dataset
     from dalle_cli.data.filters import Filters
+    from dalle_cli.devices import arithmetic
     from dalle_cli.models.clip import CLIPConfig
     from dalle_cli.paths import skip_list
     from dalle_cli.training.clip import CLIPTask, CLIPTrain
-    from dalle_cli.training.loop import arithmetic, train
+    from dalle_cli.training.loop import train
     from dalle_cli.training.run import Run
 
     bpe = tokenizers.load(tokenizer)

@@ -2,7 +2,7 @@
 
 from dalle_cli.options import DatasetArg, Device, Dtype, Force, Fresh, OutFile, Recipe, Seed, Sets, Workers
 
-EXAMPLE = "Example: dalle train-dvae photos/ --config recipes/emoji/recipe.toml -o dvae.safetensors"
+EXAMPLE = "dalle train-dvae photos/ --config recipes/emoji/recipe.toml -o dvae.safetensors"
 
 
 def run(
@@ -25,10 +25,11 @@ def run(
     from dalle_cli.artifacts import history
     from dalle_cli.data.datasets import open_dataset
     from dalle_cli.data.filters import Filters
+    from dalle_cli.devices import arithmetic
     from dalle_cli.models.dvae import DVAEConfig
     from dalle_cli.paths import skip_list
     from dalle_cli.training.dvae import DVAETask, DVAETrain
-    from dalle_cli.training.loop import arithmetic, train
+    from dalle_cli.training.loop import train
     from dalle_cli.training.run import Run
 
     table = recipes.read(config, sets)

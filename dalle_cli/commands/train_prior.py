@@ -7,7 +7,7 @@ import typer
 
 from dalle_cli.options import Device, Dtype, Force, Fresh, OutFile, Recipe, Seed, Sets
 
-EXAMPLE = "Example: dalle train-prior captions.safetensors codes/ --config recipe.toml -o prior.safetensors"
+EXAMPLE = "dalle train-prior captions.safetensors codes/ -t tokenizer.json --config recipe.toml -o prior.safetensors"
 
 
 def run(
@@ -16,7 +16,9 @@ def run(
     out: OutFile,
     tokenizer: Annotated[
         Path | None,
-        typer.Option("-t", "--tokenizer", help="For BPE dropout; looked for beside the inputs if left out."),
+        typer.Option(
+            "-t", "--tokenizer", metavar="FILE", help="For BPE dropout; looked for beside -o and CAPTIONS if left out."
+        ),
     ] = None,
     config: Recipe = None,
     sets: Sets = [],
@@ -34,8 +36,9 @@ def run(
     from dalle_cli.artifacts import history, open_artifact
     from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.data.pairs import Pairs
+    from dalle_cli.devices import arithmetic
     from dalle_cli.models.prior import PriorConfig
-    from dalle_cli.training.loop import arithmetic, train
+    from dalle_cli.training.loop import train
     from dalle_cli.training.prior import PriorTask, PriorTrain
     from dalle_cli.training.run import Run
 

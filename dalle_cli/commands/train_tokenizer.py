@@ -2,7 +2,7 @@
 
 from dalle_cli.options import DatasetArg, Force, OutFile, Recipe, Sets
 
-EXAMPLE = "Example: dalle train-tokenizer photos/ --set tokenizer.vocab_size=4096 -o tokenizer.json"
+EXAMPLE = "dalle train-tokenizer photos/ --set tokenizer.vocab_size=4096 -o tokenizer.json"
 
 
 def run(dataset: DatasetArg, out: OutFile, config: Recipe = None, sets: Sets = [], force: Force = False) -> None:

@@ -65,6 +65,9 @@ def open_dataset(
 ) -> Dataset:
     """Index a folder, a manifest, or WebDataset tars, here or at any fsspec URL.
 
+    A folder that holds `manifest.jsonl` at its top, as an exported one does, is read through it, captions or not: the
+    ids must be the same for every stage.
+
     Captions are read only if they are needed; with `all_lines` each line of a .txt is an alternative caption.
 
     Raises:
@@ -92,7 +95,8 @@ def _index(source: str, plan: Plan) -> list[Sample]:
     if what == "":
         raise DalleError(f"expected a data set, found no such file or folder: {source}; give {_KINDS}")
     if what == "folder":
-        return _index_folder(source, plan)
+        table = files.join(source, manifest.IN_FOLDER)
+        return manifest.index(table, plan) if files.kind(table) == "file" else _index_folder(source, plan)
     if suffix == ".tar":
         return webdataset.index([source], plan)
     if suffix in manifest.SUFFIXES:

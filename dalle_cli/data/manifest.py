@@ -19,6 +19,7 @@ from dalle_cli.data.skips import BadSample
 from dalle_cli.errors import DalleError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+IN_FOLDER = "manifest.jsonl"  # a folder with a table of this name at its top, as `export` writes it, is read through it
 IMAGE_NAMES = ("image", "file", "file_name", "path")
 
 Row = dict[str, Any]

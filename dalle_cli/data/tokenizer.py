@@ -79,7 +79,11 @@ def load(path: str | Path) -> "Tokenizer":
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, vocab_size: int) -> tuple[Tokens, NDArray[np.uint16], int]:
-    """Lists of tokens -> (N, T) uint16 (int32 for a large vocabulary), 0 beyond the end; (N,) lengths; how many cut."""
+    """Lists of tokens -> (N, T) uint16 (int32 for a large vocabulary), 0 beyond the end; (N,) lengths; how many cut.
+
+    Raises:
+        DalleError: A length that a uint16 does not hold.
+    """
     if not 0 < length < 1 << 16:
         raise DalleError(f"expected a length of captions from 1 to 65,535 tokens, found {length}; mend the setting")
     tokens = np.zeros((len(rows), length), np.uint16 if vocab_size <= 1 << 16 else np.int32)
@@ -140,6 +144,9 @@ class Tokenizer:
 
         BPE dropout (Provilkov et al. 2020, algorithm 1); the library has it too, but drawn from a generator that
         cannot be seeded. With p = 0 the tokens are the library's, but that words over 1,024 bytes are merged in pieces.
+
+        Raises:
+            DalleError: A p that is no probability, a tokenizer that is no byte-level BPE, or text that is not Unicode.
         """
         if not 0 <= p <= 1:
             raise DalleError(f"expected a BPE dropout from 0 to 1, found {p}; mend the setting")

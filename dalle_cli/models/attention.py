@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
+from dalle_cli.models.local_attention import column_attention, local_attention
 
 LONG_STREAM = 512  # positions; beyond, the weights of every head take more memory than they save time
 KINDS = ("full", "row", "column", "conv")
@@ -80,6 +81,11 @@ class Pattern:
         """Attention over the whole stream, three times (B, N, L, D) -> (B, N, L, D)."""
         if trains_on_cpu(q):
             return batched_attention(q, k, v, _stream_bias(self, q.device, q.dtype))
+        if q.device.type == "cpu" and self.kind == "column":
+            return column_attention(q, k, v, self.n_text + 1, self.grid)
+        if q.device.type == "cpu" and self.kind != "full":
+            distances = self.offsets if self.kind == "conv" else tuple(range(self.grid + 1))
+            return local_attention(q, k, v, self.n_text + 1, self.grid, distances)
         if self.kind == "full":
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(q.device))

@@ -54,7 +54,7 @@ class PriorConfig:
         for name in ("dropout", "text_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DalleError(f"expected prior.{name} in [0, 1], found {getattr(self, name)}; correct the recipe")
-        layer_kinds(self.n_layer, self.attention)
+        layer_kinds(1, self.attention)  # refuses an unknown kind
 
 
 class Attend(Protocol):

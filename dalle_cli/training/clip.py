@@ -59,6 +59,7 @@ class CLIPTask:
         self.held_out = held_out[: train.max_validation]
 
     def batches(self, start: int) -> Generator[Batch]:
+        """Pictures (B, 3, S, S) uint8, tokens (B, T) and lengths (B,) int64, a function of the seed and the update."""
         o = self.options
         augment = by_name(o.augment, o.flip)
         loader = Loader(self.data, self.config.image_size, augment, o.batch_size, self.seed, self.workers, self.rows)
@@ -67,11 +68,13 @@ class CLIPTask:
             yield (torch.from_numpy(batch.images), *self._tokens(batch.rows, rng.random(len(batch.rows))))
 
     def _tokens(self, rows: NDArray[np.int64], picks: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+        """Of each row's captions the one that its pick in [0, 1) chooses: tokens (B, T), lengths (B,), int64."""
         texts = [(c := self.captions[int(row)])[int(pick * len(c))] for row, pick in zip(rows, picks, strict=True)]
         tokens, lengths, _ = self.tokenizer.encode_batch(texts, self.config.n_text)
         return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(lengths.astype(np.int64))
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The contrastive or sigmoid loss of the batch."""
         images, tokens, lengths = batch
         return self.model.loss(from_uint8(images), tokens, lengths)
 

@@ -6,6 +6,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.training.schedules import LEARNING_RATES
 
 OPTIMIZERS = ("adamw", "muon")
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TrainConfig:
     keep: int = 2
     validation: float = 0.05  # share of ids held out
     max_validation: int = 1024
+    save_dtype: str = "float32"  # of the weights at the end; checkpoints keep all bits
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "ema_every", "log_every", "validate_every", "checkpoint_every", "keep"):
@@ -39,6 +41,8 @@ class TrainConfig:
                 raise DalleError(f"expected {name} of at least 1, found {getattr(self, name)}; raise it")
         if self.optimizer not in OPTIMIZERS:
             raise DalleError(f"expected optimizer among {', '.join(OPTIMIZERS)}, found {self.optimizer!r}")
+        if self.save_dtype not in SAVE_DTYPES:
+            raise DalleError(f"expected save_dtype among {', '.join(SAVE_DTYPES)}, found {self.save_dtype!r}; pick one")
         if self.schedule not in LEARNING_RATES:
             raise DalleError(f"expected schedule among {', '.join(LEARNING_RATES)}, found {self.schedule!r}")
         for name in ("ema", "validation", "beta1", "beta2"):

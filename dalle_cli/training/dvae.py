@@ -71,6 +71,7 @@ class DVAETask:
         self.held_out = held_out[: train.max_validation]
 
     def batches(self, start: int) -> Generator[Batch]:
+        """Pictures (B, 3, S, S) uint8, a function of the seed and the update."""
         o = self.options
         augment = by_name(o.augment, o.flip)
         loader = Loader(self.data, self.config.image_size, augment, o.batch_size, self.seed, self.workers, self.rows)
@@ -78,6 +79,7 @@ class DVAETask:
             yield (torch.from_numpy(batch.images),)
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The ELBO at this update's temperature and beta, each a function of the update alone (app. A.2)."""
         o = self.options
         images = from_uint8(batch[0])
         if step % o.revive_every == 0:
@@ -108,6 +110,7 @@ class DVAETask:
         return {"psnr_held_out": torch.cat(psnr).mean().item(), "codes_used": used, "code_perplexity": perplexity}
 
     def _held_out(self, most: int) -> Iterator[Tensor]:
+        """The first so many held-out pictures, center-cropped: batches (b, 3, S, S) uint8."""
         size = self.config.image_size
         for _, images in sequential(self.data, size, self.held_out[:most].tolist(), VALIDATION_BATCH, self.workers):
             yield torch.from_numpy(images)

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_cli import console
-from dalle_cli.devices import autocast, select_device, select_dtype
+from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.optim import EMA, load_optimizer_state, optimizer_state, optimizers
@@ -62,6 +61,8 @@ class Interrupt:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """While this lasts, the first signal is remembered and a second one raises KeyboardInterrupt."""
+
         def remember(number: int, frame: FrameType | None) -> None:
             if self.came:
                 raise KeyboardInterrupt  # the second time means now
@@ -78,9 +79,9 @@ class Interrupt:
 class Trainer:
     """Carries a task from its last checkpoint to its weights."""
 
-    def __init__(self, task: Task, config: TrainConfig, run: Run, machine: "Arithmetic", seed: int):
+    def __init__(self, task: Task, config: TrainConfig, run: Run, machine: Arithmetic, seed: int):
         self.task, self.config, self.run = task, config, run
-        self.device, self.dtype, self.seed = machine.device, machine.dtype, seed
+        self.machine, self.device, self.seed = machine, machine.device, seed
         self.model = task.model.to(self.device).train()
         self.optimizers = optimizers(self.model, config)
         self.ema = EMA(self.model, config.ema)
@@ -106,6 +107,7 @@ class Trainer:
         console.note(f"resuming from update {self.step}")
 
     def save(self) -> None:
+        """Write a checkpoint: weights, their average, the optimisers' state."""
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"ema/{k}": v for k, v in self.ema.model.state_dict().items()}
         tensors |= {f"optimizer/{k}": v for k, v in optimizer_state(self.model, self.optimizers).items()}
@@ -121,7 +123,7 @@ class Trainer:
         torch.manual_seed(seed)
         generator = torch.Generator(self.device).manual_seed(seed)
         batch = tuple(t.to(self.device, non_blocking=True) for t in batch)
-        with autocast(self.device, self.dtype):
+        with self.machine.autocast():
             loss, figures = self.task.loss(batch, self.step, generator)
         self.model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -136,7 +138,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Figures of the averaged weights on held-out data, logged; and a picture of them."""
-        with torch.no_grad(), autocast(self.device, self.dtype):
+        with torch.no_grad(), self.machine.autocast():
             figures = self.task.validate(self.ema.model, self.device)
             self.task.sheet(self.ema.model, self.device, self.run.folder / "samples" / f"{self.step:08d}.png")
         self.run.log({"step": self.step, "seconds": round(self.seconds, 2), "validation": figures})
@@ -168,11 +170,11 @@ class Trainer:
                 if interrupt.came:
                     console.note(f"stopped after update {self.step}; the same command goes on from here")
                     raise KeyboardInterrupt
-        self.run.save_weights(self.ema.model.state_dict())
+        self.run.save_weights(stored_as(self.ema.model.state_dict(), c.save_dtype))
         return last or self._last_validation()
 
     def _last_validation(self) -> dict[str, float]:
-        with torch.no_grad(), autocast(self.device, self.dtype):
+        with torch.no_grad(), self.machine.autocast():
             return self.task.validate(self.ema.model, self.device)
 
     def _log(self, averages: "Averages") -> dict[str, float]:
@@ -180,6 +182,12 @@ class Trainer:
         figures = averages.take()
         self.run.log({"step": self.step, "seconds": round(self.seconds, 2), **figures})
         return {k: v for k, v in figures.items() if k != "lr"}
+
+
+def stored_as(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The tensors with all floating ones in `dtype`, by torch's name for it."""
+    kind: torch.dtype = getattr(torch, dtype)
+    return {name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 class Averages:
@@ -191,6 +199,7 @@ class Averages:
         self.last: Tensor | None = None
 
     def add(self, figures: dict[str, Tensor]) -> None:
+        """Take in the figures of one update."""
         self.count += 1
         self.last = figures["loss"]
         for key, value in figures.items():
@@ -202,27 +211,10 @@ class Averages:
             raise DalleError(f"expected a finite loss, found {self.last.item()} by update {step}; lower the lr")
 
     def take(self) -> dict[str, float]:
+        """The means of the scalar figures; begins anew."""
         means = {key: (value / self.count).item() for key, value in self.sums.items() if value.ndim == 0}
         self.sums, self.count = {}, 0
         return means
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """Where to compute, and in what."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-
-def arithmetic(device: str, dtype: str) -> Arithmetic:
-    """Raises: DalleError for a device or a dtype that is not to be had."""
-    where = select_device(device)
-    return Arithmetic(where, select_dtype(dtype, where))
 
 
 def train(

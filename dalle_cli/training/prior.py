@@ -3,7 +3,7 @@
 Shapes: B batch, T caption length, H W code grid.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.loop import Batch, mix
 
 VALIDATION_BATCH = 64
-Sheet = Callable[[Prior, Path], None]
 
 
 @dataclass(frozen=True)
@@ -49,18 +48,15 @@ class PriorTrain(TrainConfig):
 class PriorTask:
     """Captions and codes joined by id; each epoch draws one caption and one grid of codes of each id anew."""
 
-    def __init__(
-        self, config: PriorConfig, train: PriorTrain, pairs: Pairs, tokenizer: Tokenizer | None, seed: int,
-        sheet: Sheet | None = None,
-    ):  # fmt: skip
+    def __init__(self, config: PriorConfig, train: PriorTrain, pairs: Pairs, tokenizer: Tokenizer | None, seed: int):
         self.config, self.options, self.pairs, self.tokenizer, self.seed = config, train, pairs, tokenizer, seed
         torch.manual_seed(mix(seed, -1))
         self.model = Prior(config)
         self.places, self.held_out = pairs.split(train.validation)
         self.order = Order(len(self.places), train.batch_size, seed)
-        self._sheet = sheet
 
     def batches(self, start: int) -> Generator[Batch]:
+        """What `batch` gives, from update `start` on."""
         step = start
         while True:
             yield self.batch(step)
@@ -90,6 +86,7 @@ class PriorTask:
         return tokens, lengths
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The prior's loss, in nats, after some captions were made null for guidance."""
         tokens, lengths, codes = batch
         if self.options.caption_dropout:
             lengths = drop_captions(lengths, self.options.caption_dropout, generator)
@@ -114,6 +111,4 @@ class PriorTask:
         return {"image_nats": image / len(places), "text_nats": text / max(tokens_seen, 1)}
 
     def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
-        if self._sheet is not None:
-            assert isinstance(model, Prior)
-            self._sheet(model, path)
+        """Codes are no picture; `sample` and `decode` draw."""

@@ -20,6 +20,8 @@ from dalle_cli.artifacts.container import check_replaceable
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
 
+LATER = {"save_dtype": "float32"}  # settings of TrainConfig that the first weights did not name
+
 
 @dataclass(frozen=True)
 class Run:
@@ -33,13 +35,21 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """`X.run/` beside `X.safetensors`."""
         return self.out.parent / f"{self.out.name.removesuffix('.safetensors')}.run"
 
     @property
     def metrics(self) -> Path:
+        """The log: one JSON object a line."""
         return self.folder / "metrics.jsonl"
 
     def _same(self, artifact: Artifact, config: dict[str, Any]) -> bool:
+        """Whether an artifact says of itself what this run will say, as JSON has it (tuples are lists there).
+
+        A setting that came after the artifact was made counts as its default: an upgrade makes nobody train again.
+        """
+        if isinstance(told := config.get("train"), dict):
+            config = {**config, "train": {**LATER, **told}}
         as_json = json.loads(json.dumps([self.config, self.history]))
         return bool([config, artifact.history] == as_json)
 
@@ -72,6 +82,7 @@ class Run:
             cut.unlink(missing_ok=True)
 
     def checkpoints(self) -> list[Path]:
+        """All that are kept, oldest first."""
         return sorted(self.folder.glob("checkpoint-*.safetensors"))
 
     def latest(self) -> tuple[int, dict[str, Tensor]] | None:
@@ -100,15 +111,18 @@ class Run:
         return None
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], keep: int) -> None:
+        """Write the state after `step` updates, and remove all but the last `keep`."""
         path = self.folder / f"checkpoint-{step:08d}.safetensors"
         save_tensors(path, "checkpoint", tensors, {**self.config, "step": step}, self.history, force=True)
         for old in self.checkpoints()[:-keep]:
             old.unlink()
 
     def save_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Write what the run was for."""
         save_tensors(self.out, self.kind, tensors, self.config, self.history, self.force)
 
     def log(self, row: dict[str, Any]) -> None:
+        """Append a line to the log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

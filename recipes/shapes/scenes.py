@@ -27,7 +27,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 3.6 / 32, "large": 6.1 / 32}  # radius as a share of the picture's side
-BACKGROUNDS = ((255, 255, 255), (228, 228, 228), (246, 240, 224), (226, 234, 242), (238, 230, 236))
+BACKGROUNDS = ((255, 255, 255), (228, 228, 228), (246, 240, 224))
 RELATIONS = ("left", "right", "above", "below")
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
