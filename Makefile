@@ -8,13 +8,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 TOOLS := DALLE=$(CURDIR)/$(BIN)/dalle PY=$(CURDIR)/$(BIN)/python
-HALF := $(shell $(PYTHON) -c "import os; print(max(1, (os.cpu_count() or 1) // 2))")
+SHARE := $(shell $(PYTHON) -c "import os; print(max(1, (os.cpu_count() or 1) // 3))")
 
 .PHONY: pipelines pipeline-shapes pipeline-emoji test test-all lint types bench docs clean
 
-# The two recipes run side by side, each stage on half of the cores: models this small use more threads badly.
+# Up to three stages run side by side, each on a share of the cores: models this small use more threads badly.
 pipelines: $(READY)
-	OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory -j2 pipeline-shapes pipeline-emoji
+	OMP_NUM_THREADS=$(SHARE) $(MAKE) --no-print-directory -j3 pipeline-shapes pipeline-emoji
 	@echo && cat recipes/shapes/build/accuracy.txt
 	@echo "Look at recipes/shapes/build/sheet.png and recipes/emoji/build/small/sheet.png"
 

@@ -216,7 +216,8 @@ def save_sheet(
     from dalle_cli.data.sheet import sheet
 
     check_png(path, force)
-    groups = [texts.index(text) for text in texts]
+    alike = len(set(texts)) < len(texts)
+    groups = [texts.index(text) for text in texts] if alike else None  # a row for each prompt, unless one picture each
     image = sheet(pixels, texts, scores, columns=columns or None, title=title, groups=groups)
     replace_file(path, lambda part: image.save(part, format="PNG"))
     return path

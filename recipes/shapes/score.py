@@ -44,20 +44,16 @@ class Object:
 # Captions
 
 
-def _skeletons() -> dict[str, tuple[bool, str | None]]:
-    """Every template with its words filled in and "#" for an object -> (whether b comes first, relation)."""
-    table: dict[str, tuple[bool, str | None]] = {t.format(a="#"): (False, None) for t in scenes.ONE_TEMPLATES}
-    for relation in scenes.RELATIONS:
-        for template in scenes.TWO_TEMPLATES + scenes.ITS_TEMPLATES:
-            for words in scenes.RELATION_WORDS[relation]:
-                text = template.format(a="#", b="#", rel=words, its=scenes.ITS_WORDS[relation])
-                table[text] = (template.index("{b}") < template.index("{a}"), relation)
+def _skeletons() -> dict[str, str | None]:
+    """Every template with its words filled in and "#" for an object -> relation."""
+    table: dict[str, str | None] = {t.format(a="#"): None for t in scenes.ONE_TEMPLATES}
+    for relation, words in scenes.RELATION_WORDS.items():
+        table |= {t.format(a="#", b="#", rel=words): relation for t in scenes.TWO_TEMPLATES}
     return table
 
 
 SKELETONS = _skeletons()
-SIZE_OF = {word: size for size, words in scenes.SIZE_WORDS.items() for word in words}
-NAMED = re.compile(rf"\b({'|'.join(SIZE_OF)}) ({'|'.join(COLOR_NAMES)}) ({'|'.join(scenes.SHAPES)})\b")
+NAMED = re.compile(rf"\b({'|'.join(scenes.SIZES)}) ({'|'.join(COLOR_NAMES)}) ({'|'.join(scenes.SHAPES)})\b")
 
 
 def parse_caption(text: str) -> Scene:
@@ -66,12 +62,11 @@ def parse_caption(text: str) -> Scene:
     Raises: ValueError where the words are none of the generator's.
     """
     text = " ".join(text.lower().split())
-    things = tuple(Thing(SIZE_OF[size], color, shape) for size, color, shape in NAMED.findall(text))
+    things = tuple(Thing(size, color, shape) for size, color, shape in NAMED.findall(text))
     skeleton = NAMED.sub("#", text).rstrip(".")
     if skeleton not in SKELETONS:
         raise ValueError(f"expected a caption of the shapes world, found {text!r}")
-    inverse, relation = SKELETONS[skeleton]
-    return Scene(things[::-1] if inverse else things, relation)
+    return Scene(things, SKELETONS[skeleton])
 
 
 # Pictures
