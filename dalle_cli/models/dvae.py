@@ -199,7 +199,9 @@ def residual_encoder(config: DVAEConfig, n_features: int) -> nn.Sequential:
         if i > 0:
             layers[f"down_{i}"] = conv(width, 2 * width, 2, stride=2)
             width *= 2
-        blocks = {f"block_{j + 1}": ResidualBlock(width, n_layers, config.encoder_norm) for j in range(config.n_blk_per_group)}
+        blocks = {
+            f"block_{j + 1}": ResidualBlock(width, n_layers, config.encoder_norm) for j in range(config.n_blk_per_group)
+        }
         layers[f"group_{i + 1}"] = stack({**blocks})
     output = conv(width, n_features, 1, kind=Float32Conv2d)
     return stack({**layers, "norm": group_norm(width, config.encoder_norm), "silu": nn.SiLU(), "output": output})

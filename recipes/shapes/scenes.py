@@ -25,8 +25,18 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (150, 40, 190),
     "black": (20, 20, 20),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 3.6 / 32, "large": 6.1 / 32}  # radius as a share of the picture's side
+CELLS = 16  # a picture is 16 x 16 cells, each of one color
+# Every shape, small (5 x 5 cells) and large (7 x 7).
+DRAWN = {
+    "circle": (".###. ##### ##### ##### .###.", "..###.. .#####. ####### ####### ####### .#####. ..###.."),
+    "square": ("##### ##### ##### ##### #####", "####### ####### ####### ####### ####### ####### #######"),
+    "triangle": ("..#.. ..#.. .###. .###. #####", "...#... ...#... ..###.. ..###.. .#####. .#####. #######"),
+    "star": ("..#.. ##### .###. .#.#. #...#", "...#... ..###.. ####### .#####. ..###.. .##.##. #.....#"),
+    "cross": ("..#.. ..#.. ##### ..#.. ..#..", "..###.. ..###.. ####### ####### ####### ..###.. ..###.."),
+    "ring": (".###. #...# #...# #...# .###.", "..###.. .##.##. ##...## ##...## ##...## .##.##. ..###.."),
+}
+SHAPES = tuple(DRAWN)
+SIZES = {"small": 5, "large": 7}  # cells along a side
 BACKGROUNDS = ((255, 255, 255), (228, 228, 228), (246, 240, 224))
 RELATIONS = ("left", "right", "above", "below")
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
@@ -46,11 +56,8 @@ TWO_TEMPLATES = (
     "a picture of a {a} {rel} a {b}",
 )
 
-MARGIN = 0.75 / 32  # the picture's edge keeps this clear, so that it shows the background
-GAP = 2.5 / 32  # least distance between two objects along their axis
-SIDESTEP = 4 / 32  # most offset across that axis
-SUPERSAMPLE = 4
-LATTICE = 8  # centres lie on an 8x8 lattice: a world small enough for a prior that learns in minutes
+GAP = 1  # least number of free cells between two objects along their axis
+SIDESTEP = 1.5  # most cells by which their centres differ across it
 
 
 @dataclass(frozen=True)
@@ -83,113 +90,34 @@ class Scene:
         return any((thing.color, thing.shape) in HELD_OUT for thing in self.things)
 
 
-def _polygon_star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Five-pointed star, point up: outer radius 1.12, inner radius 0.5."""
-    angle = np.abs((np.arctan2(u, -v) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)  # folded into one half of a point
-    outer, inner = 1.12, np.array([0.5 * np.sin(np.pi / 5), 0.5 * np.cos(np.pi / 5)])
-    radius = np.hypot(u, v)
-    x, y = radius * np.sin(angle), radius * np.cos(angle)
-    return np.asarray(inner[0] * (outer - y) >= x * (outer - inner[1]))
-
-
-def inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Whether points (u right, v down, in radii from the centre) lie in a shape: any shape of floats -> bool."""
-    if shape == "circle":
-        return np.asarray(u * u + v * v <= 1)
-    if shape == "ring":
-        square = u * u + v * v
-        return np.asarray((square <= 1.05**2) & (square >= 0.56**2))
-    if shape == "square":
-        return np.asarray(np.maximum(abs(u), abs(v)) <= 0.9)
-    if shape == "triangle":
-        return np.asarray((v <= 0.85) & (abs(u) <= (v + 1.05) * (1.05 / 1.9)))
-    if shape == "cross":
-        low, high = np.minimum(abs(u), abs(v)), np.maximum(abs(u), abs(v))
-        return np.asarray((low <= 0.35) & (high <= 1.08))
-    return _polygon_star(u, v)
-
-
-# How far each shape reaches from its centre, in radii: left and right, up, down.
-REACH: dict[str, tuple[float, float, float]] = {
-    "circle": (1.0, 1.0, 1.0),
-    "square": (0.9, 0.9, 0.9),
-    "triangle": (1.05, 1.05, 0.85),
-    "star": (1.07, 1.12, 0.91),
-    "cross": (1.08, 1.08, 1.08),
-    "ring": (1.05, 1.05, 1.05),
-}
-
-
-def coverage(shape: str, x: float, y: float, radius: float, width: int) -> np.ndarray:
-    """Share of every pixel that a shape covers: centre and radius in pixels -> (width, width) float32 in [0, 1]."""
-    fine = (np.arange(width * SUPERSAMPLE, dtype=np.float64) + 0.5) / SUPERSAMPLE
-    hit = inside(shape, ((fine - x) / radius)[None, :], ((fine - y) / radius)[:, None])
-    return np.asarray(hit.reshape(width, SUPERSAMPLE, width, SUPERSAMPLE).mean(axis=(1, 3), dtype=np.float32))
+def bitmap(shape: str, size: str) -> np.ndarray:
+    """The cells that a shape covers: (5, 5) or (7, 7) bool."""
+    rows = DRAWN[shape][list(SIZES).index(size)].split()
+    return np.array([[cell == "#" for cell in row] for row in rows])
 
 
 def draw(scene: Scene, rng: np.random.Generator, width: int = 32) -> np.ndarray:
-    """Draw a scene, background and places at random: -> (width, width, 3) uint8."""
-    picture = np.empty((width, width, 3), np.float32)
-    picture[:] = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
+    """Draw a scene, background and places at random: -> (width, width, 3) uint8, width a multiple of 16."""
+    cells = np.empty((CELLS, CELLS, 3), np.uint8)
+    cells[:] = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
     for thing, (x, y) in zip(scene.things, place(scene, rng), strict=True):
-        alpha = coverage(thing.shape, x * width, y * width, SIZES[thing.size] * width, width)[..., None]
-        picture = picture * (1 - alpha) + np.asarray(COLORS[thing.color], np.float32) * alpha
-    return np.rint(picture).astype(np.uint8)
+        side = SIZES[thing.size]
+        cells[y : y + side, x : x + side][bitmap(thing.shape, thing.size)] = COLORS[thing.color]
+    return cells.repeat(width // CELLS, axis=0).repeat(width // CELLS, axis=1)
 
 
-def _bounds(thing: Thing) -> tuple[np.ndarray, np.ndarray]:
-    """How far an object reaches towards the top left and the bottom right: two (x, y), shares of the side."""
-    side, up, down = REACH[thing.shape]
-    radius = SIZES[thing.size]
-    return np.array([side, up]) * radius, np.array([side, down]) * radius
-
-
-def place(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Random centres (x, y), as shares of the side, on the lattice, which obey the relation with a clear gap."""
+def place(scene: Scene, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Random upper left cells (x, y) of the objects, which obey the relation with a clear gap."""
+    sides = [SIZES[thing.size] for thing in scene.things]
     while True:
-        centers = [(round(x * LATTICE) / LATTICE, round(y * LATTICE) / LATTICE) for x, y in _anywhere(scene, rng)]
-        if _fits(scene, centers):
-            return centers
-
-
-def _fits(scene: Scene, centers: list[tuple[float, float]]) -> bool:
-    """Whether all lies within the margin, and two objects within reach of the relation and apart by the gap."""
-    for thing, center in zip(scene.things, centers, strict=True):
-        low, high = _bounds(thing)
-        if np.any(center - low < MARGIN) or np.any(center + high > 1 - MARGIN):
-            return False
-    if scene.relation is None:
-        return True
-    axis = 0 if scene.relation in ("left", "right") else 1
-    near, far = (1, 0) if scene.relation in ("right", "below") else (0, 1)
-    ends = centers[near][axis] + _bounds(scene.things[near])[1][axis]
-    begins = centers[far][axis] - _bounds(scene.things[far])[0][axis]
-    return bool(begins - ends >= GAP and abs(centers[0][1 - axis] - centers[1][1 - axis]) <= SIDESTEP)
-
-
-def _anywhere(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres off the lattice."""
-    first = _bounds(scene.things[0])
-    if scene.relation is None:
-        x, y = rng.uniform(MARGIN + first[0], 1 - MARGIN - first[1])
-        return [(float(x), float(y))]
-    swap = scene.relation in ("right", "below")  # things in reading order: the left or upper one comes first
-    near, far = (scene.things[1], scene.things[0]) if swap else (scene.things[0], scene.things[1])
-    axis = 0 if scene.relation in ("left", "right") else 1
-    (near_lo, near_hi), (far_lo, far_hi) = _bounds(near), _bounds(far)
-    centers = np.zeros((2, 2))
-    room = 1 - 2 * MARGIN - GAP - near_lo[axis] - near_hi[axis] - far_lo[axis] - far_hi[axis]
-    before, between, _, _ = rng.dirichlet(np.ones(4)) * room  # slack: before, between (at most), after
-    centers[0, axis] = MARGIN + before + near_lo[axis]
-    centers[1, axis] = centers[0, axis] + near_hi[axis] + GAP + between + far_lo[axis]
-    across = 1 - axis
-    low = MARGIN + np.maximum(near_lo[across], far_lo[across])
-    high = 1 - MARGIN - np.maximum(near_hi[across], far_hi[across])
-    step = rng.uniform(-SIDESTEP, SIDESTEP)
-    middle = rng.uniform(low + abs(step) / 2, high - abs(step) / 2)
-    centers[:, across] = middle - step / 2, middle + step / 2
-    pair = [(float(x), float(y)) for x, y in centers]
-    return pair[::-1] if swap else pair
+        corners = [(int(rng.integers(0, CELLS + 1 - k)), int(rng.integers(0, CELLS + 1 - k))) for k in sides]
+        if scene.relation is None:
+            return corners
+        (x0, y0), (x1, y1) = ((x + k / 2, y + k / 2) for (x, y), k in zip(corners, sides, strict=True))
+        along, across = (x1 - x0, y1 - y0) if scene.relation in ("left", "right") else (y1 - y0, x1 - x0)
+        along = along if scene.relation in ("left", "above") else -along
+        if along - sum(sides) / 2 >= GAP and abs(across) <= SIDESTEP:
+            return corners
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:

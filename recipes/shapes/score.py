@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +21,16 @@ import scenes
 from PIL import Image, ImageFilter
 from scenes import Scene, Thing
 
-WIDTH = 32  # pictures are measured at this many pixels, larger ones are reduced
-PATCH = 19  # pixels of the window around an object: the largest shape, and a border that must be empty
-SIGNAL = 50.0  # RGB distance from the background where an object may begin (yellow on cream is 190 away)
-SOLID = 0.42  # share of its object's color above which a pixel belongs to it
-LEAST_AREA = 4.0  # pixels covered by less are specks; the smallest object (small star) covers 14
-LEAST_FIT = 0.75  # correlation with the best template below which a blob is no shape; 99% of degraded truth is over 0.9
+SIGNAL = 80.0  # RGB distance from the background where an object may begin (yellow on cream is 190 away)
+SPECK = 2  # cells: a blob of no more is dirt, not an object; the smallest object (small cross, small star) covers 9
+LEAST_FIT = 0.8  # share of cells in common with the best bitmap, below which a blob is no shape
 PALETTE = np.array(list(scenes.COLORS.values()), np.float32)
 COLOR_NAMES = tuple(scenes.COLORS)
 
 
 @dataclass(frozen=True)
 class Object:
-    """An object found in a picture: centre in shares of the side, `fit` the correlation with its template."""
+    """An object found in a picture: centre in shares of the side, `fit` its share of cells in common with its bitmap."""
 
     thing: Thing
     x: float
@@ -73,123 +70,64 @@ def parse_caption(text: str) -> Scene:
 
 
 @lru_cache(maxsize=1)
-def _templates() -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, float, float]]]:
-    """All shapes, sizes, places and two degrees of blur: (N, P*P) raw, the same centred to unit norm, what each is."""
-    rows: list[np.ndarray] = []
-    keys: list[tuple[str, str, float, float]] = []
-    kernel = np.array([0.25, 0.5, 0.25], np.float32)
-    shifts = np.arange(-3, 4) / 3
-    for shape in scenes.SHAPES:
-        for size, share in scenes.SIZES.items():
-            for scale in (0.9, 1.0, 1.1):
-                for dy in shifts:
-                    for dx in shifts:
-                        center = PATCH / 2
-                        sharp = scenes.coverage(shape, center + dx, center + dy, share * WIDTH * scale, PATCH)
-                        soft = _convolve(_convolve(sharp, kernel).T, kernel).T
-                        rows += [sharp.ravel(), soft.ravel()]
-                        keys += [(shape, size, float(dx), float(dy))] * 2
-    raw = np.stack(rows)
-    centered = raw - raw.mean(axis=1, keepdims=True)
-    return raw, centered / np.linalg.norm(centered, axis=1, keepdims=True), keys
+def _bitmaps() -> list[tuple[str, str, np.ndarray]]:
+    return [(shape, size, scenes.bitmap(shape, size)) for shape in scenes.SHAPES for size in scenes.SIZES]
 
 
-def _convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Filter the rows of an image with three taps, nothing beyond its edge."""
-    padded = np.pad(image, ((0, 0), (1, 1)))
-    return np.asarray(kernel[0] * padded[:, :-2] + kernel[1] * padded[:, 1:-1] + kernel[2] * padded[:, 2:])
-
-
-def _components(labels: np.ndarray) -> list[np.ndarray]:
-    """Masks of the 4-connected regions of equal label; -1 is no region: (H, W) int -> list of (H, W) bool."""
-    height, width = labels.shape
-    flat = labels.ravel().tolist()
-    seen = [value < 0 for value in flat]
+def _blobs(labels: np.ndarray) -> list[np.ndarray]:
+    """Masks of the regions of equal label, diagonals connect; -1 is no region: (H, W) int -> list of (H, W) bool."""
+    left = labels.copy()
     found = []
-    for start in range(len(flat)):
-        if seen[start]:
+    for start in zip(*np.nonzero(labels >= 0), strict=True):
+        label = left[start]
+        if label < 0:
             continue
-        seen[start] = True
-        region = [start]
-        for here in region:  # grows while it is read: a breadth-first walk
-            column = here % width
-            for there in (
-                here - width,
-                here + width if here + width < height * width else -1,
-                here - 1 if column else -1,
-                here + 1 if column + 1 < width else -1,
-            ):
-                if there >= 0 and not seen[there] and flat[there] == flat[start]:
-                    seen[there] = True
-                    region.append(there)
-        mask = np.zeros(height * width, bool)
-        mask[region] = True
-        found.append(mask.reshape(height, width))
+        mask = np.zeros(labels.shape, bool)
+        mask[start] = True
+        while True:
+            wide = np.pad(mask, 1)
+            grown = np.any([wide[y : y + len(mask), x : x + len(mask)] for y in range(3) for x in range(3)], axis=0)
+            grown &= left == label
+            if (grown == mask).all():
+                break
+            mask = grown
+        left[mask] = -1
+        found.append(mask)
     return found
 
 
-def _unmix(excess: np.ndarray, ink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest mixture of background and one palette color: excess (H, W, 3), ink (8, 3) -> color, share (H, W)."""
-    length = (ink * ink).sum(axis=1)
-    share = np.clip((excess @ ink.T) / length, 0, 1.15)  # (H, W, 8)
-    error = (excess * excess).sum(axis=2, keepdims=True) - 2 * share * (excess @ ink.T) + share * share * length
-    color = error.argmin(axis=2)
-    return color, np.take_along_axis(share, color[..., None], axis=2)[..., 0]
-
-
-def _regions(color: np.ndarray, share: np.ndarray) -> list[np.ndarray]:
-    """Masks of the blobs; one in which several colors hold a fair part each is divided by color."""
-    masks = []
-    for mask in _components(np.where(share > SOLID, 0, -1)):
-        weight = np.bincount(color[mask], share[mask] ** 4, minlength=len(PALETTE))
-        strong = np.flatnonzero(weight > max(0.3 * weight.max(), LEAST_AREA))
-        if len(strong) < 2:
-            masks.append(mask)
-            continue
-        inner = np.where(mask & np.isin(color, strong), color, -1)
-        masks += _components(inner)
-    return [mask for mask in masks if share[mask].sum() > LEAST_AREA]
-
-
-def _measure(excess: np.ndarray, mask: np.ndarray, others: np.ndarray, background: np.ndarray) -> Object:
-    """Name the object under a mask by its best template; its color is the least-squares fit of that template."""
-    raw, unit, keys = _templates()
-    core = excess[mask]
-    strength = np.linalg.norm(core, axis=1)
-    ink = core[strength >= np.quantile(strength, 0.6)].mean(axis=0)
-    alpha = np.clip((excess @ ink) / (ink @ ink), 0, 1.1) * ~others
-    weights = alpha * mask
-    rows, columns = np.indices(mask.shape)
-    y = round(float((weights * (rows + 0.5)).sum() / weights.sum()) - PATCH / 2)
-    x = round(float((weights * (columns + 0.5)).sum() / weights.sum()) - PATCH / 2)
-    pad = PATCH
-    window = (slice(y + pad, y + pad + PATCH), slice(x + pad, x + pad + PATCH))
-    patch = np.pad(alpha, pad)[window].ravel()
-    patch = patch - patch.mean()
-    fits = unit @ (patch / max(float(np.linalg.norm(patch)), 1e-6)).astype(np.float32)
-    best = int(fits.argmax())
-    shape, size, dx, dy = keys[best]
-    visible = raw[best] * np.pad(~others, pad)[window].ravel()
-    around = np.pad(excess, ((pad, pad), (pad, pad), (0, 0)))[window].reshape(-1, 3)
-    fitted = background + visible @ around / max(float(visible @ visible), 1e-6)
-    color = COLOR_NAMES[int(((PALETTE - fitted) ** 2).sum(axis=1).argmin())]
-    center_x, center_y = (x + PATCH / 2 + dx) / mask.shape[1], (y + PATCH / 2 + dy) / mask.shape[0]
-    return Object(Thing(size, color, shape), center_x, center_y, float(fits[best]))
+def _measure(mask: np.ndarray, color: str) -> Object:
+    """Name the blob under a mask by the bitmap that has most cells in common with it, at the best place."""
+    rows, columns = np.nonzero(mask)
+    middle_y, middle_x = (rows.min() + rows.max() + 1) / 2, (columns.min() + columns.max() + 1) / 2
+    best = (-1.0, "", "", 0.0, 0.0)
+    padded = np.pad(mask, scenes.CELLS)
+    for shape, size, bits in _bitmaps():
+        side = len(bits)
+        y, x = int(middle_y - side / 2), int(middle_x - side / 2)
+        for top, left in product((y - 1, y, y + 1), (x - 1, x, x + 1)):
+            window = padded[top + scenes.CELLS :, left + scenes.CELLS :][:side, :side]
+            common = int((window & bits).sum())
+            fit = common / (int(mask.sum()) + int(bits.sum()) - common)
+            best = max(best, (fit, shape, size, left + side / 2, top + side / 2))
+    fit, shape, size, center_x, center_y = best
+    return Object(Thing(size, color, shape), center_x / scenes.CELLS, center_y / scenes.CELLS, fit)
 
 
 def find_objects(picture: np.ndarray) -> list[Object]:
     """The objects of a picture: (H, W, 3) uint8 -> objects, those that resemble no shape included (see `fit`)."""
-    if picture.shape[0] != WIDTH:
-        picture = np.asarray(Image.fromarray(picture).resize((WIDTH, WIDTH), Image.Resampling.BOX))
-    pixels = picture.astype(np.float32)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
-    background = np.median(border, axis=0)
-    excess = pixels - background
-    color, share = _unmix(excess, PALETTE - background)
-    share[np.linalg.norm(excess, axis=2) < SIGNAL] = 0
-    masks = _regions(color, share)
-    taken = np.sum(masks, axis=0, dtype=np.int32) if masks else None
-    return [_measure(excess, mask, (taken - mask) > 0, background) for mask in masks]
+    size = (scenes.CELLS, scenes.CELLS)
+    cells = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX)).astype(np.float32)
+    border = np.concatenate([cells[0], cells[-1], cells[1:-1, 0], cells[1:-1, -1]])
+    background = np.array(scenes.BACKGROUNDS, np.float32)
+    ground = background[((background - np.median(border, axis=0)) ** 2).sum(1).argmin()]
+    # Each cell is a color's mixture with the background: the nearest one; an object's, if it is more than half color.
+    excess, ink = cells - ground, PALETTE - ground
+    share = np.clip((excess @ ink.T) / (ink * ink).sum(1), 0, 1)
+    color = ((excess[:, :, None] - share[..., None] * ink) ** 2).sum(-1).argmin(-1)
+    inked = np.take_along_axis(share, color[..., None], -1)[..., 0] > 0.5
+    labels = np.where(inked & (np.linalg.norm(excess, axis=-1) > SIGNAL), color, -1)
+    return [_measure(blob, COLOR_NAMES[labels[blob][0]]) for blob in _blobs(labels) if blob.sum() > SPECK]
 
 
 # Agreement
@@ -267,13 +205,13 @@ def chance(captions: Sequence[str]) -> float:
 
 
 def degrade(picture: np.ndarray, how: str, seed: int = 0) -> np.ndarray:
-    """Spoil a picture, for the self-check: `blur` (Gaussian, radius 0.7), `jpeg` (quality 50) or `noise` (sigma 8)."""
+    """Spoil a picture, for the self-check: `blur` (Gaussian, radius 0.7), `jpeg` (quality 50, full chroma) or `noise` (sigma 8)."""
     image = Image.fromarray(picture)
     if how == "blur":
         return np.asarray(image.filter(ImageFilter.GaussianBlur(0.7)))
     if how == "jpeg":
         buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=50)
+        image.save(buffer, "JPEG", quality=50, subsampling=0)
         return np.asarray(Image.open(buffer))
     if how == "noise":
         noise = np.random.default_rng(seed).normal(0, 8, picture.shape)
