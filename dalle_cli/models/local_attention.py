@@ -19,7 +19,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int, d
     """
     rows_back = -(-distances[-1] // grid)
     text, images = _split(q, k, v, n_prefix, grid)
-    q, k, v = (x.unflatten(2, (grid, grid)) for x in images)
+    q, k, v = (x.view(*x.shape[:2], grid, grid, -1) for x in images)
     windows = [_window(x, rows_back) for x in (k, v)]
     bias = _window_bias(grid, rows_back, distances, q.device, q.dtype)
     return _join(text, _attend(q, windows[0], windows[1], text, bias, rows_back))
@@ -28,7 +28,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int, d
 def column_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int) -> Tensor:
     """Codes see the caption and their own column, so far: three times (B, N, L, D) -> same."""
     text, images = _split(q, k, v, n_prefix, grid)
-    q, k, v = (x.unflatten(2, (grid, grid)).transpose(2, 3) for x in images)
+    q, k, v = (x.view(*x.shape[:2], grid, grid, -1).transpose(2, 3) for x in images)
     bias = _window_bias(grid, 0, tuple(range(grid)), q.device, q.dtype)
     return _join(text, _attend(q, k, v, text, bias, 0).transpose(2, 3))
 
@@ -42,7 +42,7 @@ def _split(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int) -> tuple[l
 
 def _join(text: list[Tensor], images: Tensor) -> Tensor:
     """Caption positions, causal among themselves, before the codes (B, N, W, W, D), the last of which is dropped."""
-    prefix = F.scaled_dot_product_attention(*text, is_causal=True)
+    prefix = F.scaled_dot_product_attention(text[0], text[1], text[2], is_causal=True)
     return torch.cat([prefix, images.flatten(2, 3)[:, :, :-1]], dim=2)
 
 

@@ -30,7 +30,7 @@ COLOR_NAMES = tuple(scenes.COLORS)
 
 @dataclass(frozen=True)
 class Object:
-    """An object found in a picture: centre in shares of the side, `fit` its share of cells in common with its bitmap."""
+    """An object found in a picture: centre in shares of the side, `fit` its cells in common with its bitmap."""
 
     thing: Thing
     x: float
@@ -205,7 +205,7 @@ def chance(captions: Sequence[str]) -> float:
 
 
 def degrade(picture: np.ndarray, how: str, seed: int = 0) -> np.ndarray:
-    """Spoil a picture, for the self-check: `blur` (Gaussian, radius 0.7), `jpeg` (quality 50, full chroma) or `noise` (sigma 8)."""
+    """Spoil a picture: `blur` (Gaussian, radius 0.7), `jpeg` (quality 50, full chroma) or `noise` (sigma 8)."""
     image = Image.fromarray(picture)
     if how == "blur":
         return np.asarray(image.filter(ImageFilter.GaussianBlur(0.7)))
