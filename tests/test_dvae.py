@@ -341,3 +341,18 @@ def test_overfits_a_few_pictures(quantizer: str, block: str) -> None:
 
 def model_psnr(model: DVAE, x: Tensor) -> float:
     return dvae.peak_signal_to_noise(x, model.reconstruct(x)).item()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_without_norm_a_code_depends_on_its_neighborhood_alone(norm):
+    torch.manual_seed(0)
+    config = DVAEConfig(
+        image_size=64, n_groups=2, n_blk_per_group=1, n_hid=16, n_init=16, n_vocab=125, quantizer="fsq",
+        fsq_levels=(5, 5, 5), block="residual", likelihood="mse", encoder_norm=norm,
+    )  # fmt: skip
+    model = DVAE(config)
+    images = torch.rand(1, 3, 64, 64)
+    changed = images.clone()
+    changed[..., :8, :8] = 0
+    far = (model.features(images) - model.features(changed))[..., 16:, 16:].abs().max()
+    assert (far > 0) == norm
