@@ -44,7 +44,7 @@ class DVAEConfig:
     commitment: float = 0.25
     fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
     likelihood: str = "logit_laplace"
-    encoder_norm: bool = True  # residual block only: without it a code depends on its neighborhood alone
+    local_codes: bool = False  # residual block only: a code depends on the pixels of its own place and on no others
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))  # TOML and JSON have lists
@@ -134,10 +134,11 @@ class BottleneckBlock(nn.Module):
 class ResidualBlock(nn.Module):
     """Pre-activation block: (GroupNorm, SiLU, 3x3) twice; the second convolution starts small."""
 
-    def __init__(self, width: int, n_layers: int, norm: bool = True) -> None:
+    def __init__(self, width: int, n_layers: int, local: bool = False) -> None:
         super().__init__()
-        self.norm_1, self.conv_1 = group_norm(width, norm), conv(width, width, 3)
-        self.norm_2, self.conv_2 = group_norm(width, norm), conv(width, width, 3)
+        kernel = 1 if local else 3
+        self.norm_1, self.conv_1 = group_norm(width, local), conv(width, width, kernel)
+        self.norm_2, self.conv_2 = group_norm(width, local), conv(width, width, kernel)
         with torch.no_grad():
             self.conv_2.weight /= math.sqrt(n_layers)
 
@@ -148,9 +149,9 @@ class ResidualBlock(nn.Module):
         return out
 
 
-def group_norm(width: int, norm: bool = True) -> nn.Module:
-    """Normalise groups of 16 channels, or of the largest power of two below that divides the width; or do nothing."""
-    return nn.GroupNorm(width // math.gcd(width, 16), width) if norm else nn.Identity()
+def group_norm(width: int, local: bool = False) -> nn.Module:
+    """Normalise groups of 16 channels, or of the largest power of two below that divides the width; local: do nothing."""
+    return nn.Identity() if local else nn.GroupNorm(width // math.gcd(width, 16), width)
 
 
 def stack(layers: dict[str, nn.Module]) -> nn.Sequential:
@@ -194,17 +195,20 @@ def residual_encoder(config: DVAEConfig, n_features: int) -> nn.Sequential:
     """Build the light encoder: 2x2 pixels to channels, then n_groups - 1 groups; (B, 3, S, S) -> (B, D, H, W)."""
     n_layers = (config.n_groups - 1) * config.n_blk_per_group
     width = config.n_hid
-    layers: dict[str, nn.Module] = {"unshuffle": nn.PixelUnshuffle(2), "input": conv(12, width, 3)}
+    layers: dict[str, nn.Module] = {
+        "unshuffle": nn.PixelUnshuffle(2),
+        "input": conv(12, width, 1 if config.local_codes else 3),
+    }
     for i in range(config.n_groups - 1):
         if i > 0:
             layers[f"down_{i}"] = conv(width, 2 * width, 2, stride=2)
             width *= 2
         blocks = {
-            f"block_{j + 1}": ResidualBlock(width, n_layers, config.encoder_norm) for j in range(config.n_blk_per_group)
+            f"block_{j + 1}": ResidualBlock(width, n_layers, config.local_codes) for j in range(config.n_blk_per_group)
         }
         layers[f"group_{i + 1}"] = stack({**blocks})
     output = conv(width, n_features, 1, kind=Float32Conv2d)
-    return stack({**layers, "norm": group_norm(width, config.encoder_norm), "silu": nn.SiLU(), "output": output})
+    return stack({**layers, "norm": group_norm(width, config.local_codes), "silu": nn.SiLU(), "output": output})
 
 
 def residual_decoder(config: DVAEConfig, n_features: int) -> nn.Sequential:
