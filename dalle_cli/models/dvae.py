@@ -150,7 +150,7 @@ class ResidualBlock(nn.Module):
 
 
 def group_norm(width: int, local: bool = False) -> nn.Module:
-    """Normalise groups of 16 channels, or of the largest power of two below that divides the width; local: do nothing."""
+    """Normalise groups of 16 channels, or of the largest power of two below that divides the width; local: nothing."""
     return nn.Identity() if local else nn.GroupNorm(width // math.gcd(width, 16), width)
 
 
