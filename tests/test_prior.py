@@ -31,7 +31,7 @@ def batch(config=SMALL, lengths=LENGTHS, seed=2):
     return tokens, torch.tensor(lengths), codes
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, {"conv_kernel": 5, "n_layer": 2}])
+@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, {"conv_kernel": 5, "n_layer": 2}, {"block": "modern"}])
 def test_forward_matches_reference(changes):
     model = build(**changes)
     tokens, lengths, codes = batch()

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models.local_attention import column_attention, local_attention
+from dalle_cli.models import block_attention
+from dalle_cli.models.local_attention import batched_attention, column_attention, local_attention
 
 LONG_STREAM = 512  # positions; beyond, the weights of every head take more memory than they save time
+LOCAL_GAIN = 1.5  # times that the stream must be longer than what a row sees, for gathering keys row by row to pay
 KINDS = ("full", "row", "column", "conv")
 
 
@@ -79,16 +81,31 @@ class Pattern:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention over the whole stream, three times (B, N, L, D) -> (B, N, L, D)."""
-        if trains_on_cpu(q):
-            return batched_attention(q, k, v, _stream_bias(self, q.device, q.dtype))
         if q.device.type == "cpu" and self.kind == "column":
             return column_attention(q, k, v, self.n_text + 1, self.grid)
-        if q.device.type == "cpu" and self.kind != "full":
-            distances = self.offsets if self.kind == "conv" else tuple(range(self.grid + 1))
-            return local_attention(q, k, v, self.n_text + 1, self.grid, distances)
+        if q.device.type == "cpu" and self.kind != "full" and LOCAL_GAIN * self.n_seen < q.shape[-2]:
+            return local_attention(q, k, v, self.n_text + 1, self.grid, self.distances)
+        if q.device.type == "cuda" and self.kind != "full" and block_attention.usable():
+            return block_attention.block_attention(q, k, v, self.n_text + 1, self.distances)
+        if trains_on_cpu(q):
+            return batched_attention(q, k, v, _stream_bias(self, q.device, q.dtype))
         if self.kind == "full":
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(q.device))
+
+    @property
+    def distances(self) -> tuple[int, ...]:
+        """Distances j - k that codes see, rising."""
+        if self.kind == "conv":
+            return self.offsets
+        stop, step = {"row": (self.grid + 1, 1), "column": (self.grid**2, self.grid)}.get(self.kind, (self.grid**2, 1))
+        return tuple(range(0, stop, step))
+
+    @property
+    def n_seen(self) -> int:
+        """Keys that `local_attention` gathers for a row of "row" and "conv"."""
+        rows = min(-(-self.distances[-1] // self.grid), self.grid - 1) + 1
+        return self.n_text + 1 + rows * self.grid
 
     @property
     def n_slots(self) -> int:
@@ -126,18 +143,6 @@ class Pattern:
 def trains_on_cpu(q: Tensor) -> bool:
     """Whether `batched_attention` is the faster one: a backward pass is to follow, on CPU, over a short stream."""
     return q.device.type == "cpu" and torch.is_grad_enabled() and q.shape[-2] <= LONG_STREAM
-
-
-def batched_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention as three batched products, (B, N, L, D) thrice and bias (L, L) -> (B, N, L, D).
-
-    On CPU the fused kernel's backward is its slow half: for short streams this is over three times as fast
-    (docs/results.md), at the price of holding the (L, L) weights of every head.
-    """
-    shape = q.shape
-    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-    scores = torch.baddbmm(bias, q, k.mT, alpha=shape[-1] ** -0.5)
-    return torch.bmm(scores.softmax(-1).to(v.dtype), v).view(shape)
 
 
 @lru_cache(maxsize=16)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models.attention import batched_attention, trains_on_cpu
+from dalle_cli.models.attention import trains_on_cpu
+from dalle_cli.models.local_attention import batched_attention
 
 MAX_LOG_SCALE = math.log(100.0)  # sec. 2.5: the scale is clipped, or training becomes unstable
 

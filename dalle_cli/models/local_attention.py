@@ -2,9 +2,14 @@
 
 B batch, N heads, D head width, X = 1 + T positions of start and caption, W side of the grid, L = X + W*W - 1.
 Equal to dense attention under the pattern's mask (2021, app. B.1), at O(L (X + W)) instead of O(L^2).
+
+Queries of one line of the grid, a row or a column, see the same M keys: the caption's, and those of their own line and
+of `back` lines before it. So each line is one small dense product over keys that were gathered for it, and the
+backward pass, written out, adds each line's gradients back to where the keys came from.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,69 +19,181 @@ from torch.nn import functional as F
 def local_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int, distances: tuple[int, ...]) -> Tensor:
     """Codes see the caption and the codes at some distances back in raster order: three times (B, N, L, D) -> same.
 
-    `distances` are those j - k >= 0 that code j sees. Queries are taken row by row, with the keys of their own row and
-    of as many rows before it as the longest distance reaches.
+    `distances` are those j - k >= 0 that code j sees.
     """
-    rows_back = -(-distances[-1] // grid)
-    text, images = _split(q, k, v, n_prefix, grid)
-    q, k, v = (x.view(*x.shape[:2], grid, grid, -1) for x in images)
-    windows = [_window(x, rows_back) for x in (k, v)]
-    bias = _window_bias(grid, rows_back, distances, q.device, q.dtype)
-    return _join(text, _attend(q, windows[0], windows[1], text, bias, rows_back))
+    y: Tensor = _Lines.apply(q, k, v, n_prefix, grid, distances, False)  # type: ignore[no-untyped-call]
+    return y
 
 
 def column_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int) -> Tensor:
     """Codes see the caption and their own column, so far: three times (B, N, L, D) -> same."""
-    text, images = _split(q, k, v, n_prefix, grid)
-    q, k, v = (x.view(*x.shape[:2], grid, grid, -1).transpose(2, 3) for x in images)
-    bias = _window_bias(grid, 0, tuple(range(grid)), q.device, q.dtype)
-    return _join(text, _attend(q, k, v, text, bias, 0).transpose(2, 3))
+    y: Tensor = _Lines.apply(q, k, v, n_prefix, grid, tuple(range(grid)), True)  # type: ignore[no-untyped-call]
+    return y
 
 
-def _split(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Caption and codes; the stream ends one code short of the grid, which a row of zeros makes up for."""
-    missing = n_prefix + grid * grid - q.shape[2]
-    text = [x[:, :, :n_prefix] for x in (q, k, v)]
-    return text, [F.pad(x[:, :, n_prefix:], (0, 0, 0, missing)) for x in (q, k, v)]
+def batched_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Dense attention as batched products, (B, N, L, D) thrice and bias (L, L) or () -> (B, N, L, D).
+
+    On CPU the fused kernel's backward is its slow half: for short streams this is several times as fast
+    (docs/results.md), at the price of holding the (L, L) weights of every head.
+    """
+    y: Tensor = _Dense.apply(q, k, v, bias)  # type: ignore[no-untyped-call]
+    return y
 
 
-def _join(text: list[Tensor], images: Tensor) -> Tensor:
-    """Caption positions, causal among themselves, before the codes (B, N, W, W, D), the last of which is dropped."""
-    prefix = F.scaled_dot_product_attention(text[0], text[1], text[2], is_causal=True)
-    return torch.cat([prefix, images.flatten(2, 3)[:, :, :-1]], dim=2)
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+        weights, y = _weigh(flat[0], flat[1], flat[2], bias)
+        ctx.save_for_backward(*flat, weights, y)
+        return y.view(q.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, y = ctx.saved_tensors
+        grads = _weigh_backward(grad.reshape(y.shape), q, k, v, weights, y)
+        return (*(x.view(grad.shape) for x in grads), None)
 
 
-def _window(x: Tensor, rows_back: int) -> Tensor:
-    """For each row, the rows before it and itself, zeros above the first: (B, N, W, W, D) -> (B, N, W, (R+1) W, D)."""
-    grid = x.shape[2]
-    padded = F.pad(x, (0, 0, 0, 0, rows_back, 0))
-    return torch.cat([padded[:, :, i : i + grid] for i in range(rows_back + 1)], dim=3)
+class _Lines(torch.autograd.Function):
+    """Attention of the codes line by line, and of the caption's positions among themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int, distances: tuple[int, ...], columns: bool
+    ) -> Tensor:
+        back = 0 if columns else min(-(-distances[-1] // grid), grid - 1)
+        ctx.sizes = n_prefix, grid, back, columns
+        text = [x[:, :, :n_prefix].reshape(-1, n_prefix, x.shape[-1]) for x in (q, k, v)]
+        text_weights, text_y = _weigh(text[0], text[1], text[2], _causal_bias(n_prefix, q.device, q.dtype))
+        lines = _lines(q, n_prefix, grid, columns)
+        keys, values = (
+            _gather(t, _lines(x, n_prefix, grid, columns), back) for t, x in zip(text[1:], (k, v), strict=True)
+        )
+        bias = _line_bias(n_prefix, grid, back, distances, q.device, q.dtype)
+        weights, y = _weigh(lines.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), bias, ctx.sizes)
+        ctx.save_for_backward(*text, text_weights, text_y, lines, keys, values, weights, y)
+        out = q.new_empty(q.shape)
+        out[:, :, :n_prefix] = text_y.view(*q.shape[:2], n_prefix, -1)
+        _put(out, y.view(lines.shape), n_prefix, grid, columns)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        n_prefix, grid, back, columns = ctx.sizes
+        *text, text_weights, text_y, lines, keys, values, weights, y = ctx.saved_tensors
+        grad_text = grad[:, :, :n_prefix].reshape(text_y.shape)
+        text_grads = _weigh_backward(grad_text, text[0], text[1], text[2], text_weights, text_y)
+        grad_lines = _lines(grad, n_prefix, grid, columns).flatten(0, 1)
+        args = (lines.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), weights, y)
+        dq, dk, dv = _weigh_backward(grad_lines, *args)
+        parts = [(text_grads[0], dq.view(lines.shape))]
+        for d, of_text in zip((dk, dv), text_grads[1:], strict=True):
+            from_lines, own = _scatter(d.view(keys.shape), n_prefix, grid, back)
+            parts.append((of_text + from_lines, own))
+        grads = []
+        for of_text, of_lines in parts:
+            out = grad.new_empty(grad.shape)
+            out[:, :, :n_prefix] = of_text.view(*grad.shape[:2], n_prefix, -1)
+            _put(out, of_lines, n_prefix, grid, columns)
+            grads.append(out)
+        return (*grads, None, None, None, None)
+
+
+def _weigh(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, lines: tuple[int, int, int, bool] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax over all keys: q (R, Q, D), k and v (R, M, D), bias (Q, M) -> weights (R, Q, M) and (R, Q, D)."""
+    scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5)
+    if lines is not None:
+        n_prefix, grid, back, _ = lines
+        by_line = scores.view(-1, grid, *scores.shape[1:])
+        for line in range(back):  # above the picture there is nothing to see
+            by_line[:, line, :, n_prefix : n_prefix + (back - line) * grid] = float("-inf")
+    weights = scores.softmax(-1).to(v.dtype)
+    return weights, torch.bmm(weights, v)
+
+
+def _weigh_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; the softmax's own needs no second pass: rows of `grad * y` sum to what it takes off."""
+    scale = q.shape[-1] ** -0.5
+    taken = (grad * y).sum(-1, keepdim=True)
+    scores = torch.baddbmm(taken, grad, v.mT, beta=-1).mul_(weights)
+    return torch.bmm(scores, k).mul_(scale), torch.bmm(scores.mT, q).mul_(scale), torch.bmm(weights.mT, grad)
+
+
+def _lines(x: Tensor, n_prefix: int, grid: int, columns: bool) -> Tensor:
+    """The codes by rows or by columns: (B, N, L, D) -> (B N, W, W, D), zero where the stream has no last code."""
+    out = x.new_empty(*x.shape[:2], grid, grid, x.shape[-1])
+    _raster(out, columns, x[:, :, n_prefix:], into_lines=True)
+    (out.transpose(2, 3) if columns else out)[:, :, -1, -1] = 0
+    return out.flatten(0, 1)
+
+
+def _put(out: Tensor, lines: Tensor, n_prefix: int, grid: int, columns: bool) -> None:
+    """The inverse of `_lines`, written into the stream `out`."""
+    _raster(lines.view(*out.shape[:2], grid, grid, -1), columns, out[:, :, n_prefix:], into_lines=False)
+
+
+def _raster(lines: Tensor, columns: bool, stream: Tensor, into_lines: bool) -> None:
+    """Copy between lines (B, N, W, W, D) and the stream's codes (B, N, W*W - 1, D)."""
+    grid = lines.shape[2]
+    raster = lines.transpose(2, 3) if columns else lines
+    whole = grid * (grid - 1)
+    pairs = (
+        (raster[:, :, :-1], stream[:, :, :whole].view(*stream.shape[:2], grid - 1, grid, stream.shape[-1])),
+        (raster[:, :, -1, :-1], stream[:, :, whole:]),
+    )
+    for ours, theirs in pairs:
+        (ours if into_lines else theirs).copy_(theirs if into_lines else ours)
+
+
+def _gather(text: Tensor, lines: Tensor, back: int) -> Tensor:
+    """The keys that each line sees: (R, X, D) and (R, W, W, D) -> (R, W, M, D), zeros above the first line."""
+    n_text, grid = text.shape[1], lines.shape[1]
+    out = lines.new_empty(lines.shape[0], grid, n_text + (back + 1) * grid, lines.shape[-1])
+    out[:, :, :n_text] = text[:, None]
+    for i in range(back + 1):
+        ago, place = back - i, out[:, :, n_text + i * grid : n_text + (i + 1) * grid]
+        place[:, ago:] = lines[:, : grid - ago]
+        place[:, :ago] = 0
+    return out
+
+
+def _scatter(grad: Tensor, n_text: int, grid: int, back: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `_gather` for gradients: (R, W, M, D) -> (R, X, D) and (R, W, W, D), sums."""
+    lines = grad[:, :, n_text + back * grid :].contiguous()
+    for i in range(back):
+        ago = back - i
+        lines[:, : grid - ago] += grad[:, ago:, n_text + i * grid : n_text + (i + 1) * grid]
+    return grad[:, :, :n_text].sum(1), lines
 
 
 @lru_cache(maxsize=64)
-def _window_bias(
-    grid: int, rows_back: int, distances: tuple[int, ...], device: torch.device, dtype: torch.dtype
+def _line_bias(
+    n_text: int,
+    grid: int,
+    back: int,
+    distances: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """0 where a place of a row sees a place of its window, -inf elsewhere: (W, (R+1) W)."""
+    """0 where a place of a line sees a key, -inf elsewhere: (W, M), but for what lies above the picture."""
     with torch.inference_mode(False):
-        queries = torch.arange(grid, device=device)[:, None] + rows_back * grid
-        back = queries - torch.arange((rows_back + 1) * grid, device=device)
-        seen = torch.isin(back, torch.tensor(distances, device=device))
-        return torch.zeros(back.shape, dtype=dtype, device=device).masked_fill(~seen, float("-inf"))
+        queries = torch.arange(grid, device=device)[:, None] + back * grid
+        ago = queries - torch.arange((back + 1) * grid, device=device)
+        seen = torch.isin(ago, torch.tensor(distances, device=device))
+        return _as_bias(F.pad(seen, (n_text, 0), value=True), dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, text: list[Tensor], bias: Tensor, rows_back: int) -> Tensor:
-    """One softmax over the caption's keys and the window's: q (B, N, R, W, D), k and v (B, N, R, M, D) -> as q."""
-    shape = q.shape
-    n_text, scale = text[1].shape[2], shape[-1] ** -0.5
-    text_k, text_v = (x.flatten(0, 1) for x in text[1:])
-    every = q.reshape(shape[0] * shape[1], -1, shape[-1])
-    lines = q.reshape(-1, *shape[3:])
-    local = torch.baddbmm(bias, lines, k.reshape(-1, *k.shape[3:]).mT, alpha=scale).view(*shape[:4], -1)
-    for row in range(min(rows_back, shape[2])):  # above the picture there is nothing to see
-        local[:, :, row, :, : (rows_back - row) * shape[3]] = float("-inf")
-    caption = torch.bmm(every * scale, text_k.mT).view(*shape[:4], n_text)
-    weights = torch.cat([caption, local], dim=-1).softmax(-1).to(v.dtype)
-    from_text = torch.bmm(weights[..., :n_text].reshape(every.shape[0], -1, n_text), text_v)
-    from_codes = torch.bmm(weights[..., n_text:].reshape(lines.shape[0], shape[3], -1), v.reshape(-1, *v.shape[3:]))
-    return from_text.view(shape) + from_codes.view(shape)
+@lru_cache(maxsize=64)
+def _causal_bias(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return _as_bias(torch.ones(length, length, dtype=torch.bool, device=device).tril(), dtype)
+
+
+def _as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, float("-inf"))

@@ -9,7 +9,7 @@ carries text position T like any caption position, by the image head, in trainin
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.attention import LayerCache, Pattern, layer_kinds
+from dalle_cli.models.head import head_logits, head_loss
+from dalle_cli.models.modern import rms_norm, rotations, swiglu, turned
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class PriorConfig:
     n_image_vocab: int = 8192
     grid: int = 32
     attention: str = "sparse"  # or "full"
+    block: str = "paper"  # or "modern"
     conv_kernel: int = 11  # side of the last layer's window; odd
     dropout: float = 0.0  # of the embeddings and of what each half block adds
     text_weight: float = 1 / 8  # share of the caption in the loss; the image has the rest
@@ -55,6 +58,11 @@ class PriorConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise DalleError(f"expected prior.{name} in [0, 1], found {getattr(self, name)}; correct the recipe")
         layer_kinds(1, self.attention)  # refuses an unknown kind
+        if self.block not in ("paper", "modern"):
+            raise DalleError(f'expected prior.block "paper" or "modern", found "{self.block}"; correct the recipe')
+        if self.block == "modern" and self.n_embd // self.n_head % 4:
+            found = f"{self.n_embd} / {self.n_head}"
+            raise DalleError(f"expected heads as wide as a multiple of 4 to turn, found {found}; correct the recipe")
 
 
 class Attend(Protocol):
@@ -64,7 +72,7 @@ class Attend(Protocol):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block; who sees whom is the caller's: dense over the stream, or one position over a cache."""
+    """The paper's pre-norm residual block; who sees whom is the caller's: the stream, or one position over a cache."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
@@ -77,12 +85,39 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
         q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         x = x + self.dropout(self.attention_out(attend(q, k, v).transpose(1, 2).flatten(2)))
         y: Tensor = x + self.dropout(self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x)))))
         return y
+
+
+class ModernBlock(nn.Module):
+    """RMS norm, gated MLP (SwiGLU of about the same size), normalised queries and keys that turn with their place."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        width, hidden = config.n_embd, 32 * round(config.n_embd / 12)  # three matrices as large as the paper's two
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.sharpness = nn.Parameter(torch.ones(config.n_head))  # of attention, whose queries and keys have length 1
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
+        self.mlp_out = nn.Linear(hidden, width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None) -> Tensor:
+        """(B, L, C) and the turns of its places, cos and sin (2, L, D) -> (B, L, C)."""
+        assert turns is not None
+        q, k, v = turned(self.qkv(rms_norm(x)), turns)
+        q = q * self.sharpness.to(q.dtype)[:, None, None]
+        x = x + self.dropout(self.attention_out(attend(q, k, v).transpose(1, 2).flatten(2)))
+        y: Tensor = x + self.dropout(self.mlp_out(swiglu(self.mlp_in(rms_norm(x)))))
+        return y
+
+
+BLOCKS: dict[str, Callable[[PriorConfig], nn.Module]] = {"paper": Block, "modern": ModernBlock}
 
 
 @dataclass(frozen=True)
@@ -142,7 +177,9 @@ class Prior(nn.Module):
         self.row = nn.Embedding(config.grid, width)
         self.column = nn.Embedding(config.grid, width)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(
+            (ModernBlock if config.block == "modern" else Block)(config) for _ in range(config.n_layer)
+        )
         self.norm = nn.LayerNorm(width)
         self.text_head = nn.Linear(width, config.n_text_vocab)
         self.image_head = nn.Linear(width, config.n_image_vocab)
@@ -156,7 +193,7 @@ class Prior(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-            elif "norm" in name:
+            elif "norm" in name or name.endswith("sharpness"):
                 parameter.fill_(1)
             else:
                 residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
@@ -170,28 +207,34 @@ class Prior(nn.Module):
 
         Raises: DalleError where the shapes are not the model's.
         """
+        x = self._read(tokens, lengths, codes)
+        n_text = self.config.n_text
+        return head_logits(self.text_head, x[:, :n_text]), head_logits(self.image_head, x[:, n_text:])
+
+    def _read(self, tokens: Tensor, lengths: Tensor, codes: Tensor) -> Tensor:
+        """What stands before the heads: (B, L, C)."""
         grid = self.config.grid
         if codes.shape[1:] != (grid, grid):
             found = " x ".join(map(str, codes.shape[1:]))
             raise DalleError(f"expected codes of {grid} x {grid}, found {found}; use codes of the prior's own dVAE")
         images = self.code(codes.flatten(1)[:, :-1]) + self._places()[:-1]
         x = self.dropout(torch.cat([self._embed_text(tokens, lengths), images], dim=1))
+        turns = self._turns(x)
         for block, pattern in zip(self.blocks, self.patterns, strict=True):
-            x = block(x, pattern.attend)
-        x = self.norm(x)
-        n_text = self.config.n_text
-        return _logits(self.text_head, x[:, :n_text]), _logits(self.image_head, x[:, n_text:])
+            x = block(x, pattern.attend, turns)
+        y: Tensor = self.norm(x)
+        return y
 
     def loss(self, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy by count of caption tokens (pads are no targets) and of codes, weighted (sec. 2.2).
 
         Shapes as `forward`; returns the loss and, detached, `text_nats` a token and `image_nats` a code.
         """
-        text_logits, image_logits = self(tokens, lengths, codes)
-        targets = tokens.masked_fill(~self._written(lengths), -100)
+        x = self._read(tokens, lengths, codes)
+        n_text, written = self.config.n_text, self._written(lengths)
         n_tokens = lengths.sum().clamp(min=1)  # a batch may hold null captions only
-        text = F.cross_entropy(text_logits.flatten(0, 1), targets.flatten(), reduction="sum") / n_tokens
-        image = F.cross_entropy(image_logits.flatten(0, 1), codes.flatten())
+        text = head_loss(self.text_head, x[:, :n_text][written], tokens[written]) / n_tokens
+        image = head_loss(self.image_head, x[:, n_text:].flatten(0, 1), codes.flatten()) / codes.numel()
         weight = self.config.text_weight
         parts = {"text_nats": text.detach(), "image_nats": image.detach()}
         return weight * text + (1 - weight) * image, parts
@@ -210,9 +253,10 @@ class Prior(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
         x = self.dropout(self._embed_text(tokens, lengths))
+        turns = self._turns(x)[:, : x.shape[1]]
         for block in self.blocks:
-            x = block(x, attend)
-        return Prompt(_logits(self.image_head, self.norm(x[:, -1])), tuple(keys), tuple(values))
+            x = block(x, attend, turns)
+        return Prompt(head_logits(self.image_head, self.norm(x[:, -1])), tuple(keys), tuple(values))
 
     def cache(self, prompt: Prompt, candidates: int = 1) -> Cache:
         """Static buffers to draw `candidates` grids for each caption of a prompt."""
@@ -221,10 +265,12 @@ class Prior(nn.Module):
     def step(self, codes: Tensor, cache: Cache) -> Tensor:
         """Take the codes at the cache's position, advance it, and give the logits of the next: (P*K,) -> (P*K, V)."""
         x = self.dropout((self.code(codes) + cache.places[cache.position])[:, None])
+        place = 1 + self.config.n_text + cache.position
+        turns = self._turns(x)[:, place : place + 1]
         for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, partial(layer.attend, cache.position))
+            x = block(x, partial(layer.attend, cache.position), turns)
         cache.position += 1
-        return _logits(self.image_head, self.norm(x[:, 0]))
+        return head_logits(self.image_head, self.norm(x[:, 0]))
 
     def _written(self, lengths: Tensor) -> Tensor:
         """Whether a caption position holds a token, not a pad: (B,) -> (B, T) bool."""
@@ -240,6 +286,11 @@ class Prior(nn.Module):
         start = self.start.expand(len(x), 1, -1)
         return torch.cat([start, x], dim=1) + self.text_position.weight
 
+    def _turns(self, x: Tensor) -> Tensor:
+        """Rotary turns of every position, (2, L, D)."""
+        config = self.config
+        return rotations(config.n_text + 1, config.grid, config.n_embd // config.n_head, x.device)
+
     def _places(self) -> Tensor:
         """Row and column embeddings, added, in raster order: (W*W, C)."""
         return (self.row.weight[:, None] + self.column.weight).flatten(0, 1)
@@ -249,10 +300,3 @@ def drop_captions(lengths: Tensor, probability: float, generator: torch.Generato
     """Make some captions null, that is of length 0, all pads, to train for guidance: (B,) int64 -> (B,) int64."""
     dropped = torch.rand(lengths.shape, generator=generator, device=generator.device) < probability
     return lengths.masked_fill(dropped.to(lengths.device), 0)
-
-
-def _logits(head: nn.Linear, x: Tensor) -> Tensor:
-    # app. D: logits keep 32 bits even where the other matrix products run in 16
-    with torch.autocast(x.device.type, enabled=False):
-        logits: Tensor = head(x.to(head.weight.dtype))
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

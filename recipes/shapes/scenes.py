@@ -56,6 +56,7 @@ TWO_TEMPLATES = (
     "a picture of a {a} {rel} a {b}",
 )
 
+SINGLE = 0.25  # share of the training scenes that have one object, which is soon learned; of the prompts it is half
 GAP = 1  # least number of free cells between two objects along their axis
 SIDESTEP = 1.5  # most cells by which their centres differ across it
 
@@ -130,21 +131,24 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def random_scene(rng: np.random.Generator, unseen: bool, single: float = 0.5) -> Scene:
-    """Draw a scene that holds no held-out pair, or, where `unseen`, at least one."""
+    """Draw a scene that holds no held-out pair, or, where `unseen`, at least one; `single` is the share of one object."""
+    count = 1 if rng.random() < single else 2
     while True:
         things = tuple(
             Thing(str(rng.choice(list(SIZES))), str(rng.choice(list(COLORS))), str(rng.choice(SHAPES)))
-            for _ in range(1 if rng.random() < single else 2)
+            for _ in range(count)
         )
         scene = Scene(things, str(rng.choice(RELATIONS)) if len(things) == 2 else None)
         if scene.has_held_out_pair() == unseen and len(set(things)) == len(things):
             return scene
 
 
-def sample(seed: int, stream: int, index: int, unseen: bool, width: int = 32) -> tuple[Scene, np.ndarray, str]:
+def sample(
+    seed: int, stream: int, index: int, unseen: bool, width: int = 32, single: float = 0.5
+) -> tuple[Scene, np.ndarray, str]:
     """Scene, picture and caption number `index` of a stream: a function of its arguments only."""
     rng = np.random.default_rng([seed, stream, index])
-    scene = random_scene(rng, unseen)
+    scene = random_scene(rng, unseen, single)
     return scene, draw(scene, rng, width), caption(scene, rng)
 
 
@@ -168,15 +172,14 @@ def write_tar(path: Path, samples: Iterable[tuple[np.ndarray, str]]) -> None:
 
 
 def _prompts(seed: int, stream: int, count: int, unseen: bool) -> str:
-    """Different scenes, one caption a line."""
-    lines: dict[Scene, str] = {}
+    """Different captions, one a line, half of them of one object."""
+    lines: dict[str, None] = {}
     index = 0
     while len(lines) < count:
         rng = np.random.default_rng([seed, stream, index])
-        scene = random_scene(rng, unseen)
-        lines.setdefault(scene.canonical(), caption(scene, rng))
+        lines.setdefault(caption(random_scene(rng, unseen, single=float(len(lines) % 2 == 0)), rng))
         index += 1
-    return "".join(line + "\n" for line in lines.values())
+    return "".join(line + "\n" for line in lines)
 
 
 def main() -> None:
@@ -190,7 +193,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    train = (sample(args.seed, 0, i, False, args.size)[1:] for i in range(args.count))
+    train = (sample(args.seed, 0, i, False, args.size, SINGLE)[1:] for i in range(args.count))
     truth = (sample(args.seed, 1, i, i % 2 == 1, args.size)[1:] for i in range(args.truth))
     write_tar(args.out / "train.tar", train)
     write_tar(args.out / "truth.tar", truth)

@@ -249,13 +249,18 @@ def _read(path: Path) -> tuple[list[np.ndarray], list[str]]:
 
 def table(sets: list[str]) -> str:
     """Accuracy of every candidate and of the best by CLIP, for NAME=STEM with STEM.images and STEM.best.safetensors."""
-    rows = [f"{'caption accuracy':18}{'prompts':>9}{'one sample':>12}{'best of':>9}{'reranked':>10}"]
+    rows = [f"{'caption accuracy':24}{'prompts':>9}{'one sample':>12}{'best of':>9}{'reranked':>10}"]
     for entry in sets:
         name, _, stem = entry.partition("=")
-        drawn, best = (score(*_read(Path(f"{stem}.{kind}.safetensors"))) for kind in ("images", "best"))
-        n = int(best["pictures"])
-        each = int(drawn["pictures"]) // n
-        rows.append(f"{name:18}{n:9}{drawn['accuracy']:12.1%}{each:9}{best['accuracy']:10.1%}")
+        drawn, best = (_read(Path(f"{stem}.{kind}.safetensors")) for kind in ("images", "best"))
+        for label, count in (("", None), (", one object", 1), (", two objects", 2)):
+            every, picked = (
+                [matches(p, c) for p, c in zip(*x, strict=True) if count in (None, len(parse_caption(c).things))]
+                for x in (drawn, best)
+            )
+            if picked:
+                n, each = len(picked), len(every) // len(picked)
+                rows.append(f"{name + label:24}{n:9}{np.mean(every):12.1%}{each:9}{np.mean(picked):10.1%}")
     return "\n".join(rows)
 
 

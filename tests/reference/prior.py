@@ -47,8 +47,13 @@ def layer_norm(x, weights, name):
     return centered / torch.sqrt(variance + 1e-5) * weights[name + ".weight"] + weights[name + ".bias"]
 
 
+def unit(x):
+    return x / torch.sqrt((x * x).sum() / len(x) + 1e-6)
+
+
 def linear(x, weights, name):
-    return weights[name + ".weight"] @ x + weights[name + ".bias"]
+    y = weights[name + ".weight"] @ x
+    return y + weights[name + ".bias"] if name + ".bias" in weights else y
 
 
 def gelu(x):
@@ -68,6 +73,22 @@ def embed(tokens, length, codes, weights, sizes):
     return stream[:-1]
 
 
+def turned(x, place, sizes):
+    """Pairs (i, i + D/2) as complex numbers, turned by the row (first half of the pairs) or the column."""
+    n_prefix, grid, n_pairs = sizes["n_text"] + 1, sizes["grid"], len(x) // 2
+    row = column = place
+    if place >= n_prefix:
+        row, column = (n_prefix + part for part in divmod(place - n_prefix, grid))
+    out = [0.0] * len(x)
+    n_rows = n_pairs // 2
+    for i in range(n_pairs):
+        at, n, index = (row, n_rows, i) if i < n_rows else (column, n_pairs - n_rows, i - n_rows)
+        angle = at / 100 ** (index / n)
+        pair = complex(x[i], x[i + n_pairs]) * complex(math.cos(angle), math.sin(angle))
+        out[i], out[i + n_pairs] = pair.real, pair.imag
+    return torch.tensor(out, dtype=x.dtype)
+
+
 def attention(stream, kind, weights, name, sizes):
     n_head, width = sizes["n_head"], len(stream[0])
     d = width // n_head
@@ -78,12 +99,28 @@ def attention(stream, kind, weights, name, sizes):
         heads = []
         for h in range(n_head):
             part = slice(h * d, (h + 1) * d)
-            scores = torch.stack([qkv[i][:width][part] @ qkv[k][width : 2 * width][part] for k in keys]) / math.sqrt(d)
+
+            def query(p, part=part, h=h):
+                x = qkv[p][:width][part]
+                if sizes["block"] == "modern":
+                    x = turned(unit(x), p, sizes) * weights[name + ".sharpness"][h]
+                return x
+
+            def key(p, part=part):
+                x = qkv[p][width : 2 * width][part]
+                return turned(unit(x), p, sizes) if sizes["block"] == "modern" else x
+
+            scores = torch.stack([query(i) @ key(k) for k in keys]) / math.sqrt(d)
             weight = torch.exp(scores - scores.max())
             weight = weight / weight.sum()
             heads.append(sum(w * qkv[k][2 * width :][part] for w, k in zip(weight, keys, strict=True)))
         out.append(linear(torch.cat(heads), weights, name + ".attention_out"))
     return out
+
+
+def gated(hidden):
+    a, b = hidden[: len(hidden) // 2], hidden[len(hidden) // 2 :]
+    return a / (1 + torch.exp(-a)) * b
 
 
 def prior(tokens, length, codes, weights, sizes):
@@ -92,10 +129,12 @@ def prior(tokens, length, codes, weights, sizes):
     for i in range(1, sizes["n_layer"] + 1):
         name = f"blocks.{i - 1}"
         kind = kind_of_layer(i, sizes["n_layer"], sizes["attention"])
-        normed = [layer_norm(x, weights, name + ".norm_1") for x in stream]
+        modern = sizes["block"] == "modern"
+        normed = [unit(x) if modern else layer_norm(x, weights, name + ".norm_1") for x in stream]
         stream = [x + y for x, y in zip(stream, attention(normed, kind, weights, name, sizes), strict=True)]
         for p, x in enumerate(stream):
-            hidden = gelu(linear(layer_norm(x, weights, name + ".norm_2"), weights, name + ".mlp_in"))
+            hidden = linear(unit(x) if modern else layer_norm(x, weights, name + ".norm_2"), weights, name + ".mlp_in")
+            hidden = gated(hidden) if modern else gelu(hidden)
             stream[p] = x + linear(hidden, weights, name + ".mlp_out")
     stream = [layer_norm(x, weights, "norm") for x in stream]
     text = [linear(x, weights, "text_head") for x in stream[: sizes["n_text"]]]
