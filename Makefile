@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := .venv-bench
+PINS := -c constraints.txt -c tests/bench/constraints.txt
+BENCH ?= -o out/bench.md
 
 TOOLS := DALLE=$(CURDIR)/$(BIN)/dalle PY=$(CURDIR)/$(BIN)/python
 SHARE := $(shell $(PYTHON) -c "import os; print(max(1, (os.cpu_count() or 1) // 3))")
@@ -39,8 +42,9 @@ types: $(VENV)/.ready-dev
 docs: $(VENV)/.ready-dev
 	$(BIN)/python docs/make_cli.py > docs/cli.md
 
-bench: $(VENV)/.ready-dev
-	$(BIN)/python tests/bench.py
+# Wants an idle machine. BENCH="--quick -o out/quick.md" make bench checks that it works.
+bench: $(PEERS)/.ready
+	$(PEERS)/bin/python tests/bench $(BENCH)
 
 # The pins are for machines that install from nothing; on another torch, remove the line from constraints.txt.
 $(READY): pyproject.toml constraints.txt
@@ -53,5 +57,13 @@ $(VENV)/.ready-dev: $(READY)
 	$(BIN)/python -m pip install -q --no-deps DALL-E==0.1
 	touch $@
 
+# The packages that bench compares with, in an environment of their own.
+$(PEERS)/.ready: pyproject.toml constraints.txt tests/bench/constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -q $(PINS) -e . transformers matplotlib setuptools \
+		einops axial-positional-embedding rotary-embedding-torch
+	$(PEERS)/bin/python -m pip install -q $(PINS) --no-deps DALLE-pytorch
+	touch $@
+
 clean:
-	rm -rf $(VENV) recipes/*/build
+	rm -rf $(VENV) $(PEERS) recipes/*/build

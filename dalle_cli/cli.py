@@ -20,9 +20,11 @@ STAGES: dict[str, dict[str, str]] = {
         "encode-images": "Encode a data set's pictures to dVAE codes.",
     },
     "Train": {
+        "plan": "Say whether a recipe's models fit on a machine, and how long their training takes.",
         "train-dvae": "Train a discrete VAE: pictures to codes and back.",
         "train-clip": "Train a CLIP, which scores how well a picture fits a caption.",
         "train-prior": "Train a prior over codes given captions.",
+        "plot": "Draw the curves of training runs, several in one picture.",
     },
     "Draw": {
         "sample": "Draw codes for a prompt from a prior.",

@@ -6,9 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import Progress
 
 INTERVAL = 10.0  # seconds between plain progress lines where stderr is no terminal
+LIVE_INTERVAL = 0.5  # seconds between two pictures of the panel of a training, on a terminal
 
 
 class Advance(Protocol):
@@ -87,9 +92,8 @@ def _lines(label: str, total: int, done: int, unit: str) -> Iterator[Advance]:
 
     def line() -> None:
         rate = (at - first) / max(time.monotonic() - begin, 1e-9)
-        shown_rate = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
         rest = f", {_figures(latest)}" if latest else ""
-        _stderr(f"{label}: {at}/{total}{' ' + unit if unit else ''}, {shown_rate}/s{rest}")
+        _stderr(f"{label}: {at}/{total}{' ' + unit if unit else ''}, {_rate(rate)}/s{rest}")
 
     def advance(n: int = 1, /, **figures: object) -> None:
         nonlocal at, last, shown
@@ -102,6 +106,138 @@ def _lines(label: str, total: int, done: int, unit: str) -> Iterator[Advance]:
     yield advance
     if at != shown and time.monotonic() - begin > 2:
         line()
+
+
+class Pace(NamedTuple):
+    """How fast a training goes: units a second, the most memory held in MiB, and the share of the machine's best."""
+
+    rate: float
+    unit: str
+    memory: float | None = None
+    share: float | None = None
+
+    def __str__(self) -> str:
+        parts = [f"{_thousands(self.rate)} {self.unit}/s"]
+        if self.share is not None:
+            parts.append(f"{self.share:.0%} of the machine's peak")
+        if self.memory is not None:
+            parts.append(
+                f"peak memory {self.memory / 1024:.1f} GiB"
+                if self.memory >= 1024
+                else f"peak memory {self.memory:.0f} MiB"
+            )
+        return ", ".join(parts)
+
+
+class Display(Protocol):
+    """What a person sees of a training."""
+
+    live: bool  # whether it is a picture on a terminal
+
+    def due(self) -> bool:
+        """Whether it is time for new figures."""
+
+    def tell(self, pace: Pace, /, **figures: object) -> None:
+        """Take in figures and pace, to be shown next."""
+
+    def advance(self) -> None:
+        """One more update is done."""
+
+
+@contextmanager
+def training(label: str, total: int, done: int = 0) -> Iterator[Display]:
+    """What a training shows of itself: a panel of a few lines on a terminal, a plain line now and then elsewhere."""
+    if not sys.stderr.isatty():
+        lines = _TrainingLines(label, total, done)
+        yield lines
+        lines.end()
+        return
+    from rich.console import Console
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("updates"))
+    bar = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn())
+    bar.add_task(label, total=total, completed=done)
+    panel = _TrainingPanel(bar)
+    with Live(panel, console=Console(stderr=True), refresh_per_second=1 / LIVE_INTERVAL):
+        yield panel
+
+
+class _TrainingPanel:
+    """Three lines, which rich draws anew again and again: bar and ETA; figures; pace."""
+
+    live = True
+
+    def __init__(self, bar: "Progress"):
+        self.bar = bar
+        self.told = float("-inf")
+        self.pace: Pace | None = None
+        self.figures: dict[str, object] = {}
+
+    def due(self) -> bool:
+        return time.monotonic() - self.told >= LIVE_INTERVAL
+
+    def tell(self, pace: Pace, /, **figures: object) -> None:
+        self.told, self.pace = time.monotonic(), pace
+        self.figures = {**self.figures, **figures}  # a new one: the old may be being drawn
+
+    def advance(self) -> None:
+        self.bar.advance(self.bar.task_ids[0])
+
+    def __rich__(self) -> "RenderableType":
+        from rich.console import Group
+        from rich.text import Text
+
+        lines = [Text(_figures(self.figures)), Text(str(self.pace or ""), style="dim")]
+        return Group(self.bar, *(line for line in lines if line))
+
+
+class _TrainingLines:
+    """One line every ten seconds, and a last one."""
+
+    live = False
+
+    def __init__(self, label: str, total: int, done: int):
+        self.label, self.total, self.at, self.shown, self.first = label, total, done, done, done
+        self.began = self.last = time.monotonic()
+        self.pace: Pace | None = None
+        self.figures: dict[str, object] = {}
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last >= INTERVAL
+
+    def tell(self, pace: Pace, /, **figures: object) -> None:
+        self.pace = pace
+        self.figures.update(figures)
+
+    def advance(self) -> None:
+        self.at += 1
+        if self.due():
+            self.last = time.monotonic()
+            self._line()
+
+    def end(self) -> None:
+        if self.at != self.shown and time.monotonic() - self.began > 2:
+            self._line()
+
+    def _line(self) -> None:
+        self.shown = self.at
+        rate = (self.at - self.first) / max(time.monotonic() - self.began, 1e-9)
+        parts = [f"{self.at}/{self.total} updates", f"{_rate(rate)}/s", str(self.pace or ""), _figures(self.figures)]
+        _stderr(f"{self.label}: {', '.join(part for part in parts if part)}")
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _thousands(value: float) -> str:
+    """12345 -> 12.3k."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            return f"{value / (1e3 if letter == 'k' else size):.1f}{letter}"
+    return _rate(value)
 
 
 def _figures(figures: dict[str, object]) -> str:

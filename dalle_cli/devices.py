@@ -1,5 +1,7 @@
-"""Which device and arithmetic to run on."""
+"""Which device and arithmetic to run on, what it could do at best, and how much memory was taken."""
 
+import sys
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -7,7 +9,13 @@ import torch
 
 from dalle_cli.errors import DalleError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,  # for GPUs without bfloat16; training then scales gradients (training/scaling.py)
+    "fp16": torch.float16,
+}
+PEAK_SECONDS = 0.2  # that finding out a machine's best may take
 
 
 def select_device(name: str) -> torch.device:
@@ -46,7 +54,7 @@ def select_dtype(name: str, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
         return torch.bfloat16 if device.type == "cpu" and _cpu_has_bfloat16() else torch.float32
     if name not in DTYPES:
-        raise DalleError(f"expected --dtype auto, bfloat16 or float32, found {name!r}")
+        raise DalleError(f"expected --dtype auto, bfloat16, float16 or float32, found {name!r}")
     return DTYPES[name]
 
 
@@ -80,3 +88,33 @@ def arithmetic(device: str, dtype: str) -> Arithmetic:
     """
     where = select_device(device)
     return Arithmetic(where, select_dtype(dtype, where))
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory that this process has held at once, in MiB: the GPU's there, else all; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def peak_flops(machine: Arithmetic) -> float:
+    """Floating-point operations a second of the best of some square matrix products, larger and larger."""
+    best, began = 0.0, time.monotonic()
+    for size in (256, 512, 1024, 2048, 4096, 8192):
+        generator = torch.Generator(machine.device).manual_seed(size)
+        a = torch.randn(size, size, generator=generator, device=machine.device, dtype=machine.dtype)
+        seconds = min(_timed_product(a) for _ in range(3))
+        best = max(best, 2 * size**3 / seconds)
+        if time.monotonic() - began + 3 * 8 * seconds > PEAK_SECONDS:  # the next takes eight times as long
+            break
+    return best
+
+
+def _timed_product(a: torch.Tensor) -> float:
+    began = time.perf_counter()
+    torch.sum((a @ a)[0]).item()  # a number that the host has to wait for
+    return max(time.perf_counter() - began, 1e-9)

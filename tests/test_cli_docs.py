@@ -145,7 +145,7 @@ def test_the_format_names_every_key_that_headers_have(chain):
     run = chain.prior.with_name("prior.run")
     checkpoint = open_artifact(max(run.glob("checkpoint-*.safetensors")), "checkpoint")
     assert set(checkpoint.config) == table["weights.prior.codes"] | {"step"}
-    assert {name.partition("/")[0] for name in checkpoint.headers[0].tensors} == {"model", "ema", "optimizer"}
+    assert {name.partition("/")[0] for name in checkpoint.headers[0].tensors} == {"model", "ema", "optimizer", "loop"}
 
 
 def test_the_format_names_the_version():

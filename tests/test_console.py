@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from conftest import run_bad, run_ok
 
 from dalle_cli import bundle, console
-from dalle_cli.devices import autocast, select_device, select_dtype
+from dalle_cli.devices import arithmetic, autocast, peak_flops, peak_memory, select_device, select_dtype
 from dalle_cli.errors import DalleError
 from dalle_cli.paths import beside, given_or_piped, skip_list, slug
 
@@ -63,6 +65,61 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     assert "loss 0.5" in screen.getvalue()
 
 
+def test_a_training_is_sparse_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("dalle_cli.console.time.monotonic", lambda: now[0])
+    due = []
+    with console.training("train prior", 60, 20) as display:
+        assert not display.live
+        for step in range(20, 60):
+            now[0] += 0.4
+            if display.due():
+                due.append(step)
+                display.tell(console.Pace(15432.1, "tokens", 300.4, 0.413), loss=1 / step)
+            display.advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert due == [44]
+    told = "updates, 2.5/s, 15.4k tokens/s, 41% of the machine's peak, peak memory 300 MiB, loss 0.02273"
+    assert lines == [f"train prior: 45/60 {told}", f"train prior: 60/60 {told}"]
+    with console.training("quick", 3) as display:
+        display.advance()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_training_is_a_panel_on_a_terminal(monkeypatch):
+    now = [0.0]
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "100")
+    with console.training("train prior", 4, 1) as display:
+        assert display.live
+        assert display.due()
+        monkeypatch.setattr("dalle_cli.console.time.monotonic", lambda: now[0])
+        display.tell(console.Pace(99.0, "pictures", 2048.0), loss=0.5)
+        assert not display.due()  # twice a second is enough
+        now[0] += 0.6
+        assert display.due()
+        display.tell(console.Pace(98.7, "pictures", 2560.0), psnr_held_out=31.25)
+        display.advance()
+        display.advance()
+        console.note("a note above it")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    last = shown[shown.rindex("train prior") :]
+    assert "3/4 updates" in last
+    assert "ETA" in last
+    assert "loss 0.5, psnr held out 31.25" in last
+    assert "99 pictures/s, peak memory 2.5 GiB" in last
+    assert "a note above it\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("rate", "shown"),
+    [(0.123, "0.12"), (9.99, "10"), (950.4, "950"), (9999, "9999"), (12345, "12.3k"), (3.2e6, "3.2M")],
+)
+def test_rates_in_few_characters(rate, shown):
+    assert str(console.Pace(rate, "tokens")) == f"{shown} tokens/s"
+
+
 def test_names_beside_the_input():
     assert beside(Path("a/red.codes.safetensors"), ".images.safetensors") == Path("a/red.images.safetensors")
     assert beside(Path("red.images.safetensors"), ".best.safetensors") == Path("red.best.safetensors")
@@ -103,7 +160,10 @@ def test_devices():
     cpu = torch.device("cpu")
     assert select_device("cpu") == cpu
     assert select_dtype("bfloat16", cpu) is torch.bfloat16
+    assert select_dtype("fp16", cpu) is select_dtype("float16", cpu) is torch.float16
     assert select_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+    with pytest.raises(DalleError, match="--dtype auto, bfloat16, float16 or float32, found 'half'"):
+        select_dtype("half", cpu)
     for name in ("tpu", "", "cpu:x"):
         with pytest.raises(DalleError, match="--device"):
             select_device(name)
@@ -116,6 +176,19 @@ def test_devices():
         assert (a @ a).dtype is torch.float32
     with autocast(cpu, torch.bfloat16):
         assert (a @ a).dtype is torch.bfloat16
+
+
+def test_what_the_machine_could_do_and_has_held():
+    machine = arithmetic("cpu", "float32")
+    began = time.monotonic()
+    flops = peak_flops(machine)
+    assert time.monotonic() - began < 5  # a fifth of a second, on a machine that has nothing else to do
+    assert 1e8 < flops < 1e15
+    before = peak_memory(machine.device)
+    held = torch.ones(64, 2**20)
+    assert peak_memory(machine.device) >= before
+    assert 50 < peak_memory(machine.device) < 1e6
+    del held
 
 
 # Bundles

@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from dalle_cli.models import attention
+from dalle_cli.models import local_attention as local_attention_module
 from dalle_cli.models.attention import Pattern
-from dalle_cli.models.local_attention import column_attention, local_attention
+from dalle_cli.models.local_attention import causal_attention, column_attention, local_attention
 
 
 def streams(n_text, grid, seed=0):
@@ -32,6 +33,24 @@ def test_equals_dense_attention_in_value_and_gradient(kind, kernel, grid, n_text
     got = local(pattern, *inputs)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     weights = torch.randn(expected.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    for ours, theirs in zip(
+        torch.autograd.grad((got * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 9, 21])
+def test_causal_attention_by_blocks_equals_the_fused_one(length, monkeypatch):
+    monkeypatch.setattr(local_attention_module, "BLOCK", 8)
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, length, 4)
+    inputs = [torch.randn(shape, dtype=torch.double, generator=generator).requires_grad_() for _ in range(3)]
+    expected = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    got = causal_attention(*inputs)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    weights = torch.randn(shape, dtype=torch.double, generator=generator)
     for ours, theirs in zip(
         torch.autograd.grad((got * weights).sum(), inputs),
         torch.autograd.grad((expected * weights).sum(), inputs),

@@ -260,3 +260,23 @@ def test_shapes_of_another_model_are_refused():
         model(tokens[:, :5], lengths, codes)
     with pytest.raises(DalleError, match="4 x 4, found 2 x 4"):
         model(tokens, lengths, codes[:, :2])
+
+
+def test_flops_count_matrices_and_pairs():
+    """The closed form: 6 for each weight used at a position, and 12 C for each pair of positions that attends."""
+    config = dataclasses.replace(SMALL, n_layer=1, attention="full")
+    model = Prior(config)
+    inner = sum(m.weight.numel() for m in model.blocks[0].children() if isinstance(m, torch.nn.Linear))
+    n, heads = 6 + 16, 16 * (6 * 11 + 16 * 13)
+    assert model.n_positions == n
+    assert model.flops() == 6 * (inner * n + heads) + 12 * 16 * n * (n + 1) / 2
+
+
+def test_parts_of_a_batch_make_the_whole():
+    model = build()
+    tokens, lengths, codes = batch(lengths=[4, 0, 6, 1])
+    whole, figures = model.loss(tokens, lengths, codes)
+    halves = [model.loss(tokens[i], lengths[i], codes[i], lengths.sum() / 2) for i in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(sum(loss for loss, _ in halves) / 2, whole)
+    for name, value in figures.items():
+        torch.testing.assert_close(sum(parts[name] for _, parts in halves) / 2, value)

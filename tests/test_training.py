@@ -4,15 +4,13 @@ import itertools
 import json
 import math
 import os
-import random
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_bad, run_cli, run_ok, start, write_pictures
+from conftest import run_bad, run_cli, run_ok, write_pictures
 from torch import nn
 
 from dalle_cli import load
@@ -170,33 +168,6 @@ def test_other_settings_go_on_too(chain, tmp_path, monkeypatch, name, settings):
             run_cli(*command(chain, name, out, *more))
     run_ok(*command(chain, name, out, *more))
     assert out.read_bytes() == whole.read_bytes()
-
-
-def test_killed_again_and_again(chain, tmp_path):
-    """SIGKILL at moments that chance picks, three times, then SIGINT, then to the end."""
-    whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
-    settings = ("steps=150", "checkpoint_every=5", "log_every=1", "validate_every=1000")
-    more = tuple(itertools.chain.from_iterable(("--set", f"prior.train.{k}") for k in settings))
-    run_ok(*command(chain, "prior", whole, *more))
-    chance = random.Random(0)
-    folder = tmp_path / "out.run"
-    for sign in (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
-        seen = set(checkpoints(out))
-        child = start(*command(chain, "prior", out, *more))
-        while not set(checkpoints(out)) - seen:
-            assert child.poll() is None, child.stderr.read()
-            time.sleep(0.01)
-        time.sleep(chance.random() / 10)
-        child.send_signal(sign)
-        _, stderr = child.communicate(timeout=60)
-        assert child.returncode == (130 if sign == signal.SIGINT else -signal.SIGKILL), stderr
-        assert not out.exists()
-    (folder / ".checkpoint-00000500.safetensors.0123abcd.part").write_bytes(b"cut off")
-    run_ok(*command(chain, "prior", out, *more))
-    assert out.read_bytes() == whole.read_bytes()
-    assert not list(folder.glob(".*"))
-    steps = [row["step"] for row in rows(out) if "loss" in row]
-    assert steps == list(range(1, 151))
 
 
 def test_a_broken_checkpoint_is_passed_over(chain, tmp_path, monkeypatch):

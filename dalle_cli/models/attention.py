@@ -14,7 +14,12 @@ from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models import block_attention
-from dalle_cli.models.local_attention import batched_attention, column_attention, local_attention
+from dalle_cli.models.local_attention import (
+    batched_attention,
+    causal_attention,
+    column_attention,
+    local_attention,
+)
 
 LONG_STREAM = 512  # positions; beyond, the weights of every head take more memory than they save time
 LOCAL_GAIN = 1.5  # times that the stream must be longer than what a row sees, for gathering keys row by row to pay
@@ -89,6 +94,8 @@ class Pattern:
             return block_attention.block_attention(q, k, v, self.n_text + 1, self.distances)
         if trains_on_cpu(q):
             return batched_attention(q, k, v, _stream_bias(self, q.device, q.dtype))
+        if self.kind == "full" and q.device.type == "cpu" and torch.is_grad_enabled():
+            return causal_attention(q, k, v)
         if self.kind == "full":
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(q.device))

@@ -3,13 +3,15 @@
 R rows, C width, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK = 1 << 23  # logits at a time: 32 MiB of float32
+CHUNK = 1 << 21  # logits at a time: 8 MiB of float32, which stay in the processor's cache
 
 
 def head_logits(head: nn.Linear, x: Tensor) -> Tensor:
@@ -29,6 +31,24 @@ def head_loss(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
     return y
 
 
+@contextmanager
+def _quick_float32(on: bool) -> Iterator[None]:
+    """On CPU, products of float32 matrices by oneDNN, twice as fast as torch's default library on some processors.
+
+    Where the processor has bfloat16 products that add up in float32, they are those: the operands are rounded, as all
+    matrices' are under autocast, and the results are not.
+    """
+    products = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and later
+    if not on or products is None:
+        yield
+        return
+    kept, products.fp32_precision = products.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = kept
+
+
 class _HeadLoss(torch.autograd.Function):
     """The gradients are made together with the loss, so that each chunk's logits are computed once and forgotten."""
 
@@ -36,31 +56,39 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         kind = x.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        rows = max(1, CHUNK // weight.shape[0])
-        parts = zip(torch.split(x, rows), torch.split(targets, rows), strict=True)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(kind, enabled=False), _quick_float32(kind == "cpu" and low != x.dtype):
             total = weight.new_zeros(())
             if not any(ctx.needs_input_grad):
-                for part, wanted in parts:
-                    logits = F.linear(part.to(weight.dtype), weight, bias)
-                    total += F.cross_entropy(logits, wanted, reduction="sum")
+                for part, wanted in _chunks(CHUNK // len(weight), x, targets):
+                    total += F.cross_entropy(F.linear(part.to(weight.dtype), weight, bias), wanted, reduction="sum")
                 return total
+            grads: list[Tensor] = []
             matrix, grad_weight, grad_bias = weight.to(low), torch.zeros_like(weight), torch.zeros_like(bias)
-            grad_x = []
-            for part, wanted in parts:
-                logits = F.linear(part.to(weight.dtype), weight, bias)
-                norm = logits.logsumexp(-1, keepdim=True)
-                place = wanted[:, None]
-                total += (norm - logits.gather(1, place)).sum()
-                grad = logits.sub_(norm).exp_()
-                grad.scatter_add_(1, place, grad.new_full((1, 1), -1).expand_as(place))
-                grad_bias += grad.sum(0)
-                grad = grad.to(low)
-                grad_x.append(grad @ matrix)
+            for part, wanted in _chunks(4 * CHUNK // len(weight), x, targets):
+                grad = torch.empty(len(part), len(weight), dtype=low, device=x.device)
+                total += _row_gradients(part.to(weight.dtype), weight, bias, wanted, grad, grad_bias)
+                grads.append(grad @ matrix)
                 grad_weight += grad.mT @ part.to(low)
-        ctx.save_for_backward(torch.cat(grad_x).to(x.dtype), grad_weight, grad_bias)
+        ctx.save_for_backward(torch.cat(grads).to(x.dtype), grad_weight, grad_bias)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*(g * grad.to(g.dtype) for g in ctx.saved_tensors), None)
+
+
+def _chunks(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(torch.split(x, max(1, rows)) for x in tensors), strict=True)
+
+
+def _row_gradients(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, out: Tensor, grad_bias: Tensor) -> Tensor:
+    """The loss of some rows; their logits' gradients, in `out`, of which those of the bias are added up."""
+    total = weight.new_zeros(())
+    for part, wanted, grad in _chunks(CHUNK // len(weight), x, targets[:, None], out):
+        logits = F.linear(part, weight, bias)
+        norm = logits.logsumexp(-1, keepdim=True)
+        total += (norm - logits.gather(1, wanted)).sum()
+        logits.sub_(norm).exp_().scatter_add_(1, wanted, logits.new_full((1, 1), -1).expand_as(wanted))
+        grad_bias += logits.sum(0)
+        grad.copy_(logits)
+    return total

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+BLOCK = 256  # queries that `causal_attention` takes at a time
+
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int, distances: tuple[int, ...]) -> Tensor:
     """Codes see the caption and the codes at some distances back in raster order: three times (B, N, L, D) -> same.
@@ -41,6 +43,12 @@ def batched_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention as batched products, a block of queries at a time over the keys so far: (B, N, L, D) thrice."""
+    y: Tensor = _Causal.apply(q, k, v)  # type: ignore[no-untyped-call]
+    return y
+
+
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -56,6 +64,39 @@ class _Dense(torch.autograd.Function):
         return (*(x.view(grad.shape) for x in grads), None)
 
 
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+        bias = _tail_bias(q.shape[2], q.device, q.dtype)
+        y, kept = torch.empty_like(flat[0]), []
+        for start, end in _blocks(q.shape[2]):
+            hidden = bias[BLOCK - (end - start) :, bias.shape[1] - end :]
+            weights, part = _weigh(flat[0][:, start:end], flat[1][:, :end], flat[2][:, :end], hidden)
+            y[:, start:end] = part
+            kept.append(weights)
+        ctx.save_for_backward(*flat, y, *kept)
+        return y.view(q.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, y, *kept = ctx.saved_tensors
+        flat = grad.reshape(y.shape)
+        wide = torch.promote_types(k.dtype, torch.float32)  # what several blocks add up
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for (start, end), weights in zip(_blocks(grad.shape[2]), kept, strict=True):
+            block = slice(start, end)
+            parts = _weigh_backward(flat[:, block], q[:, block], k[:, :end], v[:, :end], weights, y[:, block])
+            dq[:, block] = parts[0]
+            dk[:, :end] += parts[1]
+            dv[:, :end] += parts[2]
+        return tuple(x.to(q.dtype).view(grad.shape) for x in (dq, dk, dv))
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+
+
 class _Lines(torch.autograd.Function):
     """Attention of the codes line by line, and of the caption's positions among themselves."""
 
@@ -67,36 +108,36 @@ class _Lines(torch.autograd.Function):
         ctx.sizes = n_prefix, grid, back, columns
         text = [x[:, :, :n_prefix].reshape(-1, n_prefix, x.shape[-1]) for x in (q, k, v)]
         text_weights, text_y = _weigh(text[0], text[1], text[2], _causal_bias(n_prefix, q.device, q.dtype))
-        lines = _lines(q, n_prefix, grid, columns)
-        keys, values = (
-            _gather(t, _lines(x, n_prefix, grid, columns), back) for t, x in zip(text[1:], (k, v), strict=True)
-        )
+        lines = [_lines(x, n_prefix, grid, columns) for x in (q, k, v)]
+        keys, values = (_gather(t, x, back).flatten(0, 1) for t, x in zip(text[1:], lines[1:], strict=True))
         bias = _line_bias(n_prefix, grid, back, distances, q.device, q.dtype)
-        weights, y = _weigh(lines.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), bias, ctx.sizes)
-        ctx.save_for_backward(*text, text_weights, text_y, lines, keys, values, weights, y)
+        weights, y = _weigh(lines[0].flatten(0, 1), keys, values, bias, ctx.sizes)
+        ctx.save_for_backward(*text, text_weights, text_y, *lines, weights, y)
         out = q.new_empty(q.shape)
         out[:, :, :n_prefix] = text_y.view(*q.shape[:2], n_prefix, -1)
-        _put(out, y.view(lines.shape), n_prefix, grid, columns)
+        _put(out, y.view(lines[0].shape), n_prefix, grid, columns)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         n_prefix, grid, back, columns = ctx.sizes
-        *text, text_weights, text_y, lines, keys, values, weights, y = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        text, (text_weights, text_y), lines, (weights, y) = saved[:3], saved[3:5], saved[5:8], saved[8:]
         grad_text = grad[:, :, :n_prefix].reshape(text_y.shape)
         text_grads = _weigh_backward(grad_text, text[0], text[1], text[2], text_weights, text_y)
         grad_lines = _lines(grad, n_prefix, grid, columns).flatten(0, 1)
-        args = (lines.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), weights, y)
-        dq, dk, dv = _weigh_backward(grad_lines, *args)
-        parts = [(text_grads[0], dq.view(lines.shape))]
-        for d, of_text in zip((dk, dv), text_grads[1:], strict=True):
-            from_lines, own = _scatter(d.view(keys.shape), n_prefix, grid, back)
-            parts.append((of_text + from_lines, own))
+        # gathered once more: kept, they would be the largest part of what a layer keeps
+        keys, values = (_gather(t, x, back).flatten(0, 1) for t, x in zip(text[1:], lines[1:], strict=True))
+        line_grads = _weigh_backward(grad_lines, lines[0].flatten(0, 1), keys, values, weights, y)
         grads = []
-        for of_text, of_lines in parts:
+        for i, (of_text, of_lines) in enumerate(zip(text_grads, line_grads, strict=True)):
+            own = of_lines
+            if i > 0:
+                from_lines, own = _scatter(of_lines.view(-1, grid, *of_lines.shape[1:]), n_prefix, grid, back)
+                of_text += from_lines
             out = grad.new_empty(grad.shape)
             out[:, :, :n_prefix] = of_text.view(*grad.shape[:2], n_prefix, -1)
-            _put(out, of_lines, n_prefix, grid, columns)
+            _put(out, own.view(lines[0].shape), n_prefix, grid, columns)
             grads.append(out)
         return (*grads, None, None, None, None)
 
@@ -187,6 +228,13 @@ def _line_bias(
         ago = queries - torch.arange((back + 1) * grid, device=device)
         seen = torch.isin(ago, torch.tensor(distances, device=device))
         return _as_bias(F.pad(seen, (n_text, 0), value=True), dtype)
+
+
+@lru_cache(maxsize=64)
+def _tail_bias(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What the last queries of a stream may not see: (BLOCK, BLOCK + length); its last columns serve shorter ones."""
+    with torch.inference_mode(False):
+        return F.pad(_causal_bias(BLOCK, device, dtype), (length, 0))
 
 
 @lru_cache(maxsize=64)

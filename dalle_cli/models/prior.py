@@ -225,14 +225,31 @@ class Prior(nn.Module):
         y: Tensor = self.norm(x)
         return y
 
-    def loss(self, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def n_positions(self) -> int:
+        """Positions of the stream: L."""
+        return self.config.n_text + self.config.grid**2
+
+    def flops(self) -> float:
+        """Floating-point operations of forward and backward for one pair: matrices used, and pairs that attend."""
+        config = self.config
+        inner = sum(p.numel() for block in self.blocks for p in block.parameters() if p.ndim == 2)
+        heads = config.n_embd * (config.n_text * config.n_text_vocab + config.grid**2 * config.n_image_vocab)
+        attended = sum(int(pattern.mask(torch.device("cpu")).sum()) for pattern in self.patterns)
+        return 6.0 * (inner * self.n_positions + heads + 2 * config.n_embd * attended)
+
+    def loss(
+        self, tokens: Tensor, lengths: Tensor, codes: Tensor, n_tokens: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy by count of caption tokens (pads are no targets) and of codes, weighted (sec. 2.2).
 
-        Shapes as `forward`; returns the loss and, detached, `text_nats` a token and `image_nats` a code.
+        Shapes as `forward`; returns the loss and, detached, `text_nats` a token and `image_nats` a code. `n_tokens` ()
+        is what the text loss is divided by if not by the batch's own tokens: for a part of a batch, its fair share.
         """
         x = self._read(tokens, lengths, codes)
         n_text, written = self.config.n_text, self._written(lengths)
-        n_tokens = lengths.sum().clamp(min=1)  # a batch may hold null captions only
+        if n_tokens is None:
+            n_tokens = lengths.sum().clamp(min=1)  # a batch may hold null captions only
         text = head_loss(self.text_head, x[:, :n_text][written], tokens[written]) / n_tokens
         image = head_loss(self.image_head, x[:, n_text:].flatten(0, 1), codes.flatten()) / codes.numel()
         weight = self.config.text_weight

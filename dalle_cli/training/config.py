@@ -17,8 +17,12 @@ class TrainConfig:
     batch_size: int = 32
     lr: float = 1e-3
     final_lr: float = 0.0
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # or "trapezoid", "constant", "plateau"
     warmup: int = 0
+    plateau_figure: str = "loss"  # of training, or of the validation: "image_nats"; "-psnr_held_out" is one that rises
+    plateau_patience: int = 5  # validations in a row that are none the better before the rate is cut
+    plateau_factor: float = 0.5  # what a cut multiplies the rate by
+    plateau_least: float = 1 / 32  # share of lr below which it is not cut: the paper's five halvings
     optimizer: str = "adamw"  # or "muon" for the matrices
     beta1: float = 0.9
     beta2: float = 0.999
@@ -33,12 +37,18 @@ class TrainConfig:
     keep: int = 2
     validation: float = 0.05  # share of ids held out
     max_validation: int = 1024
+    accumulate: int = 1  # parts that a batch is computed in, one after another, for less memory
+    checkpoint_activations: bool = False  # compute each block again in the backward pass, for less memory
+    compile: bool = False  # the loss by torch.compile; needs a C++ compiler, on a GPU Triton
+    tensorboard: bool = False  # write the log for TensorBoard, too, into the run's folder
     save_dtype: str = "float32"  # of the weights at the end; checkpoints keep all bits
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "ema_every", "log_every", "validate_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise DalleError(f"expected {name} of at least 1, found {getattr(self, name)}; raise it")
+        self._check_plateau()
+        self._check_accumulate()
         if self.optimizer not in OPTIMIZERS:
             raise DalleError(f"expected optimizer among {', '.join(OPTIMIZERS)}, found {self.optimizer!r}")
         if self.save_dtype not in SAVE_DTYPES:
@@ -51,6 +61,20 @@ class TrainConfig:
         for name in ("lr", "final_lr", "warmup", "eps", "weight_decay", "clip_norm", "max_validation"):
             if getattr(self, name) < 0:
                 raise DalleError(f"expected {name} of at least 0, found {getattr(self, name)}; raise it")
+
+    def _check_plateau(self) -> None:
+        if self.plateau_patience < 1:
+            raise DalleError(f"expected plateau_patience of at least 1, found {self.plateau_patience}; raise it")
+        for name in ("plateau_factor", "plateau_least"):
+            if not 0 < getattr(self, name) < 1:
+                raise DalleError(f"expected {name} between 0 and 1, found {getattr(self, name)}; correct it")
+
+    def _check_accumulate(self) -> None:
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise DalleError(
+                f"expected accumulate to divide batch_size {self.batch_size} into equal parts, "
+                f"found {self.accumulate}; change one of them"
+            )
 
     @property
     def schedule_steps(self) -> int:

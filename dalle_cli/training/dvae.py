@@ -25,6 +25,8 @@ from dalle_cli.training.schedules import cosine
 
 VALIDATION_BATCH = 32
 SHEET_PICTURES = 12
+GONE = 1.1  # perplexity of codes that say nothing any more
+MANY = 8  # held-out pictures, of which not all look the same
 COLLAPSE = 0.05  # share of the vocabulary (or of the codes looked at) below which the codebook is called collapsed
 
 
@@ -67,6 +69,7 @@ class DVAETask:
         self.config, self.options, self.data, self.seed, self.workers = config, train, data, seed, workers
         torch.manual_seed(mix(seed, -1))
         self.model = DVAE(config)
+        self.updates = 0
         self.rows, held_out = split(data.ids, train.validation)
         self.held_out = held_out[: train.max_validation]
 
@@ -81,12 +84,17 @@ class DVAETask:
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The ELBO at this update's temperature and beta, each a function of the update alone (app. A.2)."""
         o = self.options
+        self.updates = step + 1
         images = from_uint8(batch[0])
         if step % o.revive_every == 0:
             self.model.revive(images, generator)
         temperature = cosine(step, o.temperature, o.final_temperature, o.temperature_steps)
         beta = cosine(step, 0.0, o.beta, o.beta_steps)
         return self.model.loss(images, temperature=temperature, beta=beta, generator=generator)
+
+    def split(self, batch: Batch, parts: int, step: int, generator: torch.Generator) -> list[Batch]:
+        """Equal parts; each draws noise of its own."""
+        return [(part,) for part in batch[0].chunk(parts)]
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """PSNR in dB of held-out pictures from hard codes, how many codes they use, and the codes' perplexity."""
@@ -103,11 +111,21 @@ class DVAETask:
             return {}
         share = counts / counts.sum()
         used, perplexity = int((counts > 0).sum()), float(torch.special.entr(share).sum().exp())
-        if perplexity < COLLAPSE * min(len(counts), int(counts.sum())):
-            console.warn(
-                f"expected a codebook in use, found a perplexity of {perplexity:.1f} among {len(counts)} codes"
-            )
+        self._check(perplexity, int(counts.sum()))
         return {"psnr_held_out": torch.cat(psnr).mean().item(), "codes_used": used, "code_perplexity": perplexity}
+
+    def _check(self, perplexity: float, n_codes: int) -> None:
+        """Warn of a codebook that is hardly in use; one that has come down to a single code ends the run.
+
+        Raises:
+            DalleError: after the KL weight's rise, many pictures are all written with the same code.
+        """
+        n_vocab = self.config.n_vocab
+        found = f"expected a codebook in use, found a perplexity of {perplexity:.1f} among {n_vocab} codes"
+        if perplexity < GONE and self.updates > self.options.beta_steps and len(self.held_out) >= MANY:
+            raise DalleError(f"{found}; set dvae.quantizer = 'fsq', or lower dvae.train.beta or lr")
+        if perplexity < COLLAPSE * min(n_vocab, n_codes):
+            console.warn(found)
 
     def _held_out(self, most: int) -> Iterator[Tensor]:
         """The first so many held-out pictures, center-cropped: batches (b, 3, S, S) uint8."""

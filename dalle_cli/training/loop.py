@@ -7,11 +7,11 @@ number. A checkpoint therefore holds no generator states, and a resumed run is t
 import hashlib
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,22 @@ from torch import Tensor, nn
 from dalle_cli import console
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
+from dalle_cli.training.blocks import blocks, compiled, recomputed, surround
 from dalle_cli.training.config import TrainConfig
+from dalle_cli.training.figures import Averages, Meter
 from dalle_cli.training.optim import EMA, load_optimizer_state, optimizer_state, optimizers
-from dalle_cli.training.run import Run
-from dalle_cli.training.schedules import learning_rate
+from dalle_cli.training.run import Board, Run
+from dalle_cli.training.scaling import BlockScales
+from dalle_cli.training.schedules import Plateau, learning_rate
 
 Batch = tuple[Tensor, ...]
 
 
 class Task(Protocol):
-    """What differs between models: data, loss, validation, and the picture that shows how far it has come."""
+    """What differs between models: data, loss, validation, and the picture that shows how far it has come.
+
+    A task may also be one that `Splits`, `Counts` or `Costs`.
+    """
 
     @property
     def model(self) -> nn.Module:
@@ -45,6 +51,34 @@ class Task(Protocol):
 
     def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
         """Draw the state of the run as a picture; may do nothing."""
+
+
+@runtime_checkable
+class Splits(Protocol):
+    """A task whose batch can be computed in parts: one whose loss is a mean, not a comparison within the batch."""
+
+    def split(self, batch: Batch, parts: int, step: int, generator: torch.Generator) -> list[Batch]:
+        """Batches for `loss` whose losses, and figures, average to those of the whole.
+
+        Where a loss is a mean over something of which the parts hold unequal numbers (tokens of captions), a part must
+        carry its weight along. What is drawn for the batch as a whole is drawn here.
+        """
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """A task that says what its rate is counted in; otherwise in pictures, which are the rows of a batch."""
+
+    def units(self, batch: Batch) -> tuple[str, int]:
+        """The unit's name in the plural, and how many a batch holds."""
+
+
+@runtime_checkable
+class Costs(Protocol):
+    """A task that knows how much it computes."""
+
+    def flops(self) -> float:
+        """Floating-point operations of one update, forward and backward."""
 
 
 def mix(*numbers: int) -> int:
@@ -86,7 +120,34 @@ class Trainer:
         self.optimizers = optimizers(self.model, config)
         self.ema = EMA(self.model, config.ema)
         self.step = 0
-        self.seconds = 0.0
+        c = config
+        self.plateau = Plateau(c.plateau_figure, c.plateau_patience, c.plateau_factor, c.plateau_least)
+        self.logged, self.validated = Averages(), Averages()  # since the last row of the log, since the last validation
+        self.meter = Meter(machine, task.flops() if isinstance(task, Costs) else None, config.log_every)
+        self.board: Board | None = None
+        self.scales: BlockScales | None = None
+        self._surround()  # after the average was made, which is a plain model
+
+    def _surround(self) -> None:
+        """What the settings put around the model's blocks and around its loss.
+
+        Raises:
+            DalleError: accumulation of a loss that takes the whole batch, or a model without blocks.
+        """
+        c = self.config
+        if c.accumulate > 1 and not isinstance(self.task, Splits):
+            name = type(self.model).__name__
+            raise DalleError(
+                f"expected accumulate = 1 for {name}, whose loss takes the whole batch, found {c.accumulate}"
+            )
+        if c.checkpoint_activations:
+            for block in blocks(self.model).values():
+                surround(block, recomputed)
+        if self.machine.dtype == torch.float16:
+            self.scales = BlockScales(self.model)
+            self.scales.attach()
+        if c.compile:
+            vars(self.model)["loss"] = compiled(getattr(self.model, "loss"))  # noqa: B009  (no submodule)
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
@@ -96,37 +157,40 @@ class Trainer:
             self.run.rewind_log(-1)
             return
         self.step, tensors = found
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition("/")
-            parts[part][rest] = tensor
-        self.model.load_state_dict(parts["model"])
-        self.ema.model.load_state_dict(parts["ema"])
-        load_optimizer_state(self.model, self.optimizers, parts["optimizer"])
-        self.seconds = self.run.rewind_log(self.step)
+        self.model.load_state_dict(_part(tensors, "model"))
+        self.ema.model.load_state_dict(_part(tensors, "ema"))
+        load_optimizer_state(self.model, self.optimizers, _part(tensors, "optimizer"))
+        self.logged.load(_part(tensors, "loop/logged"), self.device)
+        self.validated.load(_part(tensors, "loop/validated"), self.device)
+        self.plateau.load(_part(tensors, "loop/plateau"))
+        if self.scales:
+            self.scales.load(_part(tensors, "loop/scales"))
+        self.meter.seconds = self.run.rewind_log(self.step)
         console.note(f"resuming from update {self.step}")
 
     def save(self) -> None:
-        """Write a checkpoint: weights, their average, the optimisers' state."""
-        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.model.state_dict().items()}
-        tensors |= {f"optimizer/{k}": v for k, v in optimizer_state(self.model, self.optimizers).items()}
+        """Write a checkpoint: weights, their average, the optimisers' state, and what the loop itself remembers."""
+        parts = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            "optimizer": optimizer_state(self.model, self.optimizers),
+            "loop/logged": self.logged.state(),
+            "loop/validated": self.validated.state(),
+            "loop/plateau": self.plateau.state(),
+            "loop/scales": self.scales.state() if self.scales else {},
+        }
+        tensors = {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
         self.run.save_checkpoint(self.step, tensors, self.config.keep)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update of the weights; the figures to log."""
         c = self.config
-        rate = learning_rate(self.step, c.schedule, c.lr, c.final_lr, c.warmup, c.schedule_steps)
+        rate = learning_rate(self.step, c.schedule, c.lr, c.final_lr, c.warmup, c.schedule_steps) * self.plateau.share
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
-        seed = mix(self.seed, self.step)
-        torch.manual_seed(seed)
-        generator = torch.Generator(self.device).manual_seed(seed)
-        batch = tuple(t.to(self.device, non_blocking=True) for t in batch)
-        with self.machine.autocast():
-            loss, figures = self.task.loss(batch, self.step, generator)
-        self.model.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        figures = self._gradients(tuple(t.to(self.device, non_blocking=True) for t in batch))
+        if self.scales:
+            self.scales.unscale()
         if c.clip_norm:
             figures["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)
         for optimizer in self.optimizers:
@@ -134,87 +198,115 @@ class Trainer:
         self.step += 1
         if self.step % c.ema_every == 0:
             self.ema.update(self.model, self.step // c.ema_every - 1)
-        return {"loss": loss.detach(), **{k: v.detach() for k, v in figures.items()}, "lr": torch.tensor(rate)}
+        return {**figures, "lr": torch.tensor(rate)}
+
+    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradients of a batch, computed whole or in parts; loss and figures."""
+        c = self.config
+        self.model.zero_grad()
+        parts, figures = [batch], Averages()
+        if c.accumulate > 1:
+            assert isinstance(self.task, Splits)
+            parts = self.task.split(batch, c.accumulate, self.step, self._seeded(self.step))
+        for number, part in enumerate(parts):
+            generator = self._seeded(self.step, *([number] if len(parts) > 1 else []))
+            with self._autocast():
+                loss, told = self.task.loss(part, self.step, generator)
+            (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
+            figures.add({"loss": loss.detach(), **{k: v.detach() for k, v in told.items()}})
+        return {name: total / len(parts) for name, total in figures.sums.items()}
+
+    def _seeded(self, *numbers: int) -> torch.Generator:
+        """Torch's own generators and one for the task, as these numbers have them."""
+        seed = mix(self.seed, *numbers)
+        torch.manual_seed(seed)
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        """The arithmetic of the loss; with scales, float16 is inside the blocks alone."""
+        return nullcontext() if self.scales else self.machine.autocast()
+
+    def _figures(self) -> dict[str, float]:
+        with torch.no_grad(), self.machine.autocast():
+            return self.task.validate(self.ema.model, self.device)
 
     def validate(self) -> dict[str, float]:
         """Figures of the averaged weights on held-out data, logged; and a picture of them."""
+        figures = self._figures()
         with torch.no_grad(), self.machine.autocast():
-            figures = self.task.validate(self.ema.model, self.device)
             self.task.sheet(self.ema.model, self.device, self.run.folder / "samples" / f"{self.step:08d}.png")
-        self.run.log({"step": self.step, "seconds": round(self.seconds, 2), "validation": figures})
+        self._write({"step": self.step, "seconds": round(self.meter.seconds, 2), "validation": figures})
+        self._see({"loss": self.validated.take()["loss"], **figures})
         return figures
+
+    def _see(self, figures: dict[str, float]) -> None:
+        """Let the plateau see a validation, `loss` being that of training; the warm-up tells nothing of one."""
+        if self.config.schedule == "plateau" and self.step > self.config.warmup and self.plateau.see(figures):
+            console.note(f"{self.plateau.figure} has stopped falling: from here lr times {self.plateau.share:.4g}")
 
     def train(self) -> dict[str, float]:
         """Train to the end and write the weights; the last validation's figures."""
         c, interrupt = self.config, Interrupt()
         last: dict[str, float] = {}
-        label = self.run.out.name.removesuffix(".safetensors")
-        with (
-            interrupt.watching(),
-            console.progress(f"train {label}", c.steps, self.step, "updates") as advance,
-            closing(self.task.batches(self.step)) as batches,
-        ):
-            averages = Averages()
+        with ExitStack() as stack:
+            stack.enter_context(interrupt.watching())
+            if c.tensorboard:
+                self.board = stack.enter_context(closing(Board(self.run, self.step)))
+            display = stack.enter_context(console.training(f"train {self.run.name}", c.steps, self.step))
+            if display.live:
+                self.meter.measure_machine()
+            batches = stack.enter_context(closing(self.task.batches(self.step)))
+            if c.schedule == "plateau" and c.plateau_figure != "loss" and self.step == 0:
+                self.plateau.value({"loss": 0.0, **self._figures()})  # a wrong name is told now, not hours later
             while self.step < c.steps:
-                began = time.monotonic()
-                averages.add(self.update(next(batches)))
-                self.seconds += time.monotonic() - began
-                shown = self._log(averages) if self.step % c.log_every == 0 or self.step == c.steps else {}
+                self._advance(batches, display)
                 if self.step % c.validate_every == 0 or self.step == c.steps:
                     last = self.validate()
-                    shown |= last
-                advance(1, **shown)
+                    display.tell(self.meter.pace(), **last)
+                display.advance()
                 if interrupt.came or self.step % c.checkpoint_every == 0 or self.step == c.steps:
-                    averages.check(self.step)
+                    self.logged.check(self.step)
                     self.save()
                 if interrupt.came:
                     console.note(f"stopped after update {self.step}; the same command goes on from here")
                     raise KeyboardInterrupt
         self.run.save_weights(stored_as(self.ema.model.state_dict(), c.save_dtype))
-        return last or self._last_validation()
+        return last or self._figures()
 
-    def _last_validation(self) -> dict[str, float]:
-        with torch.no_grad(), self.machine.autocast():
-            return self.task.validate(self.ema.model, self.device)
+    def _advance(self, batches: Iterator[Batch], display: console.Display) -> None:
+        """One update, timed, logged and shown."""
+        began = time.monotonic()
+        batch = next(batches)
+        figures = self.update(batch)
+        self.logged.add(figures)
+        self.validated.add({"loss": figures["loss"]})
+        logs = self.step % self.config.log_every == 0 or self.step == self.config.steps
+        means: dict[str, float] = {}
+        if logs or display.due():
+            self.logged.check(self.step)
+            means = self.logged.take() if logs else self.logged.means()  # waits for the device
+        units = self.task.units(batch) if isinstance(self.task, Counts) else ("pictures", len(batch[0]))
+        self.meter.add(time.monotonic() - began, *units)
+        if logs:
+            self._write({"step": self.step, **means, **self.meter.row()})
+        if means:
+            display.tell(self.meter.pace(), **{k: v for k, v in means.items() if k != "lr"})
 
-    def _log(self, averages: "Averages") -> dict[str, float]:
-        averages.check(self.step)
-        figures = averages.take()
-        self.run.log({"step": self.step, "seconds": round(self.seconds, 2), **figures})
-        return {k: v for k, v in figures.items() if k != "lr"}
+    def _write(self, row: dict[str, object]) -> None:
+        self.run.log(row)
+        if self.board:
+            self.board.write(row)
+
+
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names begin with `part/`, without it; none in a checkpoint older than that."""
+    return {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
 
 
 def stored_as(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
     """The tensors with all floating ones in `dtype`, by torch's name for it."""
     kind: torch.dtype = getattr(torch, dtype)
     return {name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()}
-
-
-class Averages:
-    """Means of the figures since they were last taken; kept as tensors, so that no update waits for the device."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-        self.last: Tensor | None = None
-
-    def add(self, figures: dict[str, Tensor]) -> None:
-        """Take in the figures of one update."""
-        self.count += 1
-        self.last = figures["loss"]
-        for key, value in figures.items():
-            self.sums[key] = self.sums[key] + value if key in self.sums else value
-
-    def check(self, step: int) -> None:
-        """Raises: DalleError if the loss is no longer a finite number; the last checkpoint is the good one."""
-        if self.last is not None and not torch.isfinite(self.last).item():
-            raise DalleError(f"expected a finite loss, found {self.last.item()} by update {step}; lower the lr")
-
-    def take(self) -> dict[str, float]:
-        """The means of the scalar figures; begins anew."""
-        means = {key: (value / self.count).item() for key, value in self.sums.items() if value.ndim == 0}
-        self.sums, self.count = {}, 0
-        return means
 
 
 def train(

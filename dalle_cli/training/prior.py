@@ -93,10 +93,30 @@ class PriorTask:
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The prior's loss, in nats, after some captions were made null for guidance."""
+        tokens, lengths, codes, *whole = batch
+        if whole:  # a part, as `split` makes them
+            return self.model.loss(tokens, lengths, codes, whole[0])
+        return self.model.loss(tokens, self._drop_captions(lengths, generator), codes)
+
+    def _drop_captions(self, lengths: Tensor, generator: torch.Generator) -> Tensor:
+        probability = self.options.caption_dropout
+        return drop_captions(lengths, probability, generator) if probability else lengths
+
+    def split(self, batch: Batch, parts: int, step: int, generator: torch.Generator) -> list[Batch]:
+        """Equal parts; each carries how many caption tokens a part holds on average, which its text loss is over."""
         tokens, lengths, codes = batch
-        if self.options.caption_dropout:
-            lengths = drop_captions(lengths, self.options.caption_dropout, generator)
-        return self.model.loss(tokens, lengths, codes)
+        lengths = self._drop_captions(lengths, generator)
+        share = lengths.sum().clamp(min=1) / parts
+        chunks = zip(*(x.chunk(parts) for x in (tokens, lengths, codes)), strict=True)
+        return [(*chunk, share) for chunk in chunks]
+
+    def units(self, batch: Batch) -> tuple[str, int]:
+        """Positions of the stream."""
+        return "tokens", len(batch[0]) * self.model.n_positions
+
+    def flops(self) -> float:
+        """Of one update."""
+        return self.options.batch_size * self.model.flops()
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Nats per code and per text token on held-out pictures, each with the first of its captions."""

@@ -20,7 +20,26 @@ from dalle_cli.artifacts.container import check_replaceable
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
 
-LATER = {"save_dtype": "float32"}  # settings of TrainConfig that the first weights did not name
+# Settings of TrainConfig that the first weights did not name, and what they did.
+LATER = {
+    "save_dtype": "float32",
+    "plateau_figure": "loss",
+    "plateau_patience": 5,
+    "plateau_factor": 0.5,
+    "plateau_least": 1 / 32,
+    "accumulate": 1,
+    "checkpoint_activations": False,
+    "compile": False,
+    "tensorboard": False,
+}
+ASIDE = ("tensorboard",)  # settings that change nothing but what is shown: a run is the same with and without
+
+
+def _compared(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with what it did not name yet, and without what does not count."""
+    if not isinstance(told := config.get("train"), dict):
+        return config
+    return {**config, "train": {name: value for name, value in {**LATER, **told}.items() if name not in ASIDE}}
 
 
 @dataclass(frozen=True)
@@ -34,9 +53,14 @@ class Run:
     force: bool = False
 
     @property
+    def name(self) -> str:
+        """`X`, where the weights are `X.safetensors`."""
+        return self.out.name.removesuffix(".safetensors")
+
+    @property
     def folder(self) -> Path:
         """`X.run/` beside `X.safetensors`."""
-        return self.out.parent / f"{self.out.name.removesuffix('.safetensors')}.run"
+        return self.out.parent / f"{self.name}.run"
 
     @property
     def metrics(self) -> Path:
@@ -48,10 +72,8 @@ class Run:
 
         A setting that came after the artifact was made counts as its default: an upgrade makes nobody train again.
         """
-        if isinstance(told := config.get("train"), dict):
-            config = {**config, "train": {**LATER, **told}}
-        as_json = json.loads(json.dumps([self.config, self.history]))
-        return bool([config, artifact.history] == as_json)
+        mine, history = json.loads(json.dumps([self.config, self.history]))
+        return bool([_compared(config), artifact.history] == [_compared(mine), history])
 
     def check(self) -> None:
         """Raises: DalleError if something else lies where the weights are to be written."""
@@ -141,3 +163,36 @@ class Run:
                 rows.append(row)
         self.metrics.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
         return float(rows[-1].get("seconds", 0.0)) if rows else 0.0
+
+
+class Board:
+    """The rows of the log as scalars for TensorBoard, in a folder of its own in the run's."""
+
+    def __init__(self, run: Run, step: int):
+        """Begin after update `step`; what an earlier process wrote from beyond is hidden.
+
+        Raises:
+            DalleError: the package tensorboard is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise DalleError(
+                "expected the package tensorboard for tensorboard = true, found none; "
+                "pip install 'dalle-cli[tensorboard]', or set it to false"
+            ) from None
+        folder = str(run.folder / "tensorboard")
+        self.writer = SummaryWriter(folder, purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row of the log: its numbers, those of a validation under `validation/`."""
+        for name, value in row.items():
+            scalars = {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+            for key, scalar in scalars.items():
+                if key != "step":
+                    self.writer.add_scalar(key, scalar, row["step"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.writer.close()

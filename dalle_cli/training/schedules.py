@@ -1,10 +1,17 @@
-"""Schedules: every one a pure function of the update's number, so that nothing compounds and a resumed run agrees."""
+"""Schedules: pure functions of the update's number, so that nothing compounds and a resumed run agrees.
+
+But for the plateau, which is a function of what the run has seen so far: its state goes into the checkpoints.
+"""
 
 import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 from dalle_cli.errors import DalleError
 
-LEARNING_RATES = ("cosine", "trapezoid", "constant")
+LEARNING_RATES = ("cosine", "trapezoid", "constant", "plateau")
 
 
 def cosine(step: int, start: float, end: float, steps: int) -> float:
@@ -18,7 +25,8 @@ def learning_rate(
 ) -> float:
     """The learning rate of update `step`: linear warm-up to `peak`, then by `kind` to `final`.
 
-    `trapezoid` stays at the peak and falls linearly over the last `cooldown` share of the steps.
+    `trapezoid` stays at the peak and falls linearly over the last `cooldown` share of the steps; `constant` and
+    `plateau` stay there, and what a `Plateau` has come to is the caller's to multiply by.
 
     Raises:
         DalleError: an unknown kind.
@@ -33,3 +41,48 @@ def learning_rate(
         left = (steps - step) / max(cooldown * steps, 1.0)
         return final + (peak - final) * min(left, 1.0)
     return peak
+
+
+class Plateau:
+    """Cuts the learning rate each time a figure has stopped falling (Ramesh et al. 2021, app. B: halved five times).
+
+    `share` is what the rate is multiplied by. A figure with a minus before its name is one that should rise.
+    """
+
+    def __init__(self, figure: str, patience: int, factor: float, least: float):
+        self.figure, self.patience, self.factor, self.least = figure, patience, factor, least
+        self.share, self.best, self.waited = 1.0, math.inf, 0
+
+    def value(self, figures: Mapping[str, float]) -> float:
+        """What is to fall, among figures of which `loss` is that of training.
+
+        Raises:
+            DalleError: it is not among them.
+        """
+        name = self.figure.removeprefix("-")
+        if name not in figures:
+            found = f"expected plateau_figure among {', '.join(figures)}, found {self.figure!r}"
+            raise DalleError(f"{found}; name one of them, with a minus before it if it should rise")
+        return -figures[name] if self.figure.startswith("-") else figures[name]
+
+    def see(self, figures: Mapping[str, float]) -> bool:
+        """Take in the figures of a validation; whether the rate was cut."""
+        value = self.value(figures)
+        if value < self.best:
+            self.best, self.waited = value, 0
+            return False
+        self.waited += 1
+        if self.waited < self.patience or self.share <= self.least:
+            return False
+        self.share, self.waited = max(self.share * self.factor, self.least), 0
+        return True
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: share, best figure, validations waited; (3,) float64."""
+        return {"state": torch.tensor([self.share, self.best, self.waited], dtype=torch.float64)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`; nothing where a checkpoint has none."""
+        if state:
+            self.share, self.best, waited = state["state"].tolist()
+            self.waited = int(waited)

@@ -131,7 +131,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def random_scene(rng: np.random.Generator, unseen: bool, single: float = 0.5) -> Scene:
-    """Draw a scene that holds no held-out pair, or, where `unseen`, at least one; `single` is the share of one object."""
+    """Draw a scene without held-out pairs, or, where `unseen`, with one; `single`: the share of those of one object."""
     count = 1 if rng.random() < single else 2
     while True:
         things = tuple(

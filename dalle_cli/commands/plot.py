@@ -1,0 +1,51 @@
+"""`dalle plot`."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle_cli.options import Force, Out
+
+EXAMPLE = "dalle plot model/prior.safetensors wider/prior.safetensors --keys image_nats,lr -o loss.png"
+
+
+class Axis(str, Enum):
+    """What runs along a picture of curves."""
+
+    updates = "updates"
+    seconds = "seconds"
+
+
+def run(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="RUN...",
+            help="Weights, the .run folder beside them, or a metrics.jsonl; read from the pipe if left out.",
+        ),
+    ] = None,
+    out: Out = None,
+    x: Annotated[Axis, typer.Option("--x", metavar="NAME", help="updates or seconds.")] = Axis.updates,
+    keys: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Which figures of the log, as image_nats,lr; else all that vary.")
+    ] = "",
+    title: Annotated[str | None, typer.Option(metavar="TEXT", help="A line above the picture.")] = None,
+    force: Force = False,
+) -> None:
+    """Draw the curves of training runs, several in one picture."""
+    from dalle_cli import console
+    from dalle_cli.artifacts.container import replace_file
+    from dalle_cli.data import charts, curves
+    from dalle_cli.paths import given_or_piped
+
+    paths = runs or [given_or_piped(None)]
+    along = "step" if x is Axis.updates else "seconds"
+    found = curves.read(paths, along)
+    chosen = curves.choose(found, [key.strip() for key in keys.split(",") if key.strip()])
+    target = out or curves.target(paths[0])
+    charts.check(target, force)
+    picture = charts.draw(found, chosen, along, title)
+    replace_file(target, lambda part: charts.save(picture, part, target.suffix))
+    console.result(target, runs=len(found), figures=len(chosen))

@@ -1,0 +1,1 @@
+"""Speed and memory beside other implementations: `make bench`, or `python tests/bench --help`."""

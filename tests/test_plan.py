@@ -1,0 +1,459 @@
+"""Plans: what a rehearsed update takes against a real one and against closed forms, and what is said of it."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RECIPE, run_bad, run_cli, run_ok
+from torch import nn
+
+from dalle_cli import config
+from dalle_cli.artifacts import open_artifact
+from dalle_cli.devices import Arithmetic
+from dalle_cli.errors import DalleError
+from dalle_cli.training import machines, plan
+from dalle_cli.training.loop import Trainer
+from dalle_cli.training.rehearsal import rehearse
+from dalle_cli.training.run import Run
+from dalle_cli.training.standin import stand_in, subjects
+
+ROOT = Path(__file__).parent.parent
+PAPER = ROOT / "recipes" / "paper" / "recipe.toml"
+HERE = machines.Machine("here", 10**9, None, "float32", False, torch.float32)
+SMALL = """
+[prior]
+n_layer = 3
+n_head = 4
+n_embd = 64
+n_text_vocab = 500
+n_text = 16
+n_image_vocab = 300
+grid = 8
+attention = "full"
+
+[prior.train]
+batch_size = 8
+"""
+CHECK = """
+import gc, json, sys
+from pathlib import Path
+import torch
+from dalle_cli import config
+from dalle_cli.devices import Arithmetic
+from dalle_cli.training.loop import Trainer
+from dalle_cli.training.run import Run
+from dalle_cli.training.standin import stand_in, subjects
+
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+def updates(path, sets, name, count):
+    subject = next(s for s in subjects(config.read(Path(path), sets)) if s.name == name)
+    machine = Arithmetic(torch.device("cpu"), torch.bfloat16)
+    trainer = Trainer(stand_in(subject, subject.build()), subject.train, Run(Path(), "", {}, []), machine, 0)
+    batch = subject.batch(subject.train.batch_size)
+    for _ in range(count):
+        trainer.update(batch)
+
+tiny, path, name, *sets = sys.argv[1:]
+for optimizer in ("adamw", "muon"):  # what libraries take when they are first used
+    updates(tiny, [f"{name}.train.optimizer={optimizer}"], name, 1)
+gc.collect()
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # forgets the highest so far
+updates(path, sets, name, 2)
+print(json.dumps(status("VmHWM") - before))
+"""
+
+
+def subject_of(text, name, tmp_path, *sets):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return next(s for s in subjects(config.read(path, sets)) if s.name == name)
+
+
+def products(model, pictures):
+    """Multiply-adds of a dVAE's convolutions, forward, by hooks on a real pass; and those of the first one."""
+    found = []
+
+    def count(module, args, out):
+        found.append(out.shape.numel() * module.weight[0].numel())
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    model.loss(pictures, temperature=1.0, beta=1.0, generator=torch.Generator())
+    return sum(found), found[0]
+
+
+def test_a_priors_arithmetic_is_that_of_its_products(tmp_path):
+    subject = subject_of(SMALL, "prior", tmp_path)
+    rows, width, layers, text, image = 8, 64, 3, 16, 64
+    length = text + image
+    blocks = layers * rows * length * 12 * width**2
+    heads = rows * (text * 500 + image * 300) * width
+    pairs = layers * rows * length**2 * 2 * width
+    told = rehearse(subject, subject.train, torch.float32)
+    assert told.flops == 6 * (blocks + heads + pairs)
+    # CUDA's kernel multiplies queries and keys once more in its backward pass, rather than to keep the weights
+    fused = rehearse(subject, subject.train, torch.float32, accelerator=True)
+    assert fused.flops == 6 * (blocks + heads) + 7 * pairs
+    assert fused.activations < told.activations
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "block"), [("gumbel", "bottleneck"), ("vq", "residual"), ("fsq", "residual")], ids=str
+)
+def test_a_dvaes_arithmetic_is_that_of_its_convolutions(tmp_path, quantizer, block):
+    sets = (f"dvae.quantizer={quantizer}", f"dvae.block={block}", "dvae.fsq_levels=[5,4]", "dvae.n_embd=6")
+    subject = subject_of(RECIPE, "dvae", tmp_path, *sets)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        forward, first = products(subject.build(), torch.rand(8, 3, 16, 16))
+    expected = 2 * (3 * forward - first)  # no gradient for pixels
+    if quantizer == "vq":
+        expected += 2 * 8 * 4 * 4 * 20 * 6  # distances, which have no gradient
+    assert rehearse(subject, subject.train, torch.float32).flops == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("dvae", torch.bfloat16), ("clip", torch.float32), ("prior", torch.bfloat16)], ids=str
+)
+def test_bytes_are_those_that_torchs_allocator_counts(tmp_path, name, dtype):
+    """An oracle that shares nothing with the ledger: the profiler's own records of what was taken and given back."""
+    subject = subject_of(RECIPE, name, tmp_path, f"{name}.train.batch_size=64", "prior.n_embd=64", "clip.text_width=64")
+    told = rehearse(subject, subject.train, dtype)
+    trainer = Trainer(
+        stand_in(subject, subject.build()),
+        subject.train,
+        Run(Path(), "", {}, []),
+        Arithmetic(torch.device("cpu"), dtype),
+        0,
+    )
+    batch = subject.batch(64)
+    trainer.update(batch)
+    trainer.model.zero_grad()
+    for optimizer in trainer.optimizers:
+        optimizer.step = lambda: None  # of the moments there are none in a rehearsal either
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        trainer.update(batch)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    live = peak = 0
+    for event in events:
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert told.peak == pytest.approx(peak, rel=0.12)  # kernels take some for themselves, unseen by the ledger
+
+
+def test_rehearsing_leaves_no_trace(tmp_path):
+    """Models keep masks between calls: those of tensors without memory must not reach the next real update."""
+    subject = subject_of(RECIPE, "prior", tmp_path)
+    model, batch = subject.build(), subject.batch(4)
+    before = model.loss(*batch)[0]
+    rehearse(subject, subject.train, torch.float32)
+    rehearse(subject, subject.train, torch.float32, accelerator=True)
+    after = model.loss(*batch)[0]
+    assert after.item() == before.item()
+    assert type(after) is torch.Tensor
+
+
+def test_what_saves_memory_does(tmp_path):
+    subject = subject_of(SMALL, "prior", tmp_path, "prior.n_layer=6")
+    plain = rehearse(subject, subject.train, torch.bfloat16)
+    again = rehearse(subject, replace(subject.train, checkpoint_activations=True), torch.bfloat16)
+    parts = rehearse(subject, replace(subject.train, accumulate=4), torch.bfloat16)
+    assert again.activations < 0.5 * plain.activations
+    assert again.flops == pytest.approx(plain.flops * 4 / 3, rel=0.15)
+    assert parts.activations == pytest.approx(plain.activations / 4, rel=0.25)
+    assert parts.flops == plain.flops
+    wide = rehearse(subject, replace(subject.train, batch_size=16), torch.bfloat16)
+    assert wide.flops == 2 * plain.flops
+    assert rehearse(subject, subject.train, torch.float32).copies == 0 < plain.copies
+
+
+def test_the_optimisers_arithmetic_is_counted_once(tmp_path):
+    subject = subject_of(SMALL, "prior", tmp_path)
+    muon = replace(subject.train, optimizer="muon")
+    plain, whole, parts = (
+        rehearse(subject, train, torch.float32).flops for train in (subject.train, muon, replace(muon, accumulate=4))
+    )
+    assert plain < whole == parts
+
+
+def test_a_large_batch_follows_from_smaller_ones(tmp_path):
+    subject = subject_of(SMALL, "prior", tmp_path)
+    told = plan.Needs(subject, HERE).update(96)
+    real = rehearse(subject, replace(subject.train, batch_size=96), torch.float32)
+    assert told.flops == real.flops
+    assert told.activations == pytest.approx(real.activations, rel=0.02)
+    assert told.peak == pytest.approx(real.peak, rel=0.02)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_standing_memory_is_that_of_a_real_trainer(tmp_path, optimizer):
+    subject = subject_of(RECIPE, "clip", tmp_path, f"clip.train.optimizer={optimizer}")
+    needs = plan.Needs(subject, HERE)
+    machine = Arithmetic(torch.device("cpu"), torch.float32)
+    trainer = Trainer(stand_in(subject, subject.build()), subject.train, Run(Path(), "", {}, []), machine, 0)
+    trainer.update(subject.batch(4))
+    states = [s for o in trainer.optimizers for state in o.state.values() for k, s in state.items() if k != "step"]
+    assert needs.moments == sum(t.nbytes for t in states)
+    assert needs.weights == sum(p.nbytes for p in trainer.model.parameters())
+    assert needs.average == sum(t.nbytes for t in (*trainer.ema.model.parameters(), *trainer.ema.model.buffers()))
+
+
+def test_sizes_are_those_that_the_stages_build(chain, tmp_path):
+    table = config.read(chain.recipe)
+    for subject in subjects(table)[:1]:  # the others' vocabularies are as large as the captions allow
+        tensors = open_artifact(chain.dvae).headers[0].tensors
+        with torch.device("meta"):
+            model = subject.build()
+        assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == {
+            k: t.shape for k, t in tensors.items()
+        }
+    stored = plan.data(table, 100)
+    captions, codes = open_artifact(chain.captions), open_artifact(chain.codes)
+    row = captions.array("tokens")[:1].nbytes + captions.array("lengths")[:1].nbytes
+    assert stored == {"captions": 100 * row, "codes": 100 * codes.array("codes")[:1].nbytes}
+
+
+def test_parts_are_all_of_a_model_and_go_by_their_names(tmp_path):
+    for subject in subjects(config.read(PAPER)):
+        with torch.device("meta"):
+            model = subject.build()
+        parts = plan.count_parts(model)
+        assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
+        if subject.name == "prior":
+            width = 3968
+            assert parts["attention"] == 64 * (4 * width**2 + 4 * width)
+            assert parts["MLP"] == 64 * (8 * width**2 + 5 * width)
+            assert parts["heads"] == (width + 1) * (16384 + 8192)
+            assert parts["norms"] == (2 * 64 + 1) * 2 * width
+            assert parts["embeddings"] == width * (16384 + 256 + 1 + 257 + 8192 + 32 + 32)
+
+
+# What the papers say of the 12-billion-parameter prior (2021, sec. 2.4 and app. B to E).
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """The paper's prior on the paper's devices, each of which has one of the batch's 1024 rows."""
+    subject = next(s for s in subjects(config.read(PAPER)) if s.name == "prior")
+    return plan.Needs(subject, machines.machine("v100-16gb"))
+
+
+def test_the_papers_prior_has_its_size(paper):
+    whole = paper.whole(1)
+    assert sum(paper.parts.values()) == pytest.approx(12e9, rel=0.05)
+    assert whole.copies == pytest.approx(24e9, rel=0.02)  # "about 24 GB" of parameters in 16 bits
+    assert whole.copies / 8 < 0.2 * paper.machine.memory  # over a machine's eight devices: 3 GB of each one's 16
+    assert whole.weights + whole.gradients + whole.moments + whole.average == pytest.approx(240e9, rel=0.03)
+
+
+def test_the_papers_prior_fits_its_1024_devices_sharded_and_no_other_way(paper):
+    memory, train = paper.machine.memory, paper.subject.train
+    assert (memory, train.batch_size) == (16e9, 1024)
+    whole, shared = paper.whole(1), paper.shared(1, 1024)
+    assert shared.peak < memory < whole.weights < whole.peak
+    fits, verdict = plan._verdict(paper, 1024, whole, whole, shared)
+    assert fits
+    assert verdict.startswith("fits, sharded over 1024: 14")
+    eight = paper.shared(1, 8)  # a machine's: weights, moments and average in 32 bits would be too much for it
+    assert eight.weights + eight.gradients + eight.moments + eight.average > memory
+
+
+def test_the_papers_prior_takes_its_arithmetic(paper):
+    width, matrices = 3968, paper.parts["attention"] + paper.parts["MLP"]
+    attention, heads = 14 * 64 * 1280**2 * width, 6 * width * (256 * 16384 + 1024 * 8192)
+    row = paper.update(1).flops
+    assert row == pytest.approx(6 * 1280 * matrices + attention + heads, rel=0.001)
+    rate = machines.assumed(paper.machine).flops * 1024
+    assert 10 < row * 1024 * paper.subject.train.steps / rate / 86400 < 16  # days
+
+
+def test_the_papers_data():
+    assert plan.data(config.read(PAPER), 250_000_000) == {
+        "captions": 250_000_000 * (256 * 2 + 2),
+        "codes": 250_000_000 * 1024 * 2,
+    }
+
+
+def machine_of(memory):
+    return replace(HERE, memory=int(memory))
+
+
+def judged(subject, memory, devices=1):
+    return plan.plan(subject, machine_of(memory), devices, lambda flops, fits: None)
+
+
+def test_a_model_fits_where_its_fullest_moment_does(tmp_path):
+    subject = subject_of(SMALL, "prior", tmp_path)
+    peak = plan.Needs(subject, HERE).whole(8).peak
+    assert judged(subject, peak).fits
+    assert not judged(subject, peak - 1).fits
+
+
+@pytest.mark.parametrize(("devices", "share"), [(1, 0.7), (2, 0.4)])
+def test_advice_is_true(tmp_path, devices, share):
+    """Whatever it says would do, does."""
+    subject = subject_of(SMALL, "prior", tmp_path, "prior.train.batch_size=32")
+    needs = plan.Needs(subject, HERE)
+    standing = 2 * needs.weights + needs.moments + needs.average
+    full = needs.whole(32 // devices).peak if devices == 1 else needs.shared(32 // devices, devices).peak
+    memory = standing / devices + share * (full - standing / devices)
+    made = judged(subject, memory, devices)
+    assert not made.fits
+    ways = made.verdict.rsplit("; ", 1)[1].removesuffix(" would do").split(", or ")
+    assert len(ways) >= 2
+    for way in ways:
+        settings = {"checkpoint_activations": "checkpoint_activations" in way}
+        if found := re.search(r"accumulate = (\d+)", way):
+            settings["accumulate"] = int(found[1]) * devices // math.gcd(devices, int(found[1]))
+        if found := re.search(r"sharding over ([\d,]+)", way):
+            count = int(found[1].replace(",", ""))
+            if "with" in way:
+                settings["accumulate"] = 32
+            changed = replace(subject, train=replace(subject.train, **settings))
+            assert (
+                plan.Needs(changed, HERE).shared(math.ceil(32 / count) if "with" not in way else 1, count).peak
+                <= memory
+            )
+        else:
+            changed = replace(subject, train=replace(subject.train, **settings))
+            assert judged(changed, memory, devices).fits, way
+
+
+def test_a_clip_is_told_a_smaller_batch(tmp_path):
+    subject = subject_of(RECIPE, "clip", tmp_path, "clip.train.batch_size=64")
+    needs = plan.Needs(subject, HERE)
+    made = judged(subject, (needs.whole(64).peak + needs.whole(8).peak) / 2)
+    few = int(re.search(r"batch_size = (\d+)", made.verdict)[1])
+    assert 8 < few < 64
+    assert "accumulate" not in made.verdict
+
+
+def test_nothing_helps_where_one_row_is_too_large(tmp_path):
+    subject = subject_of(SMALL, "prior", tmp_path)
+    made = judged(subject, 1000)
+    assert not made.fits
+    assert made.verdict.endswith("so it wants a smaller model")
+
+
+def test_the_page(recipe):
+    told = run_ok("plan", recipe, "--device", "A100-80GB", "--devices", 2, "--pairs", 1000)
+    lines = told.splitlines()
+    assert lines[0].split() == ["dvae", "clip", "prior"]
+    assert "\x1b" not in told
+    assert max(map(len, lines)) < 160
+    for word in (
+        "parameters",
+        "  attention",
+        "  optimizer",
+        "sharded, on each of 2",
+        "arithmetic of an update",
+        "epochs",
+    ):
+        assert any(line.startswith(word) for line in lines), word
+    assert "prior fits, a whole copy on each of 2" in told
+    assert "1,000 pairs: captions" in told
+    assert "30% of the data sheet's 312 TFLOP/s in bfloat16, assumed" in told
+
+
+def test_json_is_one_object_and_settings_can_be_overridden(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    plain = json.loads(run_ok("plan", path, "--json", "--rate", "1e12", "--pairs", 16))
+    assert set(plain) == {"device", "models", "data", "epochs"}
+    assert plain["data"] == {"captions": 16 * (16 * 2 + 2), "codes": 16 * 64 * 2}
+    prior = plain["models"]["prior"]
+    assert prior["seconds"] == pytest.approx(prior["flops"] * prior["updates"] / 1e12)
+    assert plain["epochs"] == {"prior": 430_000 * 8 / 16}
+    command = ("plan", path, "--json", "--rate", "1e12", "--set", "prior.n_layer=6", "--devices", 2)
+    more = json.loads(run_ok(*command))["models"]["prior"]
+    assert more["parameters"]["MLP"] == 2 * prior["parameters"]["MLP"]
+    assert more["seconds"] == pytest.approx(more["flops"] * more["updates"] / 2e12)
+    assert more["sharded"]["weights"] == math.ceil(more["alone"]["weights"] / 2)
+
+
+def test_a_rate_is_measured_by_updates_or_by_a_product(tmp_path):
+    subject = subject_of(RECIPE, "prior", tmp_path)
+    flops = rehearse(subject, subject.train, torch.float32).flops
+    rate = machines.measured(subject, "cpu", flops, True)
+    assert rate.flops > 0
+    assert "updates of 8" in rate.source
+    large = machines.measured(subject, "cpu", flops, False)
+    assert large.flops > 0
+    assert "product" in large.source
+    assert "assumed" in large.source
+
+
+def test_without_a_rate_no_time_is_told(tmp_path):
+    (tmp_path / "small.toml").write_text(SMALL)
+    result = run_cli("plan", tmp_path / "small.toml", "--device", "cpu")
+    assert result.status == 0
+    assert "--measure" in result.stdout
+    assert not re.search(r"^time ", result.stdout, re.MULTILINE)
+
+
+def test_faults_are_told_in_a_line(recipe, tmp_path):
+    assert "a100-80gb" in run_bad("plan", recipe, "--device", "a100")
+    assert "--rate" in run_bad("plan", recipe, "--rate", "1e12", "--measure")
+    assert "--measure" in run_bad("plan", recipe, "--device", "h100", "--measure")
+    assert "n_layer" in run_bad("plan", recipe, "--set", "prior.n_layers=3")
+    assert "missing.toml" in run_bad("plan", tmp_path / "missing.toml")
+    (tmp_path / "data.toml").write_text("[data]\nmax_aspect = 2.0\n")
+    assert "[prior]" in run_bad("plan", tmp_path / "data.toml")
+    assert "--rate" in run_bad("plan", recipe, "--rate", "nan")
+    assert "accumulate" in run_bad("plan", recipe, "--set", "clip.train.accumulate=2")
+
+
+def test_the_data_sheets_are_in_order():
+    for name in machines.SHEETS:
+        made = machines.machine(name)
+        assert 10e9 < made.memory < 200e9
+        assert 50e12 < made.peak < 3000e12
+        assert machines.assumed(made).flops == pytest.approx(0.3 * made.peak)
+    with pytest.raises(DalleError, match="h100"):
+        machines.machine("h1000")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the kernel's record of memory")
+@pytest.mark.parametrize(
+    ("name", "recipe", "sets"),
+    [
+        ("prior", "recipes/shapes/recipe.toml", ()),
+        ("prior", "recipes/emoji/small.toml", ()),
+        ("dvae", "recipes/emoji/small.toml", ()),
+        ("clip", "recipes/shapes/recipe.toml", ()),
+        (
+            "prior",
+            None,
+            (
+                "prior.n_layer=8", "prior.n_head=8", "prior.n_embd=512", "prior.n_text=256", "prior.grid=32",
+                "prior.train.batch_size=2",
+            ),
+        ),
+    ],
+    ids=["shapes-prior", "emoji-prior", "emoji-dvae", "shapes-clip", "8x512"],
+)  # fmt: skip
+def test_memory_is_what_an_update_takes_of_this_machine(tmp_path, name, recipe, sets):
+    """`python -m pytest tests/test_plan.py -m slow -rP`: the plan's fullest moment against the process's."""
+    tiny, path = tmp_path / "tiny.toml", ROOT / recipe if recipe else tmp_path / "empty.toml"
+    tiny.write_text(RECIPE)
+    if not recipe:
+        path.write_text("[prior]\n")
+    subject = next(s for s in subjects(config.read(path, sets)) if s.name == name)
+    machine = machines.Machine("cpu", 10**12, None, "bfloat16", False, torch.bfloat16)
+    planned = plan.Needs(subject, machine).whole(subject.train.batch_size).peak
+    run = [sys.executable, "-c", CHECK, str(tiny), str(path), name, *sets]
+    taken = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    print(f"planned {planned / 1e6:.0f} MB, taken {taken / 1e6:.0f} MB, ratio {planned / taken:.3f}")
+    assert planned == pytest.approx(taken, rel=0.15)
