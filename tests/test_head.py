@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dalle_cli.models import head as module
-from dalle_cli.models.head import head_logits, head_loss
+from dalle_cli.models.head import float32_linear, head_logits, head_loss
 
 
 def inputs(dtype=torch.double, rows=23):
@@ -63,3 +63,29 @@ def test_never_holds_all_logits():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         head_loss(head, x, targets)
     assert sum(kept) == x.numel() + sum(p.numel() for p in head.parameters())
+
+
+def test_float32_linear_equals_a_linear_layer_in_value_and_gradient():
+    head, x, _ = inputs()
+    wanted = [x, *head.parameters()]
+    expected, got = head(x), float32_linear(x, head.weight, head.bias)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    weights = torch.randn(expected.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    for ours, theirs in zip(
+        torch.autograd.grad((got * weights).sum(), wanted),
+        torch.autograd.grad((expected * weights).sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
+def test_float32_linear_takes_half_precision_and_gives_32_bits():
+    head, x, _ = inputs(torch.float32)
+    low = x.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = float32_linear(low, head.weight, head.bias)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, head(low.float()), rtol=1e-2, atol=2e-2)
+    y.sum().backward()
+    assert low.grad.dtype == torch.bfloat16
+    assert head.weight.grad.dtype == torch.float32

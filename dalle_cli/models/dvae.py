@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
+from dalle_cli.models.head import float32_linear
 from dalle_cli.models.quantizers import FiniteScalarQuantizer, GumbelQuantizer, Quantized, VectorQuantizer
 
 LOGIT_LAPLACE_EPS = 0.1
@@ -92,12 +93,12 @@ class DVAEConfig:
 
 
 class Float32Conv2d(nn.Conv2d):
-    """Convolution in its weights' own precision even under autocast (app. A.1)."""
+    """1x1 convolution in its weights' own precision even under autocast (app. A.1); backward in autocast's."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve; (B, C, H, W) -> (B, C', H, W)."""
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.to(self.weight.dtype))
+        """Convolve; (B, C, H, W) -> (B, C', H, W), channels_last."""
+        rows = input.permute(0, 2, 3, 1)
+        return float32_linear(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def conv(n_in: int, n_out: int, kernel: int, stride: int = 1, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
@@ -124,11 +125,10 @@ class BottleneckBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform; (B, n_in, H, W) -> (B, n_out, H, W)."""
-        h = x
-        for layer in (self.conv_1, self.conv_2, self.conv_3, self.conv_4):
-            h = layer(F.relu(h))
-        out: Tensor = self.id_path(x) + self.post_gain * h
-        return out
+        h = self.conv_1(F.relu(x))
+        for layer in (self.conv_2, self.conv_3, self.conv_4):
+            h = layer(F.relu(h, inplace=True))  # a convolution's result is nobody else's
+        return torch.add(self.id_path(x), h, alpha=self.post_gain)
 
 
 class ResidualBlock(nn.Module):

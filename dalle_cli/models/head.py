@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head over a large vocabulary, without ever holding all of its logits.
+"""Matrices that keep 32 bits under autocast, and the cross-entropy of one without ever holding all of its logits.
 
 R rows, C width, V vocabulary.
 """
@@ -12,6 +12,40 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CHUNK = 1 << 21  # logits at a time: 8 MiB of float32, which stay in the processor's cache
+
+
+def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer in its weights' own precision even under autocast: (..., C), (V, C), (V,) -> (..., V).
+
+    The products of its backward pass are in autocast's precision, as those of every other matrix are.
+    """
+    y: Tensor = _Float32Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Float32Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        low = _lowered(x)
+        ctx.save_for_backward(x.to(low), weight)
+        ctx.dtype = x.dtype
+        with torch.autocast(x.device.type, enabled=False), _quick_float32(x.is_cpu and low != weight.dtype):
+            return F.linear(x.to(weight.dtype), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wide = grad.flatten(0, -2)
+        rows = wide.to(x.dtype)
+        grad_x = (rows @ weight.to(x.dtype)).view(x.shape).to(ctx.dtype)
+        grad_weight = (rows.mT @ x.reshape(len(rows), -1)).to(weight.dtype)
+        return grad_x, grad_weight, wide.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _lowered(x: Tensor) -> torch.dtype:
+    """What matrices are multiplied in here."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def head_logits(head: nn.Linear, x: Tensor) -> Tensor:
@@ -54,9 +88,8 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-        kind = x.device.type
-        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False), _quick_float32(kind == "cpu" and low != x.dtype):
+        low = _lowered(x)
+        with torch.autocast(x.device.type, enabled=False), _quick_float32(x.is_cpu and low != weight.dtype):
             total = weight.new_zeros(())
             if not any(ctx.needs_input_grad):
                 for part, wanted in _chunks(CHUNK // len(weight), x, targets):

@@ -103,7 +103,7 @@ def assumed(machine: Machine) -> Rate | None:
     if machine.peak is None:
         return None
     told = f"{USED:.0%} of the data sheet's {machine.peak / 1e12:,.0f} TFLOP/s in {machine.half}, assumed"
-    return Rate(USED * machine.peak, told)
+    return Rate(USED * machine.peak, f"{told}; small models reach less")
 
 
 def measured(subject: Subject, device: str, flops: int, fits: bool) -> Rate:

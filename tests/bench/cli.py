@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ def check_idle(quiet: bool = False) -> float:
     return found
 
 
-def run(job: Mapping[str, Any], threads: int) -> dict[str, Any]:
-    """Do a job in a fresh process; what `timing.work` returns, or `error`."""
+def run(job: Mapping[str, Any], threads: int, cores: set[int] | None = None) -> dict[str, Any]:
+    """Do a job in a fresh process, on some cores or on all; what `timing.work` returns, or `error`."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, str(HERE), "--job", json.dumps({**job, "threads": threads})]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    bind = partial(os.sched_setaffinity, 0, cores) if cores else None
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=bind)
     if done.returncode:
         return {"error": f"exit status {done.returncode}"}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -125,6 +127,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dvae-batch", type=int, metavar="N", help=f"{cases.DVAE_SIZES['batch']}")
     equal = parser.add_argument_group("two trainings of equal time, instead of the benchmark").add_argument
     equal("--equal-time", type=float, metavar="MINUTES", help="train ours, then DALLE-pytorch, for so long each")
+    equal("--side-by-side", action="store_true", help="both at a time, each on half of the cores")
     equal("--captions", type=Path, metavar="FILE", help="what `dalle tokenize` wrote")
     equal("--codes", type=Path, metavar="FILE", help="what `dalle encode-images` wrote, of the same pictures")
     equal("--config", type=Path, metavar="FILE", help="recipe with a section prior; else 8 layers x 512, batch 8")

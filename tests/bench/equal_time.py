@@ -10,9 +10,11 @@ B batch, T caption positions, W side of the grid.
 import argparse
 import copy
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -32,11 +34,11 @@ Curve = list[dict[str, float]]
 
 def compare(
     options: argparse.Namespace,
-    run: Callable[[dict[str, Any], int], dict[str, Any]],
+    run: Callable[[dict[str, Any], int, set[int] | None], dict[str, Any]],
     say: Callable[[str], None],
     check_idle: Callable[[], float],
 ) -> int:
-    """Train the one, then the other, each in its own process; write JSON, and a plot where matplotlib is there."""
+    """Train both, each in its own process and one after the other or each on half of the cores; JSON and a plot."""
     settings = {
         "captions": str(options.captions),
         "codes": str(options.codes),
@@ -46,22 +48,32 @@ def compare(
         "points": options.points,
         "held_out": options.held_out,
     }
-    curves: dict[str, Any] = {}
-    for name, function in (("ours", "ours"), ("DALLE-pytorch", "dalle_pytorch")):
+    cores = sorted(os.sched_getaffinity(0)) if options.side_by_side else []
+    half = len(cores) // 2
+    shares = [set(cores[:half]), set(cores[half : 2 * half])] if half else [None, None]
+    threads = half or options.threads
+
+    def train(name: str, function: str, share: set[int] | None) -> dict[str, Any]:
         say(f"{name}: {options.equal_time:g} minutes of updates ...")
         other = check_idle()
         more = {"learning_rate": options.peer_lr} if function == "dalle_pytorch" else {}
         job = {"module": "bench.equal_time", "function": function, "settings": {**settings, **more}}
-        found = run(job, options.threads)
+        found = run(job, threads, share)
         if "error" in found:
             say(f"{name}: failed, {found['error']}")
-            return 1
-        curves[name] = {**found, "busy": other}
+            return found
         last = found["curve"][-1]
         say(f"{name}: {last['updates']:,.0f} updates, {last['nats']:.4f} nats per code")
+        return {**found, "busy": other}
+
+    names = ("ours", "DALLE-pytorch")
+    with ThreadPoolExecutor(2 if half else 1) as pool:
+        curves = dict(zip(names, pool.map(train, names, ("ours", "dalle_pytorch"), shares), strict=True))
+    if any("error" in curve for curve in curves.values()):
+        return 1
     out: Path = (options.out or Path("out/equal-time.json")).with_suffix(".json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    written = {"minutes": options.equal_time, "threads": options.threads, **settings, "curves": curves}
+    written = {"minutes": options.equal_time, "threads": threads, **settings, "curves": curves}
     out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     print(out)
     if (picture := plot(curves, out.with_suffix(".png"))) is not None:
