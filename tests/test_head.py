@@ -89,3 +89,11 @@ def test_float32_linear_takes_half_precision_and_gives_32_bits():
     y.sum().backward()
     assert low.grad.dtype == torch.bfloat16
     assert head.weight.grad.dtype == torch.float32
+
+
+def test_a_second_backward_pass_is_refused():
+    head, x, targets = inputs()
+    loss = head_loss(head, x, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="given away"):
+        loss.backward()

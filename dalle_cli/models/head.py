@@ -103,11 +103,15 @@ class _HeadLoss(torch.autograd.Function):
                 grads.append(grad @ matrix)
                 grad_weight += grad.mT @ part.to(low)
         ctx.save_for_backward(torch.cat(grads).to(x.dtype), grad_weight, grad_bias)
+        ctx.spent = False
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(g * grad.to(g.dtype) for g in ctx.saved_tensors), None)
+        if ctx.spent:
+            raise RuntimeError("the gradients of head_loss were given away by an earlier backward pass")
+        ctx.spent = True
+        return (*(g.mul_(grad.to(g.dtype)) for g in ctx.saved_tensors), None)
 
 
 def _chunks(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

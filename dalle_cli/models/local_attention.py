@@ -3,9 +3,9 @@
 B batch, N heads, D head width, X = 1 + T positions of start and caption, W side of the grid, L = X + W*W - 1.
 Equal to dense attention under the pattern's mask (2021, app. B.1), at O(L (X + W)) instead of O(L^2).
 
-Queries of one line of the grid, a row or a column, see the same M keys: the caption's, and those of their own line and
-of `back` lines before it. So each line is one small dense product over keys that were gathered for it, and the
-backward pass, written out, adds each line's gradients back to where the keys came from.
+Queries of one line of the grid, a row or a column, see the same keys: the caption's, and M of their own line and of the
+`back` lines before it. So each line is one small dense product over a window that was gathered for it, the caption is
+one product for all lines, and the backward pass, written out, folds the windows' gradients back into lines. R = B N.
 """
 
 from functools import lru_cache
@@ -98,7 +98,11 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 class _Lines(torch.autograd.Function):
-    """Attention of the codes line by line, and of the caption's positions among themselves."""
+    """Attention of the codes line by line, and of the caption's positions among themselves.
+
+    A code's scores lie in one row: first the caption's keys, which one product gives for all codes, then those of the
+    lines it sees, M of them, which one small product gives for each line.
+    """
 
     @staticmethod
     def forward(
@@ -109,13 +113,16 @@ class _Lines(torch.autograd.Function):
         text = [x[:, :, :n_prefix].reshape(-1, n_prefix, x.shape[-1]) for x in (q, k, v)]
         text_weights, text_y = _weigh(text[0], text[1], text[2], _causal_bias(n_prefix, q.device, q.dtype))
         lines = [_lines(x, n_prefix, grid, columns) for x in (q, k, v)]
-        keys, values = (_gather(t, x, back).flatten(0, 1) for t, x in zip(text[1:], lines[1:], strict=True))
-        bias = _line_bias(n_prefix, grid, back, distances, q.device, q.dtype)
-        weights, y = _weigh(lines[0].flatten(0, 1), keys, values, bias, ctx.sizes)
+        bias = _line_bias(grid, back, distances, q.device, q.dtype)
+        scores = _scores(lines[0], text[1], lines[1], back, q.shape[-1] ** -0.5, bias)
+        for line in range(back):  # above the picture there is nothing to see
+            scores[:, line, :, n_prefix : n_prefix + (back - line) * grid] = float("-inf")
+        weights = scores.softmax(-1).to(v.dtype)
+        y = _averages(weights, text[2], lines[2], back)
         ctx.save_for_backward(*text, text_weights, text_y, *lines, weights, y)
         out = q.new_empty(q.shape)
         out[:, :, :n_prefix] = text_y.view(*q.shape[:2], n_prefix, -1)
-        _put(out, y.view(lines[0].shape), n_prefix, grid, columns)
+        _put(out, y, n_prefix, grid, columns)
         return out
 
     @staticmethod
@@ -125,34 +132,51 @@ class _Lines(torch.autograd.Function):
         text, (text_weights, text_y), lines, (weights, y) = saved[:3], saved[3:5], saved[5:8], saved[8:]
         grad_text = grad[:, :, :n_prefix].reshape(text_y.shape)
         text_grads = _weigh_backward(grad_text, text[0], text[1], text[2], text_weights, text_y)
-        grad_lines = _lines(grad, n_prefix, grid, columns).flatten(0, 1)
-        # gathered once more: kept, they would be the largest part of what a layer keeps
-        keys, values = (_gather(t, x, back).flatten(0, 1) for t, x in zip(text[1:], lines[1:], strict=True))
-        line_grads = _weigh_backward(grad_lines, lines[0].flatten(0, 1), keys, values, weights, y)
+        grad_lines, scale = _lines(grad, n_prefix, grid, columns), grad.shape[-1] ** -0.5
+        scores = _scores(grad_lines, text[2], lines[2], back, 1.0, None)
+        scores = scores.sub_((grad_lines * y).sum(-1, keepdim=True)).mul_(weights)
+        to_keys = _spread(scores, lines[0], n_prefix, back, text_grads[1], scale)
+        to_values = _spread(weights, grad_lines, n_prefix, back, text_grads[2], 1.0)
         grads = []
-        for i, (of_text, of_lines) in enumerate(zip(text_grads, line_grads, strict=True)):
-            own = of_lines
-            if i > 0:
-                from_lines, own = _scatter(of_lines.view(-1, grid, *of_lines.shape[1:]), n_prefix, grid, back)
-                of_text += from_lines
+        to_queries = _averages(scores, text[1], lines[1], back).mul_(scale)
+        for of_text, of_lines in zip(text_grads, (to_queries, to_keys, to_values), strict=True):
             out = grad.new_empty(grad.shape)
             out[:, :, :n_prefix] = of_text.view(*grad.shape[:2], n_prefix, -1)
-            _put(out, own.view(lines[0].shape), n_prefix, grid, columns)
+            _put(out, of_lines, n_prefix, grid, columns)
             grads.append(out)
         return (*grads, None, None, None, None)
 
 
-def _weigh(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, lines: tuple[int, int, int, bool] | None = None
-) -> tuple[Tensor, Tensor]:
+def _scores(q: Tensor, text: Tensor, lines: Tensor, back: int, scale: float, bias: Tensor | None) -> Tensor:
+    """Products of each code with the caption and its window: (R, W, W, D), (R, X, D) -> (R, W, W, X + M)."""
+    windows = _windows(lines, back)
+    n_text = text.shape[1]
+    out = q.new_empty(*q.shape[:3], n_text + windows.shape[2])
+    torch.mul(torch.bmm(q.flatten(1, 2), text.mT).view(*q.shape[:3], n_text), scale, out=out[..., :n_text])
+    every, keys = q.flatten(0, 1), windows.flatten(0, 1).mT
+    local = torch.bmm(every, keys) if bias is None else torch.baddbmm(bias, every, keys, alpha=scale)
+    out[..., n_text:] = local.view(*q.shape[:3], -1)
+    return out
+
+
+def _averages(weights: Tensor, text: Tensor, lines: Tensor, back: int) -> Tensor:
+    """Sums of the caption's vectors and the window's by weights (R, W, W, X + M): -> (R, W, W, D)."""
+    n_text = text.shape[1]
+    of_text = torch.bmm(weights[..., :n_text].flatten(1, 2), text).view(lines.shape)
+    windows = _windows(lines, back).flatten(0, 1)
+    return of_text.add_(torch.bmm(weights[..., n_text:].flatten(0, 1), windows).view(lines.shape))
+
+
+def _spread(weights: Tensor, q: Tensor, n_text: int, back: int, text: Tensor, scale: float) -> Tensor:
+    """The transpose of `_averages`: adds what comes to the caption to `text`, gives what comes to the lines."""
+    text.add_(torch.bmm(weights[..., :n_text].flatten(1, 2).mT, q.flatten(1, 2)), alpha=scale)
+    to_windows = torch.bmm(weights[..., n_text:].flatten(0, 1).mT, q.flatten(0, 1))
+    return _fold(to_windows.view(*q.shape[:2], -1, q.shape[-1]), back).mul_(scale)
+
+
+def _weigh(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over all keys: q (R, Q, D), k and v (R, M, D), bias (Q, M) -> weights (R, Q, M) and (R, Q, D)."""
-    scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5)
-    if lines is not None:
-        n_prefix, grid, back, _ = lines
-        by_line = scores.view(-1, grid, *scores.shape[1:])
-        for line in range(back):  # above the picture there is nothing to see
-            by_line[:, line, :, n_prefix : n_prefix + (back - line) * grid] = float("-inf")
-    weights = scores.softmax(-1).to(v.dtype)
+    weights = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1).to(v.dtype)
     return weights, torch.bmm(weights, v)
 
 
@@ -192,42 +216,36 @@ def _raster(lines: Tensor, columns: bool, stream: Tensor, into_lines: bool) -> N
         (ours if into_lines else theirs).copy_(theirs if into_lines else ours)
 
 
-def _gather(text: Tensor, lines: Tensor, back: int) -> Tensor:
-    """The keys that each line sees: (R, X, D) and (R, W, W, D) -> (R, W, M, D), zeros above the first line."""
-    n_text, grid = text.shape[1], lines.shape[1]
-    out = lines.new_empty(lines.shape[0], grid, n_text + (back + 1) * grid, lines.shape[-1])
-    out[:, :, :n_text] = text[:, None]
+def _windows(lines: Tensor, back: int) -> Tensor:
+    """Each line after the `back` lines before it, zeros above the first: (R, W, W, D) -> (R, W, (back + 1) W, D)."""
+    if not back:
+        return lines
+    grid = lines.shape[1]
+    out = lines.new_empty(*lines.shape[:2], (back + 1) * grid, lines.shape[-1])
     for i in range(back + 1):
-        ago, place = back - i, out[:, :, n_text + i * grid : n_text + (i + 1) * grid]
+        ago, place = back - i, out[:, :, i * grid : (i + 1) * grid]
         place[:, ago:] = lines[:, : grid - ago]
         place[:, :ago] = 0
     return out
 
 
-def _scatter(grad: Tensor, n_text: int, grid: int, back: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `_gather` for gradients: (R, W, M, D) -> (R, X, D) and (R, W, W, D), sums."""
-    lines = grad[:, :, n_text + back * grid :].contiguous()
+def _fold(windows: Tensor, back: int) -> Tensor:
+    """The transpose of `_windows`: sums, (R, W, (back + 1) W, D) -> (R, W, W, D)."""
+    grid = windows.shape[1]
+    lines = windows[:, :, back * grid :].contiguous()
     for i in range(back):
         ago = back - i
-        lines[:, : grid - ago] += grad[:, ago:, n_text + i * grid : n_text + (i + 1) * grid]
-    return grad[:, :, :n_text].sum(1), lines
+        lines[:, : grid - ago] += windows[:, ago:, i * grid : (i + 1) * grid]
+    return lines
 
 
 @lru_cache(maxsize=64)
-def _line_bias(
-    n_text: int,
-    grid: int,
-    back: int,
-    distances: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """0 where a place of a line sees a key, -inf elsewhere: (W, M), but for what lies above the picture."""
+def _line_bias(grid: int, back: int, distances: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """0 where a place of a line sees one of its window, -inf elsewhere: (W, M), but for what lies above the picture."""
     with torch.inference_mode(False):
         queries = torch.arange(grid, device=device)[:, None] + back * grid
         ago = queries - torch.arange((back + 1) * grid, device=device)
-        seen = torch.isin(ago, torch.tensor(distances, device=device))
-        return _as_bias(F.pad(seen, (n_text, 0), value=True), dtype)
+        return _as_bias(torch.isin(ago, torch.tensor(distances, device=device)), dtype)
 
 
 @lru_cache(maxsize=64)

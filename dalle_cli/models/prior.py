@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from dalle_cli.errors import DalleError
 from dalle_cli.models.attention import LayerCache, Pattern, layer_kinds
 from dalle_cli.models.head import head_logits, head_loss
+from dalle_cli.models.mlp import gelu_linear
 from dalle_cli.models.modern import rms_norm, rotations, swiglu, turned
 
 
@@ -89,7 +90,7 @@ class Block(nn.Module):
         """(B, L, C) -> (B, L, C)."""
         q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         x = x + self.dropout(self.attention_out(attend(q, k, v).transpose(1, 2).flatten(2)))
-        y: Tensor = x + self.dropout(self.mlp_out(F.gelu(self.mlp_in(self.norm_2(x)))))
+        y: Tensor = x + self.dropout(gelu_linear(self.mlp_in(self.norm_2(x)), self.mlp_out))
         return y
 
 

@@ -17,6 +17,7 @@ QUICK_SIZES = {**SIZES, "n_layer": 4, "n_embd": 128, "n_head": 2, "n_text": 16, 
 BATCHES = (2, 8)
 DVAE_SIZES = {"image_size": 64, "n_hid": 64, "n_vocab": 2048, "batch": 32}
 QUICK_DVAE_SIZES = {**DVAE_SIZES, "n_hid": 16, "batch": 2}
+GRIDS = (16, 32, 64)  # of one layer's attention by itself
 SIDE = 2048  # of the matrices whose product gives the machine's rate
 LEAST_SHARE = {2: 0.33, 8: 0.45}  # of the machine's rate, by batch
 ARITHMETICS = ("float32", "bfloat16")
@@ -64,6 +65,12 @@ def measured(quick: bool = False, dvae_batch: int | None = None) -> list[Case]:
         Case("dvae/ours", "bench.dvae", "ours", "pictures", pictures),
         Case("dvae/plain", "bench.peers.dvae", "plain", "pictures", pictures),
     ]
+    for grid in (4, 8) if quick else GRIDS:
+        settings = {"grid": grid, "n_text": sizes["n_text"], "batch": 1}
+        cases += [
+            Case(f"attention-{grid}/{kind}", "bench.attention", "layer", "positions", {**settings, "kind": kind})
+            for kind in ("full", "row", "column", "conv")
+        ]
     return cases + sampling(sizes)
 
 
