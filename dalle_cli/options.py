@@ -15,6 +15,22 @@ def _check_seed(value: int) -> int:
     return value
 
 
+AUTO = 0  # the batch size that `auto` is read as
+
+
+def _parse_batch(value: str) -> int:
+    """A batch size, or `auto`."""
+    if value == "auto":
+        return AUTO
+    try:
+        size = int(value)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise typer.BadParameter(f"{value} is neither auto nor a number of 1 or more")
+    return size
+
+
 DatasetArg = Annotated[
     str, typer.Argument(metavar="DATASET", help="A folder, a manifest (.jsonl .csv .tsv .parquet) or tars.")
 ]
@@ -81,6 +97,14 @@ Seed = Annotated[
     int, typer.Option(metavar="N", callback=_check_seed, help="Same inputs, same seed, same machine: same bytes.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="How many at once; does not change the result.")]
+DrawBatch = Annotated[
+    int,
+    typer.Option(
+        parser=_parse_batch,
+        metavar="N",
+        help="How many at once, or auto: as fit into half of the free memory; does not change the result.",
+    ),
+]
 Workers = Annotated[int, typer.Option(min=0, metavar="N", help="Threads that read pictures ahead.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
@@ -101,6 +125,24 @@ Guidance = Annotated[
         metavar="X",
         help="Classifier-free guidance; 1 = off. The prior must be trained with captions dropped.",
     ),
+]
+GuidanceFrom = Annotated[
+    float, typer.Option(min=0.0, max=1.0, metavar="X", help="Guide from this share of the grid on, in raster order.")
+]
+GuidanceTo = Annotated[
+    float, typer.Option(min=0.0, max=1.0, metavar="X", help="Guide up to this share of the grid; 1 = to its end.")
+]
+DrawnFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        metavar="CODES",
+        help="Draw again what `sample` wrote here, by its own prompts and settings, which options given override.",
+    ),
+]
+DrawnRows = Annotated[
+    str | None,
+    typer.Option(metavar="N,N", help="Of --from, these rows only, counted from 0, as 3,17."),
 ]
 Keep = Annotated[int, typer.Option(min=0, metavar="N", help="Keep the best N per prompt; 0 keeps all, best first.")]
 Columns = Annotated[int, typer.Option(min=0, metavar="N", help="Pictures in a row of the sheet; 0 = as fits.")]

@@ -1,16 +1,19 @@
 """Drawing codes: guidance, truncation, frequencies, and samples that depend on seed and index only."""
 
 import dataclasses
+import itertools
+import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.prior import Prior, PriorConfig
-from dalle_cli.sampling.autoregressive import draw, guide, sample_batches, sample_codes, uniforms
+from dalle_cli.sampling import autoregressive
+from dalle_cli.sampling.autoregressive import draw, guide, guided_positions, sample_batches, sample_codes, uniforms
 from dalle_cli.sampling.truncation import top_k, top_p
 
 SMALL = PriorConfig(n_layer=3, n_head=2, n_embd=32, n_text_vocab=11, n_text=6, n_image_vocab=40, grid=5, conv_kernel=3)
@@ -77,6 +80,33 @@ def test_sample_does_not_depend_on_other_captions():
             alone = sample_codes(model, tokens[own], lengths[own], [i], 7, guidance_scale=scale)
             assert torch.equal(together[own], alone)
     assert not torch.equal(sample_codes(model, tokens[1:2], lengths[1:2], [0], 7), sample(model, [0]))
+
+
+def test_candidates_of_several_captions_in_any_order():
+    """A caption is read once for a batch of its own candidates; batches that mix captions read each row's."""
+    model = build()
+    tokens, lengths = torch.tensor([[1, 2, 3, 4, 0, 0], [5, 6, 0, 0, 0, 0]]), torch.tensor([4, 2])
+    captions = [0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 1]
+    for scale in (1.0, 2.0):
+        drawn = sample_codes(
+            model, tokens, lengths, range(12), 7, captions=captions, batch_size=2, guidance_scale=scale
+        )
+        for of in (0, 1):
+            rows = [row for row, caption in enumerate(captions) if caption == of]
+            own = slice(of, of + 1)
+            assert torch.equal(
+                drawn[rows], sample_codes(model, tokens[own], lengths[own], rows, 7, guidance_scale=scale)
+            )
+
+
+def test_a_caption_is_read_once_for_its_candidates(monkeypatch):
+    model, read = build(), []
+    prefill = Prior.prefill
+    monkeypatch.setattr(
+        Prior, "prefill", lambda self, tokens, lengths: read.append(len(tokens)) or prefill(self, tokens, lengths)
+    )
+    sample_codes(model, TOKENS.expand(2, -1), LENGTHS.expand(2), range(8), 7, captions=[0] * 4 + [1] * 4, batch_size=2)
+    assert read == [1, 1]
 
 
 def test_global_random_state_is_neither_read_nor_written():
@@ -150,6 +180,42 @@ def test_guidance_of_scale_zero_ignores_the_caption():
     assert torch.equal(ignoring, sample_codes(model, TOKENS, torch.tensor([0]), range(3), 7))
 
 
+@pytest.mark.parametrize("span", [(0.0, 0.4), (0.4, 0.8), (0.52, 1.0), (0.3, 0.3)])
+def test_guidance_by_part_of_the_grid(monkeypatch, span):
+    """Within the span logits are guided, elsewhere they are the conditional ones of the codes drawn so far."""
+    model, seen = build(torch.double), []
+    monkeypatch.setattr(autoregressive, "draw", lambda logits, noise: seen.append(logits) or draw(logits, noise))
+    codes = sample(model, range(4), guidance_scale=3.0, guidance_span=span)
+    logits = torch.stack(seen, dim=1)
+    monkeypatch.undo()
+    conditional = model(TOKENS.expand(4, -1), LENGTHS.expand(4), codes)[1].double()
+    null = model(TOKENS.expand(4, -1), torch.zeros(4, dtype=torch.int64), codes)[1].double()
+    within = [j for j in range(25) if span[0] * 25 - 1e-9 <= j < span[1] * 25 - 1e-9]
+    outside = [j for j in range(25) if j not in within]
+    whole = null + 3 * (conditional - null)
+    torch.testing.assert_close(logits[:, outside], conditional[:, outside], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits[:, within], whole[:, within], rtol=1e-5, atol=1e-5)
+    assert (whole - conditional).abs().amax(-1).min() > 0.1  # so that these differ everywhere
+    assert not torch.equal(codes, sample(model, range(4), guidance_scale=3.0))
+    assert torch.equal(codes, sample(model, range(4))) == (not within)
+
+
+@given(st.lists(st.integers(0, 100), min_size=2, max_size=5).map(sorted), st.integers(1, 1024))
+def test_spans_that_meet_share_no_position(cuts, n):
+    shares = [0.0, *(cut / 100 for cut in cuts), 1.0]
+    parts = [guided_positions(pair, n) for pair in itertools.pairwise(shares)]
+    assert [j for part in parts for j in part] == list(range(n))
+    assert guided_positions((0.07, 0.29), 100) == range(7, 29)
+
+
+def test_an_empty_span_computes_no_null_rows(monkeypatch):
+    model, rows = build(), []
+    step = Prior.step
+    monkeypatch.setattr(Prior, "step", lambda self, codes, cache: rows.append(len(codes)) or step(self, codes, cache))
+    sample(model, range(3), guidance_scale=3.0, guidance_span=(0.5, 0.5))
+    assert set(rows) == {3}
+
+
 # ---- frequencies
 
 LOGITS = torch.randn(50, generator=torch.Generator().manual_seed(3)) * 1.5
@@ -182,6 +248,21 @@ def test_frequencies_through_the_whole_sampler():
     drawn = sample(model, range(4000), batch_size=1000, temperature=0.7, top_k=12)
     expected = torch.softmax(top_k(logits, 12), 0)
     assert chi_square(torch.bincount(drawn.flatten(), minlength=40).double(), expected) > 0.01
+
+
+@pytest.mark.parametrize("options", [{"top_k": 6}, {"top_p": 0.85}, {"top_k": 12, "top_p": 0.7, "temperature": 1.6}])
+def test_frequencies_against_the_exact_distribution(options):
+    """Guided, cooled and cut by hand, in float64 and plain Python, at one seed."""
+    model, null = build(torch.double, grid=1), torch.tensor([0])
+    codes = torch.zeros(1, 1, 1, dtype=torch.int64)
+    conditional, free = (model(TOKENS, n, codes)[1][0, 0].double() for n in (LENGTHS, null))
+    row = ((free + 4 * (conditional - free)) / options.get("temperature", 1.0)).tolist()
+    exact = torch.tensor(cut_by_hand(row, options.get("top_k", 40), options.get("top_p", 1.0)), dtype=torch.double)
+    drawn = sample(model, range(5000), seed=3, batch_size=1000, guidance_scale=4.0, **options)
+    counts = torch.bincount(drawn.flatten(), minlength=40).double()
+    assert chi_square(counts, exact) > 0.01
+    other = torch.softmax(torch.tensor(row) / 2, 0).double() * (exact > 0)
+    assert chi_square(counts, other / other.sum()) < 1e-3  # the test would notice another temperature
 
 
 def test_temperature_zero_is_the_likeliest_code():
@@ -238,6 +319,35 @@ def test_rounding_seldom_changes_a_draw():
 
 # ---- truncation
 
+reals = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30)
+
+
+def cut_by_hand(row, k, p):
+    """Probabilities of what is left, one value at a time from the likeliest down; ties with the last one stay."""
+    order = sorted(row, reverse=True)
+    weight = {x: math.exp(x - order[0]) for x in row if x >= order[min(k, len(row)) - 1]}
+    total = sum(weight[x] for x in row if x in weight)
+    held, least = 0.0, order[0]
+    for x in order:
+        if held >= p or x not in weight:
+            break
+        held, least = held + weight[x] / total, x
+    kept = [weight[x] if x >= least else 0.0 for x in row]
+    return [w / sum(kept) for w in kept]
+
+
+@given(reals, st.integers(1, 32), st.floats(0.05, 1.0))
+def test_truncation_matches_a_twin_in_plain_python(row, k, p):
+    """Both cuts, one after the other, on any logits, unless the mass held is p but for rounding."""
+    logits = torch.tensor([row, row[::-1]], dtype=torch.double)
+    shares = sorted(cut_by_hand(row, k, 1.0), reverse=True)
+    assume(all(abs(sum(shares[: i + 1]) - p) > 1e-9 for i in range(len(shares))))
+    expected = cut_by_hand(row, k, p)
+    made = torch.softmax(top_p(top_k(logits, k), p), -1)
+    torch.testing.assert_close(made, torch.tensor([expected, expected[::-1]], dtype=torch.double))
+    assert torch.equal(made > 0, torch.tensor([expected, expected[::-1]]) > 0)
+
+
 values = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12)
 
 
@@ -278,6 +388,8 @@ def test_truncation_by_example():
         ({"top_k": -1}, "top-k"),
         ({"top_p": 1.5}, "top-p"),
         ({"batch_size": 0}, "batch size"),
+        ({"guidance_span": (0.5, 0.4)}, "guidance from"),
+        ({"guidance_span": (0.0, 1.1)}, "guidance from"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):

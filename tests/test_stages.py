@@ -548,3 +548,13 @@ def test_pictures_of_another_size_are_scored(chain, tmp_path):
     columns = {"images": np.zeros((2, 3, 24, 24), np.uint8), "ids": ["a", "b"], "text": ["x", "y"]}
     path = write_artifact(tmp_path / "i.safetensors", "images", columns, {}, [])
     run_ok("rerank", path, "-m", chain.model)
+
+
+def test_a_prior_in_training_draws_its_captions(chain):
+    """The dVAE lies beside the prior, so that each validation leaves a picture, the same for the same weights."""
+    from PIL import Image
+
+    sheets = sorted(chain.prior.with_name("prior.run").glob("samples/*.png"))
+    assert sheets
+    with Image.open(sheets[-1]) as picture:
+        assert min(picture.size) > 32

@@ -4,13 +4,16 @@ Shapes: P prompts, K candidates of each, N = P * K, T caption length, H W code g
 """
 
 import math
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dalle_cli import bundle, console
 from dalle_cli.errors import DalleError
+from dalle_cli.options import AUTO
 
 if TYPE_CHECKING:
     from dalle_cli.artifacts import Artifact
@@ -18,9 +21,12 @@ if TYPE_CHECKING:
     from dalle_cli.models.dvae import DVAE
 
 
+AT_ONCE = 64  # pictures that `generate` decodes and scores at once, however many candidates it draws at once
+
+
 @dataclass(frozen=True)
 class Settings:
-    """How to draw; `batch_size` has no part in the result."""
+    """How to draw: all that a drawn grid is a function of, beside weights, prompt and candidate."""
 
     n: int
     temperature: float
@@ -28,12 +34,40 @@ class Settings:
     top_p: float
     guidance: float
     seed: int
-    batch_size: int
+    guidance_from: float = 0.0
+    guidance_to: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "guidance"):
             if not math.isfinite(value := getattr(self, name)):
                 raise DalleError(f"expected a finite --{name.replace('_', '-')}, found {value}")
+        if self.guidance_from > self.guidance_to:
+            found = f"{self.guidance_from} and {self.guidance_to}"
+            raise DalleError(f"expected --guidance-from no more than --guidance-to, found {found}; exchange them")
+
+    def told(self) -> dict[str, Any]:
+        """What a history says of them; of the part of the grid that is guided, only where it is not the whole."""
+        whole = (self.guidance_from, self.guidance_to) == (0, 1)
+        return {k: v for k, v in asdict(self).items() if not (whole and k.startswith("guidance_"))}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One picture to be: its prompt, the prompt's number in the list, and its own number among the prompt's."""
+
+    text: str
+    prompt: int
+    number: int
+
+    @property
+    def id(self) -> str:
+        """What its row is called."""
+        return f"{self.prompt:05d}-{self.number:05d}"
+
+
+def candidates(texts: list[str], n: int) -> list[Candidate]:
+    """`n` candidates of each prompt, prompt after prompt."""
+    return [Candidate(text, p, k) for p, text in enumerate(texts) for k in range(n)]
 
 
 @dataclass(frozen=True)
@@ -63,49 +97,98 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     return texts
 
 
-def sample(weights: "Artifact", texts: list[str], s: Settings, machine: "Arithmetic") -> Columns:
-    """Draw `s.n` candidates for each prompt; candidate k of a prompt is a function of (seed, prompt, k) alone."""
-    import numpy as np
-    import torch
+class Drawer:
+    """A prior with its tokenizer, which has read the candidates' prompts."""
 
-    from dalle_cli import load
-    from dalle_cli.artifacts import digest_bytes, history
-    from dalle_cli.data import tokenizer as tokenizers
-    from dalle_cli.sampling.autoregressive import sample_codes
+    def __init__(self, weights: "Artifact", rows: Sequence[Candidate], s: Settings, machine: "Arithmetic"):
+        import numpy as np
+        import torch
 
-    prior, encoder = load.prior(weights, machine.device), weights.fact("encoder", str)
-    bpe = tokenizers.load(bundle.tokenizer(weights))
-    tokens, lengths, cut = bpe.encode_batch(texts, prior.config.n_text)
-    if cut:
-        console.warn(f"{cut} prompts are longer than {prior.config.n_text} tokens and were cut")
-    indices = [int(digest_bytes(text.encode())[:16], 16) << 32 | k for text in texts for k in range(s.n)]
-    of_prompt = np.repeat(np.arange(len(texts)), s.n if len(texts) > 1 else 1)
-    n_codes = len(indices) * prior.config.grid**2
-    with console.progress("sample", n_codes, unit="codes") as advance, machine.autocast():
-        codes = sample_codes(
-            prior,
-            torch.from_numpy(tokens[of_prompt].astype(np.int64)),
-            torch.from_numpy(lengths[of_prompt].astype(np.int64)),
-            indices,
+        from dalle_cli import load
+        from dalle_cli.data import tokenizer as tokenizers
+
+        self.weights, self.rows, self.settings, self.machine = weights, rows, s, machine
+        self.encoder = weights.fact("encoder", str)
+        self.prior = load.prior(weights, machine.device)
+        self.texts = list(dict.fromkeys(row.text for row in rows))
+        length = self.prior.config.n_text
+        tokens, lengths, cut = tokenizers.load(bundle.tokenizer(weights)).encode_batch(self.texts, length)
+        if cut:
+            console.warn(f"{cut} prompts are longer than {length} tokens and were cut")
+        self.tokens = torch.from_numpy(tokens.astype(np.int64))
+        self.lengths = torch.from_numpy(lengths.astype(np.int64))
+
+    @property
+    def n_codes(self) -> int:
+        """Codes of one candidate."""
+        return self.prior.config.grid**2
+
+    def fitting(self, batch_size: int) -> int:
+        """The batch size that was asked for; for `auto`, as many as fit."""
+        from dalle_cli.sampling.memory import fitting_batch
+
+        if batch_size != AUTO:
+            return batch_size
+        return fitting_batch(self.prior, len(self.rows), self.settings.guidance != 1, len(self.texts) > 1)
+
+    def batches(self, batch_size: int, progress: Callable[[int], None]) -> Iterator[Any]:
+        """(B, H, W) codes as an artifact holds them, of `batch_size` candidates after another; the last may be fewer.
+
+        Candidate k of a prompt is a function of (weights, settings, prompt, k) alone.
+        """
+        import numpy as np
+
+        from dalle_cli.artifacts import digest_bytes
+        from dalle_cli.sampling.autoregressive import sample_batches
+
+        s, of = self.settings, {text: i for i, text in enumerate(self.texts)}
+        noise = {text: int(digest_bytes(text.encode())[:16], 16) << 32 for text in self.texts}
+        drawn = sample_batches(
+            self.prior,
+            self.tokens,
+            self.lengths,
+            [noise[row.text] | row.number for row in self.rows],
             s.seed,
             temperature=s.temperature,
             top_k=s.top_k,
             top_p=s.top_p,
             guidance_scale=s.guidance,
-            batch_size=s.batch_size,
-            progress=advance,
+            guidance_span=(s.guidance_from, s.guidance_to),
+            captions=[of[row.text] for row in self.rows],
+            batch_size=batch_size,
+            progress=progress,
         )
-    options = {**asdict(s), "dtype": machine.name}
-    del options["batch_size"]
+        dtype = np.uint16 if self.prior.config.n_image_vocab <= 2**16 else np.int32
+        while True:
+            with self.machine.autocast():  # left before each batch is given away: it holds for all that runs meanwhile
+                batch = next(drawn, None)
+            if batch is None:
+                return
+            yield batch.cpu().numpy().astype(dtype)
+
+
+def sample(drawer: Drawer, batch_size: int, past: "Artifact | None" = None, picked: str | None = None) -> Columns:
+    """Draw all candidates; `past` are the codes of which the rows `picked` are drawn again."""
+    import numpy as np
+
+    from dalle_cli.artifacts import history
+
+    rows, config, at_once = drawer.rows, drawer.prior.config, drawer.fitting(batch_size)
+    chosen = {"batch": at_once} if batch_size == AUTO else {}
+    with console.progress("sample", len(rows) * drawer.n_codes, unit="codes") as advance:
+        codes = np.concatenate(list(drawer.batches(at_once, lambda n: advance(n, **chosen))))
     tensors = {
-        "codes": codes.cpu().numpy().astype(np.uint16 if prior.config.n_image_vocab <= 2**16 else np.int32),
-        "prompt": np.repeat(np.arange(len(texts), dtype=np.int32), s.n),
-        "seed": np.full(len(indices), s.seed, dtype=np.int64),
-        "ids": [f"{p:05d}-{k:05d}" for p in range(len(texts)) for k in range(s.n)],
-        "text": [text for text in texts for _ in range(s.n)],
+        "codes": codes,
+        "prompt": np.array([row.prompt for row in rows], dtype=np.int32),
+        "seed": np.full(len(rows), drawer.settings.seed, dtype=np.int64),
+        "ids": [row.id for row in rows],
+        "text": [row.text for row in rows],
     }
-    config = {"n_vocab": prior.config.n_image_vocab, "grid": prior.config.grid, "encoder": encoder}
-    return Columns(tensors, config, history("sample", options, model=weights))
+    facts = {"n_vocab": config.n_image_vocab, "grid": config.grid, "encoder": drawer.encoder}
+    options = {**drawer.settings.told(), "dtype": drawer.machine.name}
+    if past is None:
+        return Columns(tensors, facts, history("sample", options, model=drawer.weights))
+    return Columns(tensors, facts, history("sample", {**options, "rows": picked}, drawn=past, model=drawer.weights))
 
 
 def decoder(weights: "Artifact", encoder: str, source: object, machine: "Arithmetic") -> "DVAE":
@@ -190,6 +273,41 @@ def best(scores: Any, groups: list[str], keep: int) -> Any:
         members.setdefault(group, []).append(row)
     ranked = [sorted(rows, key=lambda r: (-float(scores[r]), r))[: keep or None] for rows in members.values()]
     return np.array([row for rows in ranked for row in rows], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A picture on the podium: (3, S, S) uint8."""
+
+    candidate: Candidate
+    score: float
+    picture: Any
+
+
+class Podium:
+    """The best `keep` of each prompt so far (0: all), as `best` ranks them; of the others nothing is held."""
+
+    def __init__(self, keep: int):
+        self.keep, self.seen = keep, 0
+        self.groups: dict[str, list[Place]] = {}
+
+    def offer(self, rows: Sequence[Candidate], scores: Any, pictures: Any) -> None:
+        """Take what is good enough of a batch: B candidates, (B,) scores, (B, 3, S, S) uint8."""
+        for row, score, picture in zip(rows, scores.tolist(), pictures, strict=True):
+            group = self.groups.setdefault(row.text, [])
+            at = bisect_right([-place.score for place in group], -score)  # behind its equals, which came before
+            if not self.keep or at < self.keep:
+                group.insert(at, Place(row, score, picture.copy()))  # a view would hold the whole batch
+                del group[self.keep or len(group) :]
+        self.seen += len(rows)
+
+    def places(self) -> list[Place]:
+        """Prompts in the order in which they first came, best first."""
+        return [place for group in self.groups.values() for place in group[: self.keep or None]]
+
+    def best(self) -> float:
+        """The highest score of all."""
+        return max(place.score for place in self.places())
 
 
 def check_png(path: Path, force: bool) -> None:

@@ -7,6 +7,7 @@ the noise about once in a million codes in float32, more often in bfloat16.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -32,12 +33,14 @@ def sample_codes(
     top_k: int | None = None,
     top_p: float | None = None,
     guidance_scale: float = 1.0,
+    guidance_span: tuple[float, float] = (0.0, 1.0),
+    captions: Sequence[int] | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Draw one grid for every candidate index, of one caption or of one caption each.
+    """Draw one grid for every candidate index, of one caption, of one caption each, or of those that `captions` names.
 
-    (1 or N, T), (1 or N,) int64 -> (N, W, W) int64, on the prior's device. Arguments as `sample_batches`.
+    (P, T), (P,) int64 -> (N, W, W) int64, on the prior's device. Arguments as `sample_batches`.
 
     Raises: DalleError where a setting is out of its range.
     """
@@ -51,6 +54,8 @@ def sample_codes(
         top_k=top_k,
         top_p=top_p,
         guidance_scale=guidance_scale,
+        guidance_span=guidance_span,
+        captions=captions,
         batch_size=batch_size,
         progress=progress,
     )
@@ -69,41 +74,55 @@ def sample_batches(
     top_k: int | None = None,
     top_p: float | None = None,
     guidance_scale: float = 1.0,
+    guidance_span: tuple[float, float] = (0.0, 1.0),
+    captions: Sequence[int] | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:
     """Draw as `sample_codes` does, and give each batch (B, W, W) int64 as soon as it is drawn.
 
     The logits are guided, null + guidance_scale * (conditional - null), divided by `temperature` (0: the likeliest
-    code), cut to `top_k` and then to `top_p` (None or 0: not), and drawn from. `progress` is told the number of codes
-    drawn since it was last called. One caption is read once for all its candidates, the null caption once a call.
+    code), cut to `top_k` and then to `top_p` (None or 0: not), and drawn from. `guidance_span` is the part of the grid
+    that is guided, from and to as shares of its codes in raster order; elsewhere the logits are the conditional ones.
+    `captions` are the rows of `tokens`, one for each index; without it there is one caption, or one for each. A caption
+    is read once for all its candidates that follow one another in whole batches, the null caption once a call.
+    `progress` is told the number of codes drawn since it was last called.
 
     Raises: DalleError where a setting is out of its range.
     """
-    _check(len(tokens), len(indices), temperature, top_k, top_p, batch_size)
+    if captions is None:
+        captions = [0] * len(indices) if len(tokens) == 1 else range(len(tokens))
+    _check(len(captions), len(indices), temperature, top_k, top_p, guidance_span, batch_size)
     device = prior.start.device
     tokens, lengths = tokens.to(device), lengths.to(device)
+    span = guided_positions(guidance_span, prior.config.grid**2) if guidance_scale != 1 else range(0)
 
-    def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
-        logits = guide(logits, guidance_scale)
+    def choose(logits: Tensor, uniforms: Tensor, position: int) -> Tensor:
+        if span:
+            logits = guide(logits, guidance_scale) if position in span else logits.chunk(2)[0]
         if temperature == 0:
             return logits.argmax(dim=-1)
         logits = logits / temperature
         logits = keep_top_k(logits, top_k) if top_k else logits
         return draw(keep_top_p(logits, top_p) if top_p else logits, uniforms)
 
-    null = None if guidance_scale == 1 else _prefill(prior, tokens[:1], torch.zeros_like(lengths[:1]))
-    shared = _prefill(prior, tokens, lengths) if len(tokens) == 1 else None
-    cache = None
+    null = _prefill(prior, tokens[:1], torch.zeros_like(lengths[:1])) if span else None
+    cache, held = None, ([-1], 0)  # and the captions, and the candidates of each, that the cache is of
     for begin in range(0, len(indices), batch_size):
-        batch = indices[begin : begin + batch_size]
-        rows = slice(begin, begin + len(batch))
-        if shared is None:
-            cache = _open(prior, _prefill(prior, tokens[rows], lengths[rows]), null, 1)
-        elif cache is None or len(batch) < batch_size:
-            cache = _open(prior, shared, null, len(batch))
+        batch, own = indices[begin : begin + batch_size], list(captions[begin : begin + batch_size])
+        wanted = (own[:1], len(own)) if len(set(own)) == 1 else (own, 1)
+        if cache is None or wanted != held:
+            cache = None  # before the next one takes as much memory again
+            cache = _open(prior, _prefill(prior, tokens[wanted[0]], lengths[wanted[0]]), null, wanted[1])
+            held = wanted
         noise = torch.stack([uniforms(seed, index, prior.config.grid**2) for index in batch]).to(device)
-        yield _draw_grids(prior, cache, noise, 1 if null is None else 2, choose, progress).clone()
+        yield _draw_grids(prior, cache, noise, 2 if span else 1, choose, progress).clone()
+
+
+def guided_positions(span: tuple[float, float], n_positions: int) -> range:
+    """The positions j with from <= j / n_positions < to, so that spans which meet share no position."""
+    begin, end = (math.ceil(round(share * n_positions, 6)) for share in span)  # 0.07 * 100 is a little above 7
+    return range(begin, end)
 
 
 def guide(logits: Tensor, scale: float) -> Tensor:
@@ -175,7 +194,7 @@ def _draw_grids(
     cache: Cache,
     noise: Tensor,
     halves: int,
-    choose: Callable[[Tensor, Tensor], Tensor],
+    choose: Callable[[Tensor, Tensor, int], Tensor],
     progress: Callable[[int], None] | None,
 ) -> Tensor:
     """Draw one batch, code by code, with noise (B, W*W, 3) -> (B, W, W); a null half is fed the codes of the other."""
@@ -187,7 +206,7 @@ def _draw_grids(
     for position in range(noise.shape[1]):
         if position:
             logits = prior.step(codes[:, position - 1].repeat(halves), cache)
-        codes[:, position] = choose(logits, noise[:, position])
+        codes[:, position] = choose(logits, noise[:, position], position)
         if progress is not None:
             progress(len(codes))
     prior.train(training)
@@ -195,9 +214,15 @@ def _draw_grids(
 
 
 def _check(
-    n_captions: int, n_indices: int, temperature: float, top_k: int | None, top_p: float | None, batch_size: int
+    n_captions: int,
+    n_indices: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    span: tuple[float, float],
+    batch_size: int,
 ) -> None:
-    if n_captions not in (1, n_indices):
+    if n_captions != n_indices:
         raise DalleError(f"expected 1 caption or {n_indices}, found {n_captions}; give one for all or one for each")
     if not temperature >= 0:
         raise DalleError(f"expected a temperature of 0 or more, found {temperature}; 1 draws as the model was trained")
@@ -205,5 +230,8 @@ def _check(
         raise DalleError(f"expected top-k of 0 or more, found {top_k}; 0 keeps all codes")
     if top_p is not None and not 0 <= top_p <= 1:
         raise DalleError(f"expected top-p in [0, 1], found {top_p}; 0 and 1 keep all codes")
+    if not 0 <= span[0] <= span[1] <= 1:
+        found = f"{span[0]} to {span[1]}"
+        raise DalleError(f"expected guidance from a share of the grid to a later one, found {found}; 0 to 1 is all")
     if batch_size < 1:
         raise DalleError(f"expected a batch size of 1 or more, found {batch_size}; try 16")

@@ -1,0 +1,72 @@
+"""How many candidates fit into memory at once.
+
+V image vocabulary, C width, T caption length.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from dalle_cli.models.prior import Prior
+
+CAP = 256  # candidates at once: more are hardly faster, and progress would come in large steps
+SHARE = 0.5  # of the free memory that is taken; other programs and the allocator's gaps need some, too
+UNKNOWN = 2**30  # bytes taken to be free where the machine does not tell
+_ROWS_OF_LOGITS = 12  # logits, their halves, sorted values, places in 64 bits, shares and sums, alive together
+
+
+def fitting_batch(prior: Prior, n_candidates: int, guided: bool, own_captions: bool) -> int:
+    """How many of `n_candidates` to draw at once on the prior's device; never less than 1 or more than CAP."""
+    fits = int(free_memory(prior.start.device) * SHARE) // candidate_bytes(prior, guided, own_captions)
+    return max(1, min(fits, CAP, n_candidates))
+
+
+def candidate_bytes(prior: Prior, guided: bool, own_captions: bool) -> int:
+    """Bytes that one more candidate takes while it is drawn: caches of all layers, logits, one position's activations.
+
+    `guided` counts null rows, too; `own_captions` counts a caption's keys and values for every candidate.
+    """
+    config = prior.config
+    slots = sum(pattern.n_slots for pattern in prior.patterns)
+    if own_captions:
+        slots += 2 * config.n_layer * (config.n_text + 1)  # as they are read, and joined in the cache
+    caches = 2 * slots * config.n_embd  # keys and values
+    seen = config.n_text + 1 + max(pattern.n_slots for pattern in prior.patterns)
+    activations = 16 * config.n_embd + 4 * config.n_head * seen + _ROWS_OF_LOGITS * config.n_image_vocab
+    item = prior.start.element_size()  # autocast may halve the caches: then fewer are drawn at once than could be
+    return (2 if guided else 1) * (item * caches + 4 * activations)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be taken now on a device."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    if device.type == "mps":
+        return max(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory(), 0)
+    known = [size for size in (_available(), _left_to_the_group()) if size is not None]
+    return max(min(known, default=UNKNOWN), 0)
+
+
+def _available() -> int | None:
+    """What the system can give without swapping; where it tells only of all its memory, a quarter of it."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _left_to_the_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container's limit leaves, files that the system may forget again counted as free; None without one."""
+    try:
+        stat = dict(line.split() for line in (root / "memory.stat").read_text(encoding="ascii").splitlines())
+        limit, used = (int((root / name).read_text()) for name in ("memory.max", "memory.current"))
+        return limit - used + int(stat.get("inactive_file", 0))
+    except (OSError, ValueError):  # no such group, or its limit is "max"
+        return None

@@ -1,0 +1,345 @@
+"""`generate` holds the best only; `sample --from` draws again; guided parts of the grid; batches as memory allows."""
+
+import contextlib
+import json
+import shutil
+import tracemalloc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_bad, run_cli, run_ok
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dalle_cli import console, load
+from dalle_cli.artifacts import open_artifact, write_artifact
+from dalle_cli.commands import drawing
+from dalle_cli.sampling import autoregressive, memory
+
+PROMPT, OTHER = "a red circle on white", "a blue bar on black"
+
+
+def array(path, name):
+    return np.asarray(open_artifact(path).array(name))
+
+
+def strings(path, name):
+    return list(open_artifact(path).strings(name))
+
+
+def generate(chain, folder, *more, n=12, prompts=(PROMPT,)):
+    out = ("-o", folder / "a.png", "--images", folder / "a.safetensors")
+    return run_cli("generate", *prompts, "-n", n, "-m", chain.model, *more, *out)
+
+
+@pytest.fixture(scope="module")
+def piped(chain, tmp_path_factory):
+    """The four stages one after another: 12 candidates of two prompts, the best three of each."""
+    folder = tmp_path_factory.mktemp("piped")
+    codes, images, best = (folder / f"{name}.safetensors" for name in ("codes", "images", "best"))
+    run_ok("sample", PROMPT, OTHER, "-n", 12, "-m", chain.model, "-o", codes)
+    run_ok("decode", codes, "-m", chain.model, "-o", images)
+    run_ok("rerank", images, "-m", chain.model, "--keep", 3, "-o", best)
+    run_ok("show", best, "-o", folder / "best.png")
+    return folder
+
+
+# ---- generate in bounded memory
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 12, 64, "auto"])
+def test_generate_is_the_four_stages(chain, piped, tmp_path, monkeypatch, batch_size):
+    monkeypatch.setattr(drawing, "AT_ONCE", 4)
+    result = generate(chain, tmp_path, "--keep", 3, "--batch-size", batch_size, prompts=(PROMPT, OTHER))
+    assert (result.status, result.stdout) == (0, f"{tmp_path / 'a.png'}\n"), result.stderr
+    made, best = tmp_path / "a.safetensors", piped / "best.safetensors"
+    assert strings(made, "ids") == strings(best, "ids")
+    assert strings(made, "text") == strings(best, "text") == [PROMPT] * 3 + [OTHER] * 3
+    np.testing.assert_allclose(array(made, "images").astype(int), array(best, "images").astype(int), atol=1)
+    np.testing.assert_allclose(array(made, "score"), array(best, "score"), atol=1e-6)
+    if batch_size == 12:
+        assert (tmp_path / "a.png").read_bytes() == (piped / "best.png").read_bytes()
+
+
+def test_nothing_of_the_others_is_alive(chain, tmp_path, monkeypatch):
+    """Codes and pictures of whole batches: no more are alive of 60 candidates than of 12."""
+
+    def most_alive(n):
+        refs, most = [], 0
+
+        class Watched(np.ndarray):
+            pass
+
+        def watch(made):
+            nonlocal most
+            refs.append(weakref.ref(kept := made.view(Watched)))
+            most = max(most, sum(ref() is not None for ref in refs))
+            return kept
+
+        with monkeypatch.context() as patched:
+            patched.setattr(drawing, "decode", lambda *a, decode=drawing.decode: watch(decode(*a)))
+            draw = drawing.Drawer.batches
+            patched.setattr(drawing.Drawer, "batches", lambda *a: map(watch, draw(*a)))
+            assert generate(chain, tmp_path, "--keep", 2, "--batch-size", 4, n=n).status == 0
+        return most
+
+    assert most_alive(12) == most_alive(60) <= 4  # codes and pictures of this batch, and of the one before it
+
+
+@pytest.mark.parametrize("order", ["rising", "falling"])
+def test_the_podium_holds_no_more_than_it_keeps(order):
+    def peak(n_batches):
+        podium = drawing.Podium(2)
+        tracemalloc.start()
+        for batch in range(n_batches):
+            rows = [drawing.Candidate("x", 0, 4 * batch + k) for k in range(4)]
+            scores = np.arange(4, dtype=np.float32) + 4 * batch
+            podium.offer(rows, scores if order == "rising" else -scores, np.zeros((4, 3, 64, 64), np.uint8))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    assert peak(100) < peak(5) + 3 * 64 * 64  # less than one picture more
+    assert peak(100) < 10 * 3 * 64 * 64
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from("ab")), min_size=1, max_size=20), st.integers(0, 4))
+def test_the_podium_ranks_as_rerank_does(rows, keep):
+    scores = np.array([score for score, _ in rows], dtype=np.float32)
+    texts = [text for _, text in rows]
+    podium = drawing.Podium(keep)
+    for at in range(0, len(rows), 3):
+        own = [drawing.Candidate(texts[i], 0, i) for i in range(at, min(at + 3, len(rows)))]
+        podium.offer(own, scores[at : at + 3], np.zeros((len(own), 3, 1, 1), np.uint8))
+    assert [place.candidate.number for place in podium.places()] == drawing.best(scores, texts, keep).tolist()
+    assert podium.best() == scores.max()
+
+
+def interrupted(monkeypatch, call):
+    """Ctrl-C while the batch of this number, from 1, is decoded."""
+    calls, decode = [], drawing.decode
+
+    def stop(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return decode(*arguments)
+
+    monkeypatch.setattr(drawing, "decode", stop)
+
+
+def test_an_interrupt_keeps_the_best_so_far(chain, tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    assert generate(chain, tmp_path / "whole", "--keep", 2, n=8).status == 0
+    interrupted(monkeypatch, 3)
+    result = generate(chain, tmp_path, "--keep", 2, "--batch-size", 4)
+    assert (result.status, result.stdout) == (130, f"{tmp_path / 'a.png'}\n")
+    assert "interrupted: these are the best of the first 8 of 12" in result.stderr
+    made, whole = tmp_path / "a.safetensors", tmp_path / "whole/a.safetensors"
+    assert strings(made, "ids") == strings(whole, "ids")
+    np.testing.assert_allclose(array(made, "score"), array(whole, "score"), atol=1e-6)
+    assert open_artifact(made).history[-1]["options"]["seen"] == 8
+    assert "seen" not in open_artifact(whole).history[-1]["options"]
+
+
+def test_an_interrupt_before_the_first_batch_leaves_nothing(chain, tmp_path, monkeypatch):
+    interrupted(monkeypatch, 1)
+    result = generate(chain, tmp_path, "--batch-size", 4)
+    assert (result.status, result.stdout) == (130, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_tells_of_candidates_and_the_best(chain, tmp_path, monkeypatch, terminal):
+    told = []
+
+    @contextlib.contextmanager
+    def progress(label, total, done=0, unit=""):
+        told.append((total, {"unit": unit}))
+        yield lambda n=1, /, **figures: told.append((n, figures))
+
+    monkeypatch.setattr(console, "progress", progress)
+    monkeypatch.setattr("os.isatty", lambda _: terminal)
+    assert generate(chain, tmp_path, "--keep", 2, "--batch-size", 5).status == 0
+    assert told[0] == (12, {"unit": "candidates"})
+    assert sum(n for n, _ in told[1:]) == 12
+    bests = [figures["best"] for _, figures in told[1:] if "best" in figures]
+    assert bests == sorted(bests)
+    assert bests[-1] == array(tmp_path / "a.safetensors", "score").max()
+    assert terminal == all("per_second" in figures for _, figures in told[1:])
+    assert not any("batch" in figures for _, figures in told)
+
+
+# ---- sample --from
+
+
+SETTINGS = ("--temperature", 0.8, "--top-k", 15, "--guidance", 3, "--guidance-to", 0.5, "--seed", 5)
+
+
+@pytest.fixture(scope="module")
+def drawn(chain, tmp_path_factory):
+    path = tmp_path_factory.mktemp("drawn") / "x.codes.safetensors"
+    run_ok("sample", PROMPT, OTHER, "-n", 10, "-m", chain.model, "-o", path, *SETTINGS)
+    return path
+
+
+def again(chain, source, out, *more):
+    return run_ok("sample", "--from", source, "-m", chain.model, "-o", out, *more)
+
+
+def test_rows_are_drawn_again(chain, drawn, tmp_path):
+    made = again(chain, drawn, tmp_path / "y.safetensors", "--rows", "3,17,0")
+    for name in ("codes", "prompt", "seed"):
+        assert array(made, name).tobytes() == array(drawn, name)[[3, 17, 0]].tobytes()
+    for name in ("ids", "text"):
+        assert strings(made, name) == [strings(drawn, name)[row] for row in (3, 17, 0)]
+    assert open_artifact(made).config == open_artifact(drawn).config
+    first, last = open_artifact(drawn).history[-1], open_artifact(made).history[-1]
+    assert first in open_artifact(made).history
+    assert last["options"] == {**first["options"], "rows": "3,17,0"}
+    assert last["inputs"] == {"model": first["inputs"]["model"], "drawn": open_artifact(drawn).digest}
+    third = again(chain, made, tmp_path / "z.safetensors", "--rows", 1)  # and what was drawn again, once more
+    assert array(third, "codes").tobytes() == array(drawn, "codes")[[17]].tobytes()
+    whole = again(chain, drawn, tmp_path / "w.safetensors", "--batch-size", 3)
+    assert array(whole, "codes").tobytes() == array(drawn, "codes").tobytes()
+
+
+def test_an_option_that_differs_is_heeded(chain, drawn, tmp_path):
+    made = again(chain, drawn, tmp_path / "y.safetensors", "--rows", "3,17", "--temperature", 2, "--top-k", 0)
+    assert not np.array_equal(array(made, "codes"), array(drawn, "codes")[[3, 17]])
+    options = open_artifact(made).history[-1]["options"]
+    assert (options["temperature"], options["top_k"], options["guidance"], options["guidance_to"]) == (2, 0, 3, 0.5)
+    seeded = again(chain, drawn, tmp_path / "z.safetensors", "--rows", "3", "--seed", 6)
+    assert array(seeded, "seed").tolist() == [6]
+    assert not np.array_equal(array(seeded, "codes"), array(drawn, "codes")[[3]])
+    same = again(chain, drawn, tmp_path / "w.safetensors", "--rows", "3", "--temperature", 0.8)
+    assert np.array_equal(array(same, "codes"), array(drawn, "codes")[[3]])
+
+
+def test_another_prior_is_refused(chain, drawn, tmp_path):
+    shutil.copytree(chain.model, tmp_path / "model", ignore=shutil.ignore_patterns("*.run"))
+    prior = open_artifact(chain.prior)
+    tensors = {name: np.array(prior.headers[0].map(name)) for name in prior.headers[0].tensors}
+    tensors["start"] = tensors["start"] + 1
+    write_artifact(tmp_path / "model/prior.safetensors", prior.kind, tensors, prior.config, prior.history)
+    out = ("-o", tmp_path / "y.safetensors")
+    error = run_bad("sample", "--from", drawn, "--rows", 3, "-m", tmp_path / "model", *out)
+    assert f"expected the prior that {drawn} was made with (sha256 {prior.digest[:12]})" in error
+    assert not (tmp_path / "y.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--rows", "20"), "expected --rows from 0 to 19, found 20"),
+        (("--rows", "-1"), "expected --rows from 0 to 19, found -1"),
+        (("--rows", "3;4"), "expected --rows as 3,17, found '3;4'"),
+        (("-n", 4), "found -n"),
+        ((PROMPT,), "found a prompt"),
+        (("--temperature", "nan"), "temperature"),
+    ],
+)
+def test_what_cannot_be_drawn_again_is_told(chain, drawn, tmp_path, more, message):
+    line = run_bad("sample", "--from", drawn, *more, "-m", chain.model, "-o", tmp_path / "y.safetensors")
+    assert message in line
+
+
+def test_codes_that_were_not_drawn_are_refused(chain, drawn, tmp_path):
+    out = ("-m", chain.model, "-o", tmp_path / "y.safetensors")
+    assert "that `sample` drew" in run_bad("sample", "--from", chain.codes, *out)
+    assert "expected --from beside --rows" in run_bad("sample", PROMPT, "--rows", 3, *out)
+    assert "over itself" in run_bad("sample", "--from", drawn, "-m", chain.model)
+    lying = open_artifact(drawn)
+    columns = {name: np.array(lying.array(name)) for name in ("codes", "prompt", "seed")}
+    columns |= {name: list(lying.strings(name)) for name in ("ids", "text")}
+    for change in ({"seed": columns["seed"] + 1}, {"ids": ["x"] * 20}, {"prompt": columns["prompt"] + 1}):
+        path = tmp_path / "lying.safetensors"
+        write_artifact(path, "codes", {**columns, **change}, lying.config, lying.history)
+        assert "expected the row of one drawing" in run_bad("sample", "--from", path, "--rows", 2, *out)
+    for options in ({"temperature": "hot"}, {"unheard_of": 1}, {"dtype": 3}, {"top_k": -1}):
+        entry = {**lying.history[-1], "options": {**lying.history[-1]["options"], **options}}
+        write_artifact(path, "codes", columns, lying.config, [*lying.history[:-1], entry])
+        run_bad("sample", "--from", path, "--rows", 2, *out)
+
+
+# ---- guidance by part of the grid
+
+
+def test_the_guided_part_is_written_down_and_matters(chain, tmp_path):
+    def codes(name, *more):
+        run_ok("sample", PROMPT, "-n", 6, "-m", chain.model, "-o", tmp_path / name, "--guidance", 300, *more)
+        return array(tmp_path / name, "codes"), open_artifact(tmp_path / name).history[-1]["options"]
+
+    whole, told = codes("a")
+    assert "guidance_from" not in told
+    late, told = codes("b", "--guidance-from", 0.5)
+    assert (told["guidance_from"], told["guidance_to"]) == (0.5, 1.0)
+    early, _ = codes("c", "--guidance-to", 0.5)
+    assert not np.array_equal(whole, late)
+    assert np.array_equal(whole[:, :2], early[:, :2])  # of 4 x 4 codes the first half is drawn alike
+    assert not np.array_equal(whole[:, 2:], early[:, 2:])
+    out = ("-m", chain.model, "-o", tmp_path / "d")
+    assert "exchange them" in run_bad("sample", PROMPT, *out, "--guidance-from", 0.6, "--guidance-to", 0.5)
+    result = generate(chain, tmp_path, "--guidance", 300, "--guidance-from", 0.5, n=2)
+    assert result.status == 0
+    assert '"guidance_from": 0.5' in json.dumps(open_artifact(tmp_path / "a.safetensors").history)
+
+
+# ---- batches as memory allows
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_bytes_of_a_candidate_cover_its_caches(chain, guided, own):
+    prior = load.prior(open_artifact(chain.prior), torch.device("cpu"))
+
+    def held(candidates):
+        rows = candidates if own else 1
+        tokens = torch.zeros(rows, prior.config.n_text, dtype=torch.int64)
+        prompt = autoregressive._prefill(prior, tokens, torch.ones(rows, dtype=torch.int64))
+        null = autoregressive._prefill(prior, tokens[:1], torch.zeros(1, dtype=torch.int64)) if guided else None
+        cache = autoregressive._open(prior, prompt, null, candidates // rows)
+        layers = [x for y in cache.layers for x in (y.keys, y.values, y.text_keys, y.text_values)]
+        return sum(x.nbytes for x in (cache.logits, *layers))
+
+    more = (held(9) - held(1)) / 8
+    assert more < memory.candidate_bytes(prior, guided, own) < 40 * more  # activations count for much in a tiny model
+
+
+def test_the_batch_is_as_large_as_fits(chain, monkeypatch):
+    prior = load.prior(open_artifact(chain.prior), torch.device("cpu"))
+    each = memory.candidate_bytes(prior, True, False)
+    for free, n, expected in ((0, 9, 1), (20 * each, 99, 10), (20 * each, 4, 4), (10**15, 10**6, memory.CAP)):
+        monkeypatch.setattr(memory, "free_memory", lambda _, free=free: free)
+        assert memory.fitting_batch(prior, n, True, False) == expected
+    assert each > memory.candidate_bytes(prior, False, False)
+
+
+def test_free_memory_is_what_the_machine_tells(tmp_path):
+    assert 0 < memory.free_memory(torch.device("cpu")) < 2**50
+    for name, text in (
+        ("memory.max", "1000"),
+        ("memory.current", "700"),
+        ("memory.stat", "anon 600\ninactive_file 50"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert memory._left_to_the_group(tmp_path) == 350
+    (tmp_path / "memory.max").write_text("max")
+    assert memory._left_to_the_group(tmp_path) is None
+    assert memory._left_to_the_group(tmp_path / "none") is None
+
+
+def test_auto_changes_no_result_and_is_silent(chain, tmp_path, monkeypatch):
+    told = []
+    fitting = memory.fitting_batch
+    monkeypatch.setattr(memory, "fitting_batch", lambda *a: told.append(fitting(*a)) or 3)
+    run_ok("sample", PROMPT, "-n", 7, "-m", chain.model, "-o", tmp_path / "a")
+    assert told == []
+    result = run_cli("sample", PROMPT, "-n", 7, "-m", chain.model, "-o", tmp_path / "b", "--batch-size", "auto")
+    assert told == [7]
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert result.stderr.splitlines() == ["b: prompts 1, samples 7"]
+    for wrong in ("0", "-3", "many"):
+        assert run_cli("sample", PROMPT, "-m", chain.model, "--batch-size", wrong).status == 2
