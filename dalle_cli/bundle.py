@@ -87,6 +87,18 @@ def find_tokenizer(digest: str, *folders: Path) -> Path:
     raise DalleError(f"expected the tokenizer of sha256 {digest[:12]} in {where}, found {found}; copy it there")
 
 
+def find_weights(digest: str, *folders: Path) -> Artifact | None:
+    """The weights file of this digest in one of the folders; None where there is none."""
+    for path in (path for folder in dict.fromkeys(folders) for path in sorted(folder.glob("*.safetensors"))):
+        try:
+            found = open_artifact(path)
+        except DalleError:
+            continue
+        if found.kind.startswith("weights.") and found.digest == digest:
+            return found
+    return None
+
+
 def tokenizer(weights: Artifact) -> Path:
     """The tokenizer JSON that these weights were trained with: the file beside them with the digest they name.
 

@@ -3,7 +3,9 @@
 import errno
 import importlib
 import io
+import os
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +40,7 @@ STAGES: dict[str, dict[str, str]] = {
         "info": "Say what an artifact is and how it was made.",
     },
 }
+GRACE = 3.0  # seconds
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # also where no file is named
 
 
@@ -116,16 +119,30 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or torch_says
 
 
+def _let_the_first_speak(error: DalleError) -> None:
+    """Of several processes most find the same fault: the first tells of it, and the launcher ends the others."""
+    if _launched() and os.environ.get("RANK") != "0" and not hasattr(error, "at_once"):
+        time.sleep(GRACE)
+
+
+def _launched() -> bool:
+    """Whether this is one of several processes that torchrun or another launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def main() -> None:
     """Run the command line. Exit status: 0; 1 for a DalleError; 2 for usage; 130 when interrupted."""
     from dalle_cli import console
 
+    if _launched():
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: else each process warns of its own
     for stream in (sys.stdin, sys.stdout):  # paths may hold bytes that are no UTF-8, and go through pipes as they are
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")
     try:
         app(prog_name="dalle")
     except DalleError as error:
+        _let_the_first_speak(error)
         console.error(str(error))
         sys.exit(1)
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """Which device and arithmetic to run on, what it could do at best, and how much memory was taken."""
 
+import os
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -18,13 +19,25 @@ DTYPES = {
 PEAK_SECONDS = 0.2  # that finding out a machine's best may take
 
 
+def world() -> int:
+    """How many processes a launcher such as torchrun has started for one job; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """The number of this process among them, from 0."""
+    return int(os.environ.get("RANK", 0)) if world() > 1 else 0
+
+
 def select_device(name: str) -> torch.device:
-    """`auto` is CUDA, else MPS, else CPU.
+    """`auto` is CUDA, else MPS, else CPU; of several processes each takes the GPU of its number.
 
     Raises:
         DalleError: an unknown device, or one that this machine lacks.
     """
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if world() > 1:
+        return _own_device(name, has["cuda"])
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if has[kind]))
     kind = name.split(":")[0]
@@ -36,6 +49,18 @@ def select_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise DalleError(f"expected --device auto, cpu, cuda or mps, found {name!r}") from None
+
+
+def _own_device(name: str, has_cuda: bool) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise DalleError(f"expected --device auto, cpu or cuda for {world()} processes, found {name!r}")
+    if name == "cpu" or (name == "auto" and not has_cuda):
+        return torch.device("cpu")
+    number, there = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
+    if number >= there:
+        raise DalleError(f"expected a GPU for each process, found {there}; start fewer, or give --device cpu")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def _cpu_has_bfloat16() -> bool:

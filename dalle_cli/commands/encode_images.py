@@ -1,5 +1,7 @@
 """`dalle encode-images`."""
 
+import glob
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,9 +22,12 @@ from dalle_cli.options import (
 )
 
 if TYPE_CHECKING:
+    from dalle_cli.artifacts import ShardWriter
+    from dalle_cli.data.skips import SkipLog
     from dalle_cli.devices import Arithmetic
     from dalle_cli.models.dvae import DVAE
 
+WAIT = 7 * 86_400  # seconds that a process which has no shards left waits for those that have
 EXAMPLE = "dalle encode-images photos/ -m dvae.safetensors -o codes/"
 
 
@@ -45,6 +50,7 @@ def run(
     force: Force = False,
 ) -> None:
     """Encode a data set's pictures to dVAE codes."""
+    from contextlib import ExitStack, nullcontext
     from dataclasses import asdict
 
     import numpy as np
@@ -58,7 +64,7 @@ def run(
     from dalle_cli.data.loader import sequential
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
-    from dalle_cli.paths import skip_list
+    from dalle_cli.training.distributed import joined
 
     if repeats > 1 and augment == "center":
         raise DalleError(f"expected --augment prior or dvae with --repeats {repeats}, found center; all would be alike")
@@ -74,24 +80,60 @@ def run(
     header = {"n_vocab": n_vocab, "grid": grid, "encoder": weights.digest}
     # Shard by shard, and pass by pass over the data: `repeats` passes, each cropped anew.
     writer = ShardWriter(out, "codes", len(data) * repeats, shard_size, header, made, force)
-    if any(map(writer.has, range(writer.total))):
-        data.skipped.load(skip_list(out))
     small = np.uint16 if n_vocab <= 2**16 else np.int32
     crop = by_name(augment)
     written = 0
-    with console.progress("encode-images", len(data) * repeats, unit="pictures") as advance:
-        for shard in writer.missing():
+    with joined(machine.device, WAIT) as group, ExitStack() as stack:
+        missing = group.first(lambda: prepare(writer, data.skipped))
+        rows_here = -(-len(data) * repeats // group.world)
+        bar = console.progress("encode-images", rows_here, unit="pictures") if group.rank == 0 else nullcontext()
+        advance = stack.enter_context(bar)
+        for shard in missing[group.rank :: group.world]:
             codes, ids = [np.zeros((0, grid, grid), small)], []
             for rows, draw in passes(*writer.bounds(shard), len(data)):
                 for kept, images in sequential(data, size, rows, batch_size, workers, crop, seed, draw):
                     codes.append(encode(dvae, images, machine).astype(small))
                     ids += [data.ids[row] for row in kept]
-                    advance(len(images))
+                    if advance:
+                        advance(len(images))
             writer.write(shard, {"codes": np.concatenate(codes), "ids": ids})
-            data.skipped.write(skip_list(out))
+            data.skipped.write(skipped_by(out, group.rank))
             written += len(ids)
-    figures = {"pictures": written if writer.wrote else "all there already", "skipped": data.skipped.summary() or None}
-    console.result(out, **figures, shards=writer.total)
+        written = sum(group.gathered(written))
+        group.collect(data.skipped)
+    if group.rank == 0:
+        finish(writer, data.skipped)
+        found = {"pictures": written if missing else "all there already", "skipped": data.skipped.summary() or None}
+        console.result(out, **found, shards=writer.total)
+
+
+def skipped_by(out: Path, rank: int) -> Path:
+    """Where a process lists the samples that it could not use; the first one's list is that of all in the end."""
+    from dalle_cli.paths import skip_list
+
+    return skip_list(out).with_suffix(f".{rank}.jsonl") if rank else skip_list(out)
+
+
+def lists(out: Path) -> list[Path]:
+    """The lists that are there of all processes but the first."""
+    name = glob.escape(skipped_by(out, 0).stem)
+    return [path for path in out.parent.glob(f"{name}.*.jsonl") if path.suffixes[-2][1:].isdecimal()]
+
+
+def prepare(writer: "ShardWriter", skipped: "SkipLog") -> list[int]:
+    """The shards to write, after what a run of other options left is gone; what earlier runs skipped is known again."""
+    if any(map(writer.has, range(writer.total))):
+        for path in (skipped_by(writer.out, 0), *lists(writer.out)):
+            skipped.load(path)
+    return list(writer.missing())
+
+
+def finish(writer: "ShardWriter", skipped: "SkipLog") -> None:
+    """Put the lists of several processes together."""
+    if others := lists(writer.out):
+        skipped.write(skipped_by(writer.out, 0))
+    for path in others:
+        path.unlink()
 
 
 def encode(dvae: "DVAE", images: Any, machine: "Arithmetic") -> Any:

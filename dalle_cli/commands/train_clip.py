@@ -43,6 +43,7 @@ def run(
     from dalle_cli.models.clip import CLIPConfig
     from dalle_cli.paths import skip_list
     from dalle_cli.training.clip import CLIPTask, CLIPTrain
+    from dalle_cli.training.distributed import joined
     from dalle_cli.training.loop import train
     from dalle_cli.training.run import Run
 
@@ -60,6 +61,9 @@ def run(
         tokenizer=bpe.digest,
     )
     run_ = Run(out, "weights.clip", header, made, force)
-    figures = train(lambda: CLIPTask(model, options, data, bpe, seed, workers), options, run_, machine, seed, fresh)
-    data.skipped.write(skip_list(out))
-    console.result(out, **figures, skipped=data.skipped.summary() or None)
+    with joined(machine.device, options.timeout) as group:
+        figures = train(lambda: CLIPTask(model, options, data, bpe, seed, workers), options, run_, machine, seed, fresh)
+        group.collect(data.skipped)
+    if group.rank == 0:
+        data.skipped.write(skip_list(out))
+        console.result(out, **figures, skipped=data.skipped.summary() or None)

@@ -28,6 +28,7 @@ def run(
     from dalle_cli.devices import arithmetic
     from dalle_cli.models.dvae import DVAEConfig
     from dalle_cli.paths import skip_list
+    from dalle_cli.training.distributed import joined
     from dalle_cli.training.dvae import DVAETask, DVAETrain
     from dalle_cli.training.loop import train
     from dalle_cli.training.run import Run
@@ -40,6 +41,9 @@ def run(
     header = {"model": asdict(model), "train": asdict(options)}
     made = history("train-dvae", {"seed": seed, "dtype": machine.name, "data": asdict(filters)}, dataset=data.digest)
     run_ = Run(out, "weights.dvae", header, made, force)
-    figures = train(lambda: DVAETask(model, options, data, seed, workers), options, run_, machine, seed, fresh)
-    data.skipped.write(skip_list(out))
-    console.result(out, **figures, skipped=data.skipped.summary() or None)
+    with joined(machine.device, options.timeout) as group:
+        figures = train(lambda: DVAETask(model, options, data, seed, workers), options, run_, machine, seed, fresh)
+        group.collect(data.skipped)
+    if group.rank == 0:
+        data.skipped.write(skip_list(out))
+        console.result(out, **figures, skipped=data.skipped.summary() or None)

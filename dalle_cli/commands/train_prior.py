@@ -36,7 +36,7 @@ def run(
     from dalle_cli.artifacts import history, open_artifact
     from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.data.pairs import Pairs
-    from dalle_cli.devices import arithmetic
+    from dalle_cli.devices import arithmetic, rank
     from dalle_cli.models.prior import PriorConfig
     from dalle_cli.training.loop import train
     from dalle_cli.training.prior import PriorTask, PriorTrain
@@ -61,7 +61,9 @@ def run(
     made = history("train-prior", {"seed": seed, "dtype": machine.name}, captions=texts, codes=codes)
     run_ = Run(out, "weights.prior.codes", header, made, force)
     pairs = Pairs(texts, codes)
-    if pairs.unmatched:
+    if pairs.unmatched and rank() == 0:
         console.note(f"{len(pairs)} pictures have captions and codes; {pairs.unmatched} have only one and are left out")
-    figures = train(lambda: PriorTask(model, options, pairs, bpe, seed), options, run_, machine, seed, fresh)
-    console.result(out, **figures)
+    dvae = bundle.find_weights(encoder, out.parent, latents.parent)
+    figures = train(lambda: PriorTask(model, options, pairs, bpe, seed, dvae), options, run_, machine, seed, fresh)
+    if rank() == 0:
+        console.result(out, **figures)

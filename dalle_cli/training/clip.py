@@ -20,6 +20,7 @@ from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.pixels import from_uint8
 from dalle_cli.training.config import TrainConfig
+from dalle_cli.training.distributed import all_rows
 from dalle_cli.training.loop import Batch, mix
 
 VALIDATION_BATCH = 64
@@ -53,19 +54,33 @@ class CLIPTask:
     ):
         self.config, self.options, self.data, self.tokenizer = config, train, data, tokenizer
         self.seed, self.workers, self.captions = seed, workers, data.captions
+        self.rank, self.world = 0, 1
         torch.manual_seed(mix(seed, -1))
         self.model = CLIP(config)
         self.rows, held_out = split(data.ids, train.validation)
         self.held_out = held_out[: train.max_validation]
 
+    def share(self, rank: int, world: int) -> None:
+        """From now on this process embeds its part of each batch alone; the loss is over the embeddings of all."""
+        self.rank, self.world, model = rank, world, self.model
+        image, text = model.encode_image, model.encode_text
+
+        def encode_text(tokens: Tensor, lengths: Tensor) -> Tensor:
+            return all_rows(text(tokens.chunk(world)[rank], lengths.chunk(world)[rank]))
+
+        vars(model)["encode_image"] = lambda pixels: all_rows(image(pixels))
+        vars(model)["encode_text"] = encode_text
+
     def batches(self, start: int) -> Generator[Batch]:
         """Pictures (B, 3, S, S) uint8, tokens (B, T) and lengths (B,) int64, a function of the seed and the update."""
-        o = self.options
-        augment = by_name(o.augment, o.flip)
-        loader = Loader(self.data, self.config.image_size, augment, o.batch_size, self.seed, self.workers, self.rows)
+        o, size = self.options, self.config.image_size
+        augment, part = by_name(o.augment, o.flip), o.batch_size // self.world
+        loader = Loader(
+            self.data, size, augment, part, self.seed, self.workers, self.rows, rank=self.rank, world=self.world
+        )
         for step, batch in enumerate(loader.batches(start), start):
-            rng = np.random.default_rng((self.seed, 2, step))
-            yield (torch.from_numpy(batch.images), *self._tokens(batch.rows, rng.random(len(batch.rows))))
+            picks = np.random.default_rng((self.seed, 2, step)).random(o.batch_size)[self.rank * part :][:part]
+            yield (torch.from_numpy(batch.images), *self._tokens(batch.rows, picks))
 
     def _tokens(self, rows: NDArray[np.int64], picks: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
         """Of each row's captions the one that its pick in [0, 1) chooses: tokens (B, T), lengths (B,), int64."""
@@ -76,6 +91,8 @@ class CLIPTask:
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The contrastive or sigmoid loss of the batch."""
         images, tokens, lengths = batch
+        if self.world > 1:
+            tokens, lengths = all_rows(tokens), all_rows(lengths)
         return self.model.loss(from_uint8(images), tokens, lengths)
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:

@@ -6,6 +6,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.training.schedules import LEARNING_RATES
 
 OPTIMIZERS = ("adamw", "muon")
+PARALLEL = ("replicate", "shard")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -41,14 +42,27 @@ class TrainConfig:
     checkpoint_activations: bool = False  # compute each block again in the backward pass, for less memory
     compile: bool = False  # the loss by torch.compile; needs a C++ compiler, on a GPU Triton
     tensorboard: bool = False  # write the log for TensorBoard, too, into the run's folder
+    parallel: str = "replicate"  # of several processes: each a whole model, or "shard": each a piece of all weights
+    powersgd_rank: int = 0  # of the matrices that gradients travel as, after the warm-up (app. E); 0 = as they are
+    timeout: int = 1800  # seconds that a process waits for the others before it gives up
     save_dtype: str = "float32"  # of the weights at the end; checkpoints keep all bits
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "ema_every", "log_every", "validate_every", "checkpoint_every", "keep"):
+        for name in (
+            "steps",
+            "batch_size",
+            "ema_every",
+            "log_every",
+            "validate_every",
+            "checkpoint_every",
+            "keep",
+            "timeout",
+        ):
             if getattr(self, name) < 1:
                 raise DalleError(f"expected {name} of at least 1, found {getattr(self, name)}; raise it")
         self._check_plateau()
         self._check_accumulate()
+        self._check_parallel()
         if self.optimizer not in OPTIMIZERS:
             raise DalleError(f"expected optimizer among {', '.join(OPTIMIZERS)}, found {self.optimizer!r}")
         if self.save_dtype not in SAVE_DTYPES:
@@ -75,6 +89,14 @@ class TrainConfig:
                 f"expected accumulate to divide batch_size {self.batch_size} into equal parts, "
                 f"found {self.accumulate}; change one of them"
             )
+
+    def _check_parallel(self) -> None:
+        if self.parallel not in PARALLEL:
+            raise DalleError(f"expected parallel among {', '.join(PARALLEL)}, found {self.parallel!r}; pick one")
+        if self.powersgd_rank < 0:
+            raise DalleError(f"expected powersgd_rank of at least 0, found {self.powersgd_rank}; raise it")
+        if self.powersgd_rank and self.parallel == "shard":
+            raise DalleError('expected powersgd_rank = 0 with parallel = "shard", found both; use one of them')
 
     @property
     def schedule_steps(self) -> int:

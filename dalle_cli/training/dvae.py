@@ -20,6 +20,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.pixels import from_uint8, to_uint8
 from dalle_cli.training.config import TrainConfig
+from dalle_cli.training.distributed import from_first
 from dalle_cli.training.loop import Batch, mix
 from dalle_cli.training.schedules import cosine
 
@@ -69,15 +70,21 @@ class DVAETask:
         self.config, self.options, self.data, self.seed, self.workers = config, train, data, seed, workers
         torch.manual_seed(mix(seed, -1))
         self.model = DVAE(config)
-        self.updates = 0
+        self.updates, self.rank, self.world = 0, 0, 1
         self.rows, held_out = split(data.ids, train.validation)
         self.held_out = held_out[: train.max_validation]
 
+    def share(self, rank: int, world: int) -> None:
+        """From now on this process reads its part of the pictures alone."""
+        self.rank, self.world = rank, world
+
     def batches(self, start: int) -> Generator[Batch]:
         """Pictures (B, 3, S, S) uint8, a function of the seed and the update."""
-        o = self.options
-        augment = by_name(o.augment, o.flip)
-        loader = Loader(self.data, self.config.image_size, augment, o.batch_size, self.seed, self.workers, self.rows)
+        o, size = self.options, self.config.image_size
+        augment, part = by_name(o.augment, o.flip), o.batch_size // self.world
+        loader = Loader(
+            self.data, size, augment, part, self.seed, self.workers, self.rows, rank=self.rank, world=self.world
+        )
         for batch in loader.batches(start):
             yield (torch.from_numpy(batch.images),)
 
@@ -88,6 +95,7 @@ class DVAETask:
         images = from_uint8(batch[0])
         if step % o.revive_every == 0:
             self.model.revive(images, generator)
+            from_first(self.model.quantizer.state_dict().values())  # the same codes are moved everywhere
         temperature = cosine(step, o.temperature, o.final_temperature, o.temperature_steps)
         beta = cosine(step, 0.0, o.beta, o.beta_steps)
         return self.model.loss(images, temperature=temperature, beta=beta, generator=generator)

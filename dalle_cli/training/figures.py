@@ -93,3 +93,18 @@ class Meter:
         pace = self.pace()
         memory = {} if pace.memory is None else {"peak_memory": round(pace.memory, 1)}
         return {"seconds": round(self.seconds, 2), "rate": round(pace.rate, 2), **memory}
+
+
+class Silent:
+    """A display of nothing, for all processes but the first."""
+
+    live = False
+
+    def due(self) -> bool:
+        return False
+
+    def tell(self, pace: Pace, /, **figures: object) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass

@@ -5,12 +5,10 @@ number. A checkpoint therefore holds no generator states, and a resumed run is t
 """
 
 import hashlib
-import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -21,11 +19,15 @@ from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.training.blocks import blocks, compiled, recomputed, surround
 from dalle_cli.training.config import TrainConfig
-from dalle_cli.training.figures import Averages, Meter
+from dalle_cli.training.distributed import Alone, Group, Replicas, Shares, joined
+from dalle_cli.training.figures import Averages, Meter, Silent
+from dalle_cli.training.interrupt import Interrupt
 from dalle_cli.training.optim import EMA, load_optimizer_state, optimizer_state, optimizers
+from dalle_cli.training.pieces import whole
 from dalle_cli.training.run import Board, Run
 from dalle_cli.training.scaling import BlockScales
 from dalle_cli.training.schedules import Plateau, learning_rate
+from dalle_cli.training.sharding import Shards
 
 Batch = tuple[Tensor, ...]
 
@@ -33,7 +35,7 @@ Batch = tuple[Tensor, ...]
 class Task(Protocol):
     """What differs between models: data, loss, validation, and the picture that shows how far it has come.
 
-    A task may also be one that `Splits`, `Counts` or `Costs`.
+    A task may also be one that `Splits`, `Shares`, `Counts` or `Costs`.
     """
 
     @property
@@ -87,46 +89,53 @@ def mix(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
-class Interrupt:
-    """Remembers SIGINT and SIGTERM so that an update is finished and a checkpoint written before leaving."""
-
-    def __init__(self) -> None:
-        self.came = False
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """While this lasts, the first signal is remembered and a second one raises KeyboardInterrupt."""
-
-        def remember(number: int, frame: FrameType | None) -> None:
-            if self.came:
-                raise KeyboardInterrupt  # the second time means now
-            self.came = True
-
-        kept = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in kept.items():
-                signal.signal(number, handler)
-
-
 class Trainer:
     """Carries a task from its last checkpoint to its weights."""
 
-    def __init__(self, task: Task, config: TrainConfig, run: Run, machine: Arithmetic, seed: int):
+    def __init__(
+        self, task: Task, config: TrainConfig, run: Run, machine: Arithmetic, seed: int, group: Group | None = None
+    ):
         self.task, self.config, self.run = task, config, run
         self.machine, self.device, self.seed = machine, machine.device, seed
-        self.model = task.model.to(self.device).train()
-        self.optimizers = optimizers(self.model, config)
+        self.group = group or Group()
+        cut = self.group.world > 1 and config.parallel == "shard"  # then nowhere are all weights on the device
+        self.model = (task.model if cut else task.model.to(self.device)).train()
         self.ema = EMA(self.model, config.ema)
+        self.spread = self._spread(cut)
+        self.optimizers = optimizers(self.model, config)
         self.step = 0
         c = config
         self.plateau = Plateau(c.plateau_figure, c.plateau_patience, c.plateau_factor, c.plateau_least)
         self.logged, self.validated = Averages(), Averages()  # since the last row of the log, since the last validation
-        self.meter = Meter(machine, task.flops() if isinstance(task, Costs) else None, config.log_every)
+        flops = task.flops() / self.group.world if isinstance(task, Costs) else None
+        self.meter = Meter(machine, flops, config.log_every)
         self.board: Board | None = None
         self.scales: BlockScales | None = None
         self._surround()  # after the average was made, which is a plain model
+
+    def _spread(self, cut: bool) -> Alone:
+        """How the weights lie in the processes that there are.
+
+        Raises:
+            DalleError: a loss that takes the whole batch, or settings that do not go together.
+        """
+        c, world = self.config, self.group.world
+        if world == 1:
+            return Alone(self.task, self.group)
+        refusals = {
+            f"{world} equal parts of batch_size {c.batch_size}": c.batch_size % (world * c.accumulate),
+            "one process for a loss that takes the whole batch": not isinstance(self.task, (Splits, Shares)),
+            "compile = false for weights in shards": cut and c.compile,
+            "powersgd_rank = 0 in float16": c.powersgd_rank and self.machine.dtype == torch.float16,
+        }
+        for wanted, refused in refusals.items():
+            if refused:
+                raise DalleError(f"expected {wanted}, found {world} processes; change one of them")
+        if cut:
+            return Shards(self.task, self.group, self.ema.model, self.device)
+        if isinstance(self.task, Shares):
+            self.task.share(self.group.rank, world)
+        return Replicas(self.task, self.group, c.powersgd_rank, c.warmup)
 
     def _surround(self) -> None:
         """What the settings put around the model's blocks and around its loss.
@@ -151,12 +160,20 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
-        self.run.sweep()
-        found = self.run.latest()
+        found = None
+
+        def look() -> tuple[bool, float]:
+            nonlocal found
+            self.run.sweep()
+            found = self.run.latest()
+            return found is not None, self.run.rewind_log(found[0] if found else -1)
+
+        there, seconds = self.group.first(look)
+        found = found if self.group.rank == 0 else self.run.latest() if there else None
         if found is None:
-            self.run.rewind_log(-1)
             return
         self.step, tensors = found
+        tensors = self.spread.read(self.run, self.step, tensors)
         self.model.load_state_dict(_part(tensors, "model"))
         self.ema.model.load_state_dict(_part(tensors, "ema"))
         load_optimizer_state(self.model, self.optimizers, _part(tensors, "optimizer"))
@@ -165,8 +182,8 @@ class Trainer:
         self.plateau.load(_part(tensors, "loop/plateau"))
         if self.scales:
             self.scales.load(_part(tensors, "loop/scales"))
-        self.meter.seconds = self.run.rewind_log(self.step)
-        console.note(f"resuming from update {self.step}")
+        self.meter.seconds = seconds
+        self._note(f"resuming from update {self.step}")
 
     def save(self) -> None:
         """Write a checkpoint: weights, their average, the optimisers' state, and what the loop itself remembers."""
@@ -180,7 +197,7 @@ class Trainer:
             "loop/scales": self.scales.state() if self.scales else {},
         }
         tensors = {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
-        self.run.save_checkpoint(self.step, tensors, self.config.keep)
+        self.spread.write(self.run, self.step, tensors, self.config.keep)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update of the weights; the figures to log."""
@@ -190,9 +207,9 @@ class Trainer:
             group["lr"] = rate
         figures = self._gradients(tuple(t.to(self.device, non_blocking=True) for t in batch))
         if self.scales:
-            self.scales.unscale()
+            self.scales.unscale(self.spread.overflowed)
         if c.clip_norm:
-            figures["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)
+            figures["grad_norm"] = whole(nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
@@ -201,20 +218,31 @@ class Trainer:
         return {**figures, "lr": torch.tensor(rate)}
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients of a batch, computed whole or in parts; loss and figures."""
-        c = self.config
+        """Gradients of a batch, computed whole or in parts, by one process or several; loss and figures."""
         self.model.zero_grad()
-        parts, figures = [batch], Averages()
-        if c.accumulate > 1:
-            assert isinstance(self.task, Splits)
-            parts = self.task.split(batch, c.accumulate, self.step, self._seeded(self.step))
-        for number, part in enumerate(parts):
-            generator = self._seeded(self.step, *([number] if len(parts) > 1 else []))
-            with self._autocast():
-                loss, told = self.task.loss(part, self.step, generator)
-            (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
+        parts, figures = self._parts(batch), Averages()
+        for number, part in parts.items():
+            generator = self._seeded(self.step, *([] if number is None else [number]))
+            with self.spread.part(figures.count + 1 == len(parts)):
+                with self._autocast():
+                    loss, told = self.spread.loss(part, self.step, generator)
+                (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
             figures.add({"loss": loss.detach(), **{k: v.detach() for k, v in told.items()}})
-        return {name: total / len(parts) for name, total in figures.sums.items()}
+        self.spread.settle()
+        return self.group.means({name: total / len(parts) for name, total in figures.sums.items()})
+
+    def _parts(self, batch: Batch) -> dict[int | None, Batch]:
+        """What this process computes of a batch, by the parts' numbers in the whole of it; None if that is all."""
+        here, world = self.config.accumulate, self.group.world
+        if here * world == 1:
+            return {None: batch}
+        shares = isinstance(self.task, Shares)  # then the batch is this process's part already
+        n_parts, first = here if shares else here * world, self.group.rank * here
+        parts = [batch]
+        if n_parts > 1:
+            assert isinstance(self.task, Splits)
+            parts = self.task.split(batch, n_parts, self.step, self._seeded(self.step))
+        return dict(zip(range(first, first + here), parts if shares else parts[first : first + here], strict=True))
 
     def _seeded(self, *numbers: int) -> torch.Generator:
         """Torch's own generators and one for the task, as these numbers have them."""
@@ -227,22 +255,29 @@ class Trainer:
         return nullcontext() if self.scales else self.machine.autocast()
 
     def _figures(self) -> dict[str, float]:
-        with torch.no_grad(), self.machine.autocast():
-            return self.task.validate(self.ema.model, self.device)
+        def validate() -> dict[str, float]:
+            with torch.no_grad(), self.machine.autocast():
+                return self.task.validate(self.ema.model, self.device)
+
+        return validate() if self.spread.cut else self.group.first(validate)  # what lies in pieces, all compute
 
     def validate(self) -> dict[str, float]:
         """Figures of the averaged weights on held-out data, logged; and a picture of them."""
         figures = self._figures()
-        with torch.no_grad(), self.machine.autocast():
-            self.task.sheet(self.ema.model, self.device, self.run.folder / "samples" / f"{self.step:08d}.png")
+        if not self.spread.cut:
+            self.group.first(self._sheet)
         self._write({"step": self.step, "seconds": round(self.meter.seconds, 2), "validation": figures})
         self._see({"loss": self.validated.take()["loss"], **figures})
         return figures
 
+    def _sheet(self) -> None:
+        with torch.no_grad(), self.machine.autocast():
+            self.task.sheet(self.ema.model, self.device, self.run.folder / "samples" / f"{self.step:08d}.png")
+
     def _see(self, figures: dict[str, float]) -> None:
         """Let the plateau see a validation, `loss` being that of training; the warm-up tells nothing of one."""
         if self.config.schedule == "plateau" and self.step > self.config.warmup and self.plateau.see(figures):
-            console.note(f"{self.plateau.figure} has stopped falling: from here lr times {self.plateau.share:.4g}")
+            self._note(f"{self.plateau.figure} has stopped falling: from here lr times {self.plateau.share:.4g}")
 
     def train(self) -> dict[str, float]:
         """Train to the end and write the weights; the last validation's figures."""
@@ -250,9 +285,9 @@ class Trainer:
         last: dict[str, float] = {}
         with ExitStack() as stack:
             stack.enter_context(interrupt.watching())
-            if c.tensorboard:
+            if c.tensorboard and self.group.rank == 0:
                 self.board = stack.enter_context(closing(Board(self.run, self.step)))
-            display = stack.enter_context(console.training(f"train {self.run.name}", c.steps, self.step))
+            display = stack.enter_context(self._display())
             if display.live:
                 self.meter.measure_machine()
             batches = stack.enter_context(closing(self.task.batches(self.step)))
@@ -264,14 +299,25 @@ class Trainer:
                     last = self.validate()
                     display.tell(self.meter.pace(), **last)
                 display.advance()
-                if interrupt.came or self.step % c.checkpoint_every == 0 or self.step == c.steps:
+                stops = self.group.any(interrupt.came)
+                if stops or self.step % c.checkpoint_every == 0 or self.step == c.steps:
                     self.logged.check(self.step)
                     self.save()
-                if interrupt.came:
-                    console.note(f"stopped after update {self.step}; the same command goes on from here")
+                if stops:
+                    self._note(f"stopped after update {self.step}; the same command goes on from here")
                     raise KeyboardInterrupt
-        self.run.save_weights(stored_as(self.ema.model.state_dict(), c.save_dtype))
+        self._finish()
         return last or self._figures()
+
+    def _finish(self) -> None:
+        """Write what the run was for."""
+        weights = self.spread.weights(self.ema.model.state_dict())
+        self.group.first(lambda: self.run.save_weights(stored_as(weights, self.config.save_dtype)))
+
+    def _display(self) -> AbstractContextManager[console.Display]:
+        if self.group.rank:
+            return nullcontext(Silent())
+        return console.training(f"train {self.run.name}", self.config.steps, self.step)
 
     def _advance(self, batches: Iterator[Batch], display: console.Display) -> None:
         """One update, timed, logged and shown."""
@@ -283,19 +329,26 @@ class Trainer:
         logs = self.step % self.config.log_every == 0 or self.step == self.config.steps
         means: dict[str, float] = {}
         if logs or display.due():
-            self.logged.check(self.step)
+            if logs or self.group.world == 1:  # a fault that one process finds alone, the others do not know of
+                self.logged.check(self.step)
             means = self.logged.take() if logs else self.logged.means()  # waits for the device
         units = self.task.units(batch) if isinstance(self.task, Counts) else ("pictures", len(batch[0]))
-        self.meter.add(time.monotonic() - began, *units)
+        read = self.group.world if isinstance(self.task, Shares) else 1
+        self.meter.add(time.monotonic() - began, units[0], units[1] * read)
         if logs:
             self._write({"step": self.step, **means, **self.meter.row()})
         if means:
             display.tell(self.meter.pace(), **{k: v for k, v in means.items() if k != "lr"})
 
     def _write(self, row: dict[str, object]) -> None:
-        self.run.log(row)
+        if self.group.rank == 0:
+            self.run.log(row)
         if self.board:
             self.board.write(row)
+
+    def _note(self, text: str) -> None:
+        if self.group.rank == 0:
+            console.note(text)
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -315,15 +368,21 @@ def train(
     """Train a task from its last checkpoint to its end; the last validation's figures, none if it was finished before.
 
     Raises:
-        DalleError: checkpoints of another run, a full disk, or a loss that is no longer finite.
+        DalleError: checkpoints of another run, a full disk, a loss that is no longer finite, or another process gone.
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint has been written.
     """
     run.check()
-    if fresh:
-        run.start_over()
-    elif run.finished():
+    with joined(machine.device, config.timeout) as group:
+        if fresh:
+            group.first(run.start_over)
+        elif group.first(lambda: _left_alone(run)):
+            return {}
+        trainer = Trainer(build(), config, run, machine, seed, group)
+        trainer.resume()
+        return trainer.train()
+
+
+def _left_alone(run: Run) -> bool:
+    if done := run.finished():
         console.note(f"{run.out.name} is finished, by this config and these inputs: left alone (--fresh starts over)")
-        return {}
-    trainer = Trainer(build(), config, run, machine, seed)
-    trainer.resume()
-    return trainer.train()
+    return done

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
 from dalle_cli.training.config import TrainConfig
+from dalle_cli.training.pieces import local
 
 
 def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -57,8 +58,8 @@ class EMA:
     def update(self, model: nn.Module, count: int) -> None:
         """Take the model's weights into the average for the `count`-th time, counted from 0; buffers are copied."""
         decay = min(self.decay, (1 + count) / (10 + count))
-        ours: list[Tensor] = list(self.model.parameters())
-        theirs: list[Tensor] = list(model.parameters())
+        ours: list[Tensor] = [local(p) for p in self.model.parameters()]
+        theirs: list[Tensor] = [local(p) for p in model.parameters()]
         torch._foreach_lerp_(ours, theirs, 1 - decay)
         for mine, other in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(other)

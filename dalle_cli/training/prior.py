@@ -14,11 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dalle_cli import load
+from dalle_cli.artifacts import Artifact
 from dalle_cli.data.order import Order
 from dalle_cli.data.pairs import Ints, Pairs
+from dalle_cli.data.sheet import sheet
 from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.errors import DalleError
+from dalle_cli.models.pixels import to_uint8
 from dalle_cli.models.prior import Prior, PriorConfig, drop_captions
+from dalle_cli.sampling.autoregressive import sample_codes
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.loop import Batch, mix
 
@@ -41,19 +46,32 @@ class PriorTrain(TrainConfig):
     ema_every: int = 25
     bpe_dropout: float = 0.1
     caption_dropout: float = 0.0  # 0.1 trains for guidance
+    sheet_prompts: int = 12  # held-out captions that are drawn at each validation, if the dVAE is there; 0 = none
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("bpe_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DalleError(f"expected {name} in [0, 1], found {getattr(self, name)}")
+        if self.sheet_prompts < 0:
+            raise DalleError(f"expected sheet_prompts of at least 0, found {self.sheet_prompts}; raise it")
 
 
 class PriorTask:
     """Captions and codes joined by id; each epoch draws one caption and one grid of codes of each id anew."""
 
-    def __init__(self, config: PriorConfig, train: PriorTrain, pairs: Pairs, tokenizer: Tokenizer | None, seed: int):
+    def __init__(
+        self,
+        config: PriorConfig,
+        train: PriorTrain,
+        pairs: Pairs,
+        tokenizer: Tokenizer | None,
+        seed: int,
+        dvae: Artifact | None = None,
+    ):
+        """`dvae` are the weights that made the codes, for pictures on the way."""
         self.config, self.options, self.pairs, self.tokenizer, self.seed = config, train, pairs, tokenizer, seed
+        self.dvae = dvae
         torch.manual_seed(mix(seed, -1))
         self.model = Prior(config)
         self.places, self.held_out = pairs.split(train.validation)
@@ -137,4 +155,16 @@ class PriorTask:
         return {"image_nats": image / len(places), "text_nats": text / max(tokens_seen, 1)}
 
     def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
-        """Codes are no picture; `sample` and `decode` draw."""
+        """What the first held-out captions, always the same ones, look like by now; nothing without a dVAE."""
+        assert isinstance(model, Prior)
+        places = self.held_out[: self.options.sheet_prompts]
+        if self.dvae is None or not len(places):
+            return
+        captions, _ = self.pairs.draw(places, np.zeros((len(places), 2)))
+        tokens, lengths = map(torch.from_numpy, self.pairs.tokens(captions))
+        with torch.autocast(device.type, enabled=False):
+            codes = sample_codes(model, tokens, lengths, range(len(places)), self.seed)
+            pixels = to_uint8(load.dvae(self.dvae, device).decode(codes)).cpu().numpy()
+        texts = self.pairs.captions.strings("text")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet(list(pixels), [texts[int(row)] for row in captions], title="held-out captions").save(path)

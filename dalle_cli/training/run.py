@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,12 @@ LATER = {
     "checkpoint_activations": False,
     "compile": False,
     "tensorboard": False,
+    "parallel": "replicate",
+    "powersgd_rank": 0,
+    "timeout": 1800,
 }
-ASIDE = ("tensorboard",)  # settings that change nothing but what is shown: a run is the same with and without
+# What does not change what is computed: a run is the same without.
+ASIDE = ("tensorboard", "parallel", "timeout", "sheet_prompts")
 
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
@@ -102,10 +107,26 @@ class Run:
             *self.out.parent.glob(f".{glob.escape(self.out.name)}.*.part"),
         ):
             cut.unlink(missing_ok=True)
+        whole = {path.with_suffix(".shards") for path in self.checkpoints()}
+        for folder in set(self.folder.glob("checkpoint-*.shards")) - whole:
+            shutil.rmtree(folder)
 
     def checkpoints(self) -> list[Path]:
         """All that are kept, oldest first."""
         return sorted(self.folder.glob("checkpoint-*.safetensors"))
+
+    def checkpoint(self, step: int) -> Path:
+        """The file of the state after `step` updates."""
+        return self.folder / f"checkpoint-{step:08d}.safetensors"
+
+    def shards(self, step: int) -> Path:
+        """The folder beside it, for what each of several processes writes by itself, before the file."""
+        return self.checkpoint(step).with_suffix(".shards")
+
+    @staticmethod
+    def is_whole(names: Iterable[str]) -> bool:
+        """Whether a checkpoint's file holds all tensors, not only those that are never cut into pieces."""
+        return any(name.startswith("model/") for name in names)
 
     def latest(self) -> tuple[int, dict[str, Tensor]] | None:
         """The last whole checkpoint of this run: updates done, and its tensors.
@@ -118,6 +139,8 @@ class Run:
                 found = open_artifact(path, "checkpoint")
             except DalleError:
                 continue  # a broken one: the one before it serves
+            if not self.is_whole(found.headers[0].tensors) and not path.with_suffix(".shards").is_dir():
+                continue
             config, step = dict(found.config), found.fact("step", int)
             config.pop("step")
             if not self._same(found, config):
@@ -134,10 +157,31 @@ class Run:
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], keep: int) -> None:
         """Write the state after `step` updates, and remove all but the last `keep`."""
-        path = self.folder / f"checkpoint-{step:08d}.safetensors"
-        save_tensors(path, "checkpoint", tensors, {**self.config, "step": step}, self.history, force=True)
+        self._save_checkpoint(self.checkpoint(step), step, tensors)
         for old in self.checkpoints()[:-keep]:
             old.unlink()
+            shutil.rmtree(old.with_suffix(".shards"), ignore_errors=True)
+
+    def _save_checkpoint(self, path: Path, step: int, tensors: dict[str, Tensor]) -> None:
+        save_tensors(path, "checkpoint", tensors, {**self.config, "step": step}, self.history, force=True)
+
+    def clear(self, folder: Path) -> None:
+        """An empty folder for pieces; what a killed run left in it is gone."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    def save_own(self, step: int, rank: int, tensors: dict[str, Tensor]) -> None:
+        """Write what the process of this number alone remembers after `step` updates."""
+        self._save_checkpoint(self._own(step, rank), step, tensors)
+
+    def own(self, step: int, rank: int, world: int) -> dict[str, Tensor]:
+        """What `save_own` wrote; nothing if that were not as many processes."""
+        if not self._own(step, world - 1).exists() or self._own(step, world).exists():
+            return {}
+        return load_tensors(open_artifact(self._own(step, rank), "checkpoint"))
+
+    def _own(self, step: int, rank: int) -> Path:
+        return self.shards(step) / f"own-{rank:05d}.safetensors"
 
     def save_weights(self, tensors: dict[str, Tensor]) -> None:
         """Write what the run was for."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
 from dalle_cli.training.blocks import blocks, surround
+from dalle_cli.training.pieces import local
 
 FIRST, LEAST, MOST = 13.0, 7.0, 24.0  # log2 of a scale at the beginning and of its bounds
 RISE = 1 / 1000  # added to log2 of a scale after an update of finite gradients
@@ -88,17 +89,19 @@ class BlockScales:
         return wrap
 
     @torch.no_grad()
-    def unscale(self) -> None:
+    def unscale(self, agreed: Callable[[Tensor], Tensor] = lambda flags: flags) -> None:
         """Divide the blocks' gradients by their scales, drop those of blocks that overflowed, and move the scales.
 
-        A block whose gradients are dropped is not updated this time.
+        A block whose gradients are dropped is not updated this time. `agreed` makes the flags of blocks that overflowed
+        here, (n,) bool, those of all processes, where each has but a piece of the gradients.
 
         Raises:
             DalleError: a block has had no finite gradient for long.
         """
-        grads = [[p.grad for p in block.parameters() if p.grad is not None] for block in self.blocks.values()]
+        told = [[local(p.grad) for p in block.parameters() if p.grad is not None] for block in self.blocks.values()]
+        grads = [[grad for grad in block if grad.numel()] for block in told]  # a process may have no piece of a weight
         largest = [torch.stack(torch._foreach_norm(g, math.inf)).sum() if g else self.log2.new_zeros(()) for g in grads]
-        finite = torch.isfinite(torch.stack(largest)).tolist()  # the one wait for the device
+        finite = (~agreed(~torch.isfinite(torch.stack(largest)))).tolist()  # the one wait for the device
         scales = self.log2.exp2()
         moves = []
         for index, (good, block) in enumerate(zip(finite, self.blocks.values(), strict=True)):
