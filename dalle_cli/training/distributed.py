@@ -25,7 +25,7 @@ from dalle_cli.training.run import Run
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
-WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "timed out")
+WORDS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out", "application timeout")
 
 
 class Lost(DalleError):
