@@ -11,13 +11,14 @@ PINS := -c constraints.txt -c tests/bench/constraints.txt
 BENCH ?= -o out/bench.md
 
 TOOLS := DALLE=$(CURDIR)/$(BIN)/dalle PY=$(CURDIR)/$(BIN)/python
+JOBS := $(shell $(PYTHON) -c "import os; print(min(3, os.cpu_count() or 1))")
 SHARE := $(shell $(PYTHON) -c "import os; print(max(1, (os.cpu_count() or 1) // 3))")
 
 .PHONY: pipelines pipeline-shapes pipeline-emoji test test-all lint types bench docs clean
 
-# Up to three stages run side by side, each on a share of the cores: models this small use more threads badly.
+# Up to three stages run side by side, no more than there are cores: models this small use more threads badly.
 pipelines: $(READY)
-	OMP_NUM_THREADS=$(SHARE) $(MAKE) --no-print-directory -j3 pipeline-shapes pipeline-emoji
+	OMP_NUM_THREADS=$(SHARE) $(MAKE) --no-print-directory -j$(JOBS) pipeline-shapes pipeline-emoji
 	@echo && cat recipes/shapes/build/accuracy.txt
 	@echo "Look at recipes/shapes/build/sheet.png and recipes/emoji/build/small/sheet.png"
 
