@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_cli import console
-from dalle_cli.devices import Arithmetic
+from dalle_cli.devices import Arithmetic, keep_freed_memory
 from dalle_cli.errors import DalleError
 from dalle_cli.training.blocks import blocks, compiled, recomputed, surround
 from dalle_cli.training.config import TrainConfig
@@ -98,6 +98,8 @@ class Trainer:
         self.task, self.config, self.run = task, config, run
         self.machine, self.device, self.seed = machine, machine.device, seed
         self.group = group or Group()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         cut = self.group.world > 1 and config.parallel == "shard"  # then nowhere are all weights on the device
         self.model = (task.model if cut else task.model.to(self.device)).train()
         self.ema = EMA(self.model, config.ema)
