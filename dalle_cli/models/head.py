@@ -73,7 +73,7 @@ def _quick_float32(on: bool) -> Iterator[None]:
     matrices' are under autocast, and the results are not.
     """
     products = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and later
-    if not on or products is None:
+    if not on or products is None or torch.compiler.is_compiling():
         yield
         return
     kept, products.fp32_precision = products.fp32_precision, "bf16"

@@ -100,7 +100,7 @@ class ModernBlock(nn.Module):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
-        width, hidden = config.n_embd, 32 * round(config.n_embd / 12)  # three matrices as large as the paper's two
+        width, hidden = config.n_embd, 32 * max(1, round(config.n_embd / 12))  # three matrices as large as two of 4 C
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.sharpness = nn.Parameter(torch.ones(config.n_head))  # of attention, whose queries and keys have length 1
         self.attention_out = nn.Linear(width, width, bias=False)
