@@ -92,7 +92,7 @@ Sets = Annotated[
 ]
 
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option(metavar="NAME", help="Arithmetic: auto, bfloat16 or float32.")]
+Dtype = Annotated[str, typer.Option(metavar="NAME", help="Arithmetic: auto, bfloat16, float16 or float32.")]
 Seed = Annotated[
     int, typer.Option(metavar="N", callback=_check_seed, help="Same inputs, same seed, same machine: same bytes.")
 ]

@@ -39,7 +39,8 @@ PRIOR_MODEL = {
     "grid": 32, "attention": "sparse", "conv_kernel": 11, "text_weight": 1 / 8,
 }  # fmt: skip
 PRIOR_TRAIN = {
-    "steps": 430_000, "batch_size": 1024, "lr": 4.5e-4, "final_lr": 4.5e-4 / 2**5, "warmup": 5000, "beta1": 0.9,
+    "steps": 430_000, "batch_size": 1024, "lr": 4.5e-4, "schedule": "plateau", "plateau_factor": 0.5,
+    "plateau_least": 1 / 2**5, "parallel": "shard", "warmup": 5000, "beta1": 0.9,
     "beta2": 0.96, "eps": 1e-8, "weight_decay": 4.5e-2, "clip_norm": 4.0, "ema": 0.99, "ema_every": 25,
     "bpe_dropout": 0.1, "caption_dropout": 0.0,
 }  # fmt: skip
