@@ -4,8 +4,11 @@ import ctypes
 import os
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -114,6 +117,24 @@ def arithmetic(device: str, dtype: str) -> Arithmetic:
     """
     where = select_device(device)
     return Arithmetic(where, select_dtype(dtype, where))
+
+
+def compiled(function: Callable[..., Any], graphs: bool = False) -> Callable[..., Any]:
+    """A function by torch.compile, with CUDA graphs if asked for; what goes wrong with the compiler is one line."""
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
+    fast = torch.compile(function, mode="reduce-overhead" if graphs else None)
+
+    def call(*args: Any, **named: Any) -> Any:
+        # numbers that change with the call go in as tensors: as constants each would be compiled for itself
+        tensors = {k: torch.tensor(v) if isinstance(v, float) else v for k, v in named.items()}
+        try:
+            return fast(*args, **tensors)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            found = str(error).strip().splitlines()[0]
+            advice = "install g++ (Triton for a GPU), or leave it out"
+            raise DalleError(f"expected a compiler for what is to be compiled, found {found}; {advice}") from None
+
+    return call
 
 
 def peak_memory(device: torch.device) -> float | None:

@@ -5,7 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models.attention import KINDS, LayerCache, Pattern, layer_kinds
+from dalle_cli.models import attention
+from dalle_cli.models.attention import KINDS, Pattern, layer_kinds
+from dalle_cli.models.cache import LayerCache, StaticLayerCache
 from reference import prior as reference
 
 CPU = torch.device("cpu")
@@ -148,7 +150,9 @@ def test_mask_made_while_sampling_can_train():
 @pytest.mark.parametrize(("grid", "kernel"), [(4, 3), (3, 7), (6, 5)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("candidates", [1, 3])
-def test_cache_equals_masked_attention(kind, grid, kernel, candidates):
+@pytest.mark.parametrize("made", [LayerCache, StaticLayerCache])
+def test_cache_equals_masked_attention(monkeypatch, made, kind, grid, kernel, candidates):
+    monkeypatch.setattr(attention, "BLOCK", 5)  # so that codes see several blocks of a full cache, and a part of one
     generator = torch.Generator().manual_seed(0)
     pattern = Pattern(kind, 3, grid, kernel)
     prompts, n = 2, 3 + grid**2
@@ -158,11 +162,11 @@ def test_cache_equals_masked_attention(kind, grid, kernel, candidates):
     mask = torch.tensor([[reference.sees(kind, 3, grid, kernel, i, j) for j in range(n)] for i in range(n)])
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     torch.testing.assert_close(pattern.attend(q, k, v), expected, rtol=0, atol=1e-12)
-    cache = LayerCache(pattern, k[::candidates, :, :4], v[::candidates, :, :4], candidates)
+    cache = made(pattern, k[::candidates, :, :4], v[::candidates, :, :4], candidates)
     for _ in range(2):  # the second time over what the first has left in the buffers
         for j in range(grid**2 - 1):
             at = slice(4 + j, 5 + j)
-            y = cache.attend(j, q[:, :, at], k[:, :, at], v[:, :, at])
+            y = cache.attend(j if made is LayerCache else torch.tensor(j), q[:, :, at], k[:, :, at], v[:, :, at])
             torch.testing.assert_close(y, expected[:, :, at], rtol=0, atol=1e-12)
 
 

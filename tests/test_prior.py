@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models.prior import Prior, PriorConfig, Prompt, drop_captions
+from dalle_cli.models.cache import Prompt
+from dalle_cli.models.prior import Prior, PriorConfig, drop_captions
 from reference import prior as reference
 
 SMALL = PriorConfig(n_layer=3, n_head=2, n_embd=16, n_text_vocab=11, n_text=6, n_image_vocab=13, grid=4, conv_kernel=3)
@@ -132,12 +133,15 @@ def test_first_code_comes_from_the_image_head():
     torch.testing.assert_close(model.prefill(tokens, lengths).logits, first, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, {"n_layer": 6, "conv_kernel": 7}, {"grid": 1}])
-def test_cached_logits_equal_uncached(changes):
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention": "full"}, {"n_layer": 6, "conv_kernel": 7}, {"grid": 1}, {"block": "modern"}]
+)
+def test_cached_logits_equal_uncached(changes, static):
     model = build(**changes)
     tokens, lengths, codes = batch(model.config)
     expected = model(tokens, lengths, codes)[1]
-    cache = model.cache(model.prefill(tokens, lengths))
+    cache = model.cache(model.prefill(tokens, lengths), static=static)
     for _ in range(2):
         logits = [cache.logits]
         logits += [model.step(code, cache) for code in codes.flatten(1)[:, :-1].unbind(1)]

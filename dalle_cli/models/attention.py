@@ -1,8 +1,7 @@
 """Which positions of the stream attend to which, for the token prior (Ramesh et al. 2021, app. B.1, fig. 11).
 
 The stream is a start-of-text embedding, T caption positions, then the codes of a W x W grid in raster order, except the
-last code, which nothing reads. L = 1 + T + W*W - 1 positions; B batch, P prompts, K candidates of each prompt
-(B = P*K, prompts first), N heads, D head width.
+last code, which nothing reads. L = 1 + T + W*W - 1 positions; B batch, N heads, D head width.
 """
 
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from dalle_cli.models.local_attention import (
 
 LONG_STREAM = 512  # positions; beyond, the weights of every head take more memory than they save time
 LOCAL_GAIN = 1.5  # times that the stream must be longer than what a row sees, for gathering keys row by row to pay
+BLOCK = 128  # codes of a "full" cache that lie together
 KINDS = ("full", "row", "column", "conv")
 
 
@@ -124,26 +124,41 @@ class Pattern:
             return min(self.offsets[-1] + 1, n_codes)
         return self.grid**2 if self.kind == "column" else n_codes
 
-    def slot(self, position: int) -> int:
-        """Where a cache keeps code `position`: a ring, or column after column so that a column is one slice."""
+    @property
+    def block_size(self) -> int:
+        """Slots of a cache that lie together: a column, some of all codes, or all slots."""
         if self.kind == "column":
-            row, column = divmod(position, self.grid)
-            return column * self.grid + row
-        return position % self.n_slots
+            return self.grid
+        return min(self.n_slots, BLOCK) if self.kind == "full" else self.n_slots
 
-    def visible(self, position: int) -> slice:
-        """The slots that code `position` sees, itself already stored; of these "conv" hides some by `ring_bias`."""
+    def slot(self, position: int) -> tuple[int, int]:
+        """Where a cache keeps code `position`, as block and slot: in a ring, in its column, or in raster order."""
         if self.kind == "column":
             row, column = divmod(position, self.grid)
-            return slice(column * self.grid, column * self.grid + row + 1)
-        return slice(0, min(position + 1, self.n_slots))
+            return column, row
+        return divmod(position, self.block_size) if self.kind == "full" else (0, position % self.n_slots)
+
+    def visible(self, position: int) -> tuple[range, int]:
+        """The blocks that code `position` sees, itself already stored, and how many of their slots from the first on.
+
+        Of these "conv" hides some by `ring_bias`.
+        """
+        block, slot = self.slot(position)
+        if self.kind == "column":
+            return range(block, block + 1), slot + 1
+        return range(block + 1), min(position + 1, self.n_slots)
+
+    def allowed(self, device: torch.device) -> Tensor:
+        """Whether a code sees what was stored so many codes before it, by age: (n_slots,) bool; of "column" all."""
+        ages = torch.arange(self.n_slots, device=device)
+        return torch.isin(ages, torch.tensor(self.offsets, device=device)) if self.kind == "conv" else ages >= 0
 
     def ring_bias(self, like: Tensor) -> Tensor | None:
         """What "conv" adds to its ring's scores, by position modulo the ring's size: (n_slots, n_slots) 0 or -inf."""
         if self.kind != "conv":
             return None
         place = torch.arange(self.n_slots, device=like.device)
-        seen = torch.isin((place[:, None] - place) % self.n_slots, torch.tensor(self.offsets, device=like.device))
+        seen = self.allowed(like.device)[(place[:, None] - place) % self.n_slots]
         return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen, float("-inf"))
 
 
@@ -169,44 +184,3 @@ def _stream_bias(pattern: Pattern, device: torch.device, dtype: torch.dtype) -> 
     with torch.inference_mode(False):
         hidden = ~_stream_mask(pattern, device)
         return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, float("-inf"))
-
-
-class LayerCache:
-    """Keys and values of one layer while codes are drawn: the caption's, shared by its candidates, and the codes'.
-
-    The buffers are allocated once and hold no more of the codes than the pattern can still see.
-    """
-
-    def __init__(self, pattern: Pattern, text_keys: Tensor, text_values: Tensor, candidates: int) -> None:
-        """Caption keys and values (P, N, 1 + T, D)."""
-        self.pattern = pattern
-        self.n_prompts, self.n_head = text_keys.shape[:2]
-        self.candidates = candidates
-        self.text_keys, self.text_values = text_keys.flatten(0, 1), text_values.flatten(0, 1)
-        n_rows = self.n_prompts * self.n_head * candidates
-        self.keys = text_keys.new_zeros(n_rows, pattern.n_slots, text_keys.shape[-1])
-        self.values = torch.zeros_like(self.keys)
-        self.bias = pattern.ring_bias(text_keys)
-
-    def attend(self, position: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store code `position` and attend from it, three times (B, N, 1, D) -> (B, N, 1, D)."""
-        q, k, v = self._rows(q * q.shape[-1] ** -0.5), self._rows(k), self._rows(v)
-        slot, seen = self.pattern.slot(position), self.pattern.visible(position)
-        self.keys[:, slot] = k
-        self.values[:, slot] = v
-        keys, values = self.keys[:, seen], self.values[:, seen]
-        n_text = self.text_keys.shape[1]
-        # one product for all candidates of a prompt over the caption, one for each row over its own codes
-        text_scores = torch.bmm(q.view(-1, self.candidates, q.shape[-1]), self.text_keys.mT).view(q.shape[0], n_text)
-        scores = torch.bmm(q[:, None], keys.mT)[:, 0]
-        if self.bias is not None:
-            scores = scores + self.bias[position % self.pattern.n_slots, seen]
-        weights = torch.softmax(torch.cat([text_scores, scores], dim=-1), dim=-1)
-        text_weights = weights[:, :n_text].view(-1, self.candidates, n_text)
-        y = torch.bmm(text_weights, self.text_values).view(q.shape) + torch.bmm(weights[:, None, n_text:], values)[:, 0]
-        y = y.view(self.n_prompts, self.n_head, self.candidates, -1).transpose(1, 2)
-        return y.reshape(-1, self.n_head, 1, y.shape[-1])
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """(P*K, N, 1, D) -> (P*N*K, D), so that a prompt's candidates lie together under each head."""
-        return x.reshape(self.n_prompts, self.candidates, self.n_head, -1).transpose(1, 2).reshape(-1, x.shape[-1])

@@ -48,10 +48,13 @@ def _lowered(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def head_logits(head: nn.Linear, x: Tensor) -> Tensor:
-    """Logits in at least 32 bits, even where the other matrix products run in 16 (2021, app. D)."""
+def head_logits(head: nn.Module, x: Tensor) -> Tensor:
+    """Logits in at least 32 bits, even where the other matrix products run in 16 (2021, app. D).
+
+    Those of a packed head have been rounded to its own precision.
+    """
     with torch.autocast(x.device.type, enabled=False):
-        logits: Tensor = head(x.to(head.weight.dtype))
+        logits: Tensor = head(x.to(head.weight.dtype) if isinstance(head, nn.Linear) else x)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

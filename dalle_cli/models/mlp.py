@@ -1,6 +1,6 @@
 """The paper's MLP, which keeps what it computed before the GELU and not what came after."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """layer(gelu(x)): (..., H) -> (..., C); the GELU is computed again in the backward pass, which costs little."""
+    if not torch.is_grad_enabled():
+        return cast(Tensor, layer(F.gelu(x)))
     y: Tensor = _GeluLinear.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
     return y
 

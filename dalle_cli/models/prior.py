@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models.attention import LayerCache, Pattern, layer_kinds
+from dalle_cli.models.attention import Pattern, layer_kinds
+from dalle_cli.models.cache import Cache, Prompt
 from dalle_cli.models.head import head_logits, head_loss
 from dalle_cli.models.mlp import gelu_linear
 from dalle_cli.models.modern import rms_norm, rotations, swiglu, turned
@@ -119,48 +120,6 @@ class ModernBlock(nn.Module):
 
 
 BLOCKS: dict[str, Callable[[PriorConfig], nn.Module]] = {"paper": Block, "modern": ModernBlock}
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Captions that were read once: logits of the first code (P, V), and keys and values (P, N, 1 + T, D) by layer."""
-
-    logits: Tensor
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-
-    def repeat(self, times: int) -> "Prompt":
-        """Each caption `times` times, one after another."""
-        return Prompt(
-            self.logits.repeat_interleave(times, 0),
-            tuple(x.repeat_interleave(times, 0) for x in self.keys),
-            tuple(x.repeat_interleave(times, 0) for x in self.values),
-        )
-
-    @staticmethod
-    def join(prompts: "Sequence[Prompt]") -> "Prompt":
-        """The captions of several prompts, one after another."""
-        return Prompt(
-            torch.cat([p.logits for p in prompts]),
-            tuple(torch.cat(x) for x in zip(*(p.keys for p in prompts), strict=True)),
-            tuple(torch.cat(x) for x in zip(*(p.values for p in prompts), strict=True)),
-        )
-
-
-class Cache:
-    """State of P*K candidates being drawn: `logits` (P*K, V) of the first code, buffers by layer, the position."""
-
-    def __init__(self, prompt: Prompt, patterns: Sequence[Pattern], candidates: int, places: Tensor) -> None:
-        """`places` (W*W, C) are the summed row and column embeddings."""
-        self.position = 0
-        self.places = places
-        self.logits = prompt.logits.repeat_interleave(candidates, 0)
-        layers = zip(patterns, prompt.keys, prompt.values, strict=True)
-        self.layers = [LayerCache(pattern, k, v, candidates) for pattern, k, v in layers]
-
-    def restart(self) -> None:
-        """Begin again after the caption, in the same buffers."""
-        self.position = 0
 
 
 class Prior(nn.Module):
@@ -276,18 +235,17 @@ class Prior(nn.Module):
             x = block(x, attend, turns)
         return Prompt(head_logits(self.image_head, self.norm(x[:, -1])), tuple(keys), tuple(values))
 
-    def cache(self, prompt: Prompt, candidates: int = 1) -> Cache:
-        """Static buffers to draw `candidates` grids for each caption of a prompt."""
-        return Cache(prompt, self.patterns, candidates, self._places())
+    def cache(self, prompt: Prompt, candidates: int = 1, static: bool = False) -> Cache:
+        """Buffers to draw `candidates` grids for each caption of a prompt; `static` for a compiled `step`."""
+        return Cache(prompt, self.patterns, candidates, self._places(), static)
 
     def step(self, codes: Tensor, cache: Cache) -> Tensor:
         """Take the codes at the cache's position, advance it, and give the logits of the next: (P*K,) -> (P*K, V)."""
-        x = self.dropout((self.code(codes) + cache.places[cache.position])[:, None])
-        place = 1 + self.config.n_text + cache.position
-        turns = self._turns(x)[:, place : place + 1]
+        x = self.dropout((self.code(codes) + cache.row(cache.places))[:, None])
+        turns = cache.row(self._turns(x).transpose(0, 1), 1 + self.config.n_text).transpose(0, 1)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block(x, partial(layer.attend, cache.position), turns)
-        cache.position += 1
+        cache.position = cache.position + 1
         return head_logits(self.image_head, self.norm(x[:, 0]))
 
     def _written(self, lengths: Tensor) -> Tensor:

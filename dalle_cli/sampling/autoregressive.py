@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dalle_cli import devices
 from dalle_cli.errors import DalleError
-from dalle_cli.models.prior import Cache, Prior, Prompt
+from dalle_cli.models.cache import Cache, Prompt
+from dalle_cli.models.prior import Prior
 from dalle_cli.sampling.truncation import top_k as keep_top_k
 from dalle_cli.sampling.truncation import top_p as keep_top_p
 
@@ -36,6 +38,7 @@ def sample_codes(
     guidance_span: tuple[float, float] = (0.0, 1.0),
     captions: Sequence[int] | None = None,
     batch_size: int = 16,
+    compiled: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draw one grid for every candidate index, of one caption, of one caption each, or of those that `captions` names.
@@ -57,6 +60,7 @@ def sample_codes(
         guidance_span=guidance_span,
         captions=captions,
         batch_size=batch_size,
+        compiled=compiled,
         progress=progress,
     )
     empty = torch.empty(0, prior.config.grid, prior.config.grid, dtype=torch.int64, device=prior.start.device)
@@ -77,6 +81,7 @@ def sample_batches(
     guidance_span: tuple[float, float] = (0.0, 1.0),
     captions: Sequence[int] | None = None,
     batch_size: int = 16,
+    compiled: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:
     """Draw as `sample_codes` does, and give each batch (B, W, W) int64 as soon as it is drawn.
@@ -86,6 +91,7 @@ def sample_batches(
     that is guided, from and to as shares of its codes in raster order; elsewhere the logits are the conditional ones.
     `captions` are the rows of `tokens`, one for each index; without it there is one caption, or one for each. A caption
     is read once for all its candidates that follow one another in whole batches, the null caption once a call.
+    `compiled` has torch.compile make one program of a step, on a GPU as CUDA graphs; the prior is then not `packed`.
     `progress` is told the number of codes drawn since it was last called.
 
     Raises: DalleError where a setting is out of its range.
@@ -106,6 +112,7 @@ def sample_batches(
         logits = keep_top_k(logits, top_k) if top_k else logits
         return draw(keep_top_p(logits, top_p) if top_p else logits, uniforms)
 
+    step = devices.compiled(prior.step, device.type == "cuda") if compiled else prior.step
     null = _prefill(prior, tokens[:1], torch.zeros_like(lengths[:1])) if span else None
     cache, held = None, ([-1], 0)  # and the captions, and the candidates of each, that the cache is of
     for begin in range(0, len(indices), batch_size):
@@ -113,10 +120,10 @@ def sample_batches(
         wanted = (own[:1], len(own)) if len(set(own)) == 1 else (own, 1)
         if cache is None or wanted != held:
             cache = None  # before the next one takes as much memory again
-            cache = _open(prior, _prefill(prior, tokens[wanted[0]], lengths[wanted[0]]), null, wanted[1])
+            cache = _open(prior, _prefill(prior, tokens[wanted[0]], lengths[wanted[0]]), null, wanted[1], compiled)
             held = wanted
         noise = torch.stack([uniforms(seed, index, prior.config.grid**2) for index in batch]).to(device)
-        yield _draw_grids(prior, cache, noise, 2 if span else 1, choose, progress).clone()
+        yield _draw_grids(prior, step, cache, noise, 2 if span else 1, choose, progress).clone()
 
 
 def guided_positions(span: tuple[float, float], n_positions: int) -> range:
@@ -181,16 +188,17 @@ def _prefill(prior: Prior, tokens: Tensor, lengths: Tensor) -> Prompt:
 
 
 @torch.inference_mode()
-def _open(prior: Prior, prompt: Prompt, null: Prompt | None, candidates: int) -> Cache:
+def _open(prior: Prior, prompt: Prompt, null: Prompt | None, candidates: int, static: bool = False) -> Cache:
     """A cache of conditional rows and, for guidance, as many null rows: each half has keys of its own."""
     if null is not None:
         prompt = Prompt.join([prompt, null.repeat(len(prompt.logits))])
-    return prior.cache(prompt, candidates)
+    return prior.cache(prompt, candidates, static)
 
 
 @torch.inference_mode()
 def _draw_grids(
     prior: Prior,
+    step: Callable[[Tensor, Cache], Tensor],
     cache: Cache,
     noise: Tensor,
     halves: int,
@@ -205,7 +213,7 @@ def _draw_grids(
     logits = cache.logits
     for position in range(noise.shape[1]):
         if position:
-            logits = prior.step(codes[:, position - 1].repeat(halves), cache)
+            logits = step(codes[:, position - 1].repeat(halves), cache)
         codes[:, position] = choose(logits, noise[:, position], position)
         if progress is not None:
             progress(len(codes))

@@ -1,7 +1,6 @@
 """What is done to a model's residual blocks from outside, without a change of the model or of its state's names."""
 
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -45,21 +44,3 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(forward, *args, use_reentrant=False, **named)
 
     return around
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function by torch.compile; whatever goes wrong with the compiler is told in one line."""
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
-    fast = torch.compile(function)
-
-    def call(*args: Any, **named: Any) -> Any:
-        # numbers that change with the update go in as tensors: as constants each would be compiled for itself
-        tensors = {k: torch.tensor(v) if isinstance(v, float) else v for k, v in named.items()}
-        try:
-            return fast(*args, **tensors)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            found = str(error).strip().splitlines()[0]
-            advice = "install g++ (Triton for a GPU), or leave it out"
-            raise DalleError(f"expected a compiler for compile = true, found {found}; {advice}") from None
-
-    return call

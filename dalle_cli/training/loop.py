@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dalle_cli import console
 from dalle_cli.devices import Arithmetic, keep_freed_memory
 from dalle_cli.errors import DalleError
-from dalle_cli.training.blocks import blocks, compiled, recomputed, surround
+from dalle_cli.training.blocks import blocks, recomputed, surround
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.distributed import Alone, Group, Replicas, Shares, joined
 from dalle_cli.training.figures import Averages, Meter, Silent

@@ -225,6 +225,19 @@ def choose(pictures: list[Picture], labels: dict[str, Emoji]) -> tuple[list[Pict
     return sorted(kept, key=lambda p: p.stem), counts
 
 
+def thin(pictures: list[Picture], toned: int) -> list[Picture]:
+    """Keep at most `toned` variants by skin tone of each concept and style, chosen by a hash; they are half of all."""
+    variants: dict[tuple[str, str], list[Picture]] = {}
+    for picture in pictures:
+        if picture.code != base_of(picture.code):
+            variants.setdefault((picture.style, base_of(picture.code)), []).append(picture)
+    dropped: set[tuple[str, str]] = set()
+    for family in variants.values():
+        family.sort(key=lambda p: hashlib.sha256(f"{p.style} {p.code}".encode()).digest())
+        dropped.update((p.style, p.stem) for p in family[toned:])
+    return [p for p in pictures if (p.style, p.stem) not in dropped]
+
+
 # Writing
 
 
@@ -283,6 +296,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="pixels (%(default)s)")
     parser.add_argument("--styles", nargs="+", default=list(STYLES), choices=STYLES, help="(all)")
     parser.add_argument("--language", nargs="+", default=["en"], choices=sorted(SAID), help="of the captions (en)")
+    parser.add_argument("--toned", type=int, default=1, help="skin tones of a concept and style to train on (1)")
     parser.add_argument("--small", action="store_true", help="write small.tar only: about 600 Noto pairs")
     parser.add_argument("--packages", action="store_true", help="print the packages to fetch, and stop")
     args = parser.parse_args()
@@ -300,7 +314,7 @@ def main() -> None:
         kept += pictures
         told = ", ".join(f"{number} {what}" for what, number in counts.items())
         print(f"{style}: {len(pictures)} pairs of {told}", file=sys.stderr)
-    parts = {"train": [p for p in kept if split(p.style, p.code) == "train"]}
+    parts = {"train": thin([p for p in kept if split(p.style, p.code) == "train"], args.toned)}
     parts["test"] = [p for p in kept if split(p.style, p.code) != "train"]
     for name, part in {"small": small(kept, table)}.items() if args.small else parts.items():
         write_tar(args.out / f"{name}.tar", part, labels, args.size)

@@ -1,0 +1,181 @@
+"""What is kept while codes are drawn one after another: the caption, read once, and keys and values of the codes.
+
+P prompts, K candidates of each (B = P*K, prompts first), N heads, D head width, R = P*N*K rows, T caption positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dalle_cli.models.attention import Pattern
+
+FEW = 32  # rows R; products of fewer in float32 take less time on CPU than to convert them takes
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Captions that were read once: logits of the first code (P, V), and keys and values (P, N, 1 + T, D) by layer."""
+
+    logits: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def repeat(self, times: int) -> "Prompt":
+        """Each caption `times` times, one after another."""
+        return Prompt(
+            self.logits.repeat_interleave(times, 0),
+            tuple(x.repeat_interleave(times, 0) for x in self.keys),
+            tuple(x.repeat_interleave(times, 0) for x in self.values),
+        )
+
+    @staticmethod
+    def join(prompts: "Sequence[Prompt]") -> "Prompt":
+        """The captions of several prompts, one after another."""
+        return Prompt(
+            torch.cat([p.logits for p in prompts]),
+            tuple(torch.cat(x) for x in zip(*(p.keys for p in prompts), strict=True)),
+            tuple(torch.cat(x) for x in zip(*(p.values for p in prompts), strict=True)),
+        )
+
+
+class LayerCache:
+    """Keys and values of one layer while codes are drawn: the caption's, shared by its candidates, and the codes'.
+
+    The buffers are allocated once and hold no more of the codes than the pattern can still see. They are cut into
+    blocks (n_blocks, R, slots, D), of which each code sees some whole, but for the end of the last: products over a
+    part of a buffer would copy it.
+    """
+
+    def __init__(self, pattern: Pattern, text_keys: Tensor, text_values: Tensor, candidates: int) -> None:
+        """Caption keys and values (P, N, 1 + T, D)."""
+        self.pattern = pattern
+        self.n_prompts, self.n_head, _, width = text_keys.shape
+        self.candidates = candidates
+        n_rows = self.n_prompts * self.n_head * candidates
+        self.dtype = torch.float32 if text_keys.is_cpu and n_rows < FEW and text_keys.itemsize < 4 else text_keys.dtype
+        self.text_keys, self.text_values = (x.flatten(0, 1).to(self.dtype) for x in (text_keys, text_values))
+        self.keys = self.text_keys.new_zeros(self.n_blocks, n_rows, self.block_size, width)
+        self.values = torch.zeros_like(self.keys)
+        self.bias = pattern.ring_bias(self.keys)
+
+    @property
+    def block_size(self) -> int:
+        """Slots of a block."""
+        return self.pattern.block_size
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks that hold all slots."""
+        return -(-self.pattern.n_slots // self.block_size)
+
+    def attend(self, position: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store code `position` and attend from it, three times (B, N, 1, D) -> (B, N, 1, D)."""
+        block, slot = self.pattern.slot(position)
+        self.keys[block, :, slot], self.values[block, :, slot] = self._rows(k), self._rows(v)
+        blocks, n_seen = self.pattern.visible(position)
+        query = self._rows(q).to(self.dtype) * q.shape[-1] ** -0.5
+        parts = [self._text_scores(query), *(torch.bmm(query[:, None], self.keys[b].mT)[:, 0] for b in blocks)]
+        scores = torch.cat(parts, dim=-1)[:, : parts[0].shape[-1] + n_seen]
+        if self.bias is not None:
+            scores[:, parts[0].shape[-1] :] += self.bias[position % self.pattern.n_slots, :n_seen]
+        weights = torch.softmax(scores, dim=-1)
+        text, *rest = torch.split(weights, [parts[0].shape[-1], *self._sizes(n_seen)], dim=-1)
+        y = self._text_values(text)
+        for b, part in zip(blocks, rest, strict=True):
+            y = y + torch.bmm(part[:, None], self.values[b][:, : part.shape[-1]])[:, 0]
+        return self._heads(y).to(q.dtype)
+
+    def _sizes(self, n_seen: int) -> list[int]:
+        """Slots seen of each block."""
+        return [min(self.block_size, n_seen - begin) for begin in range(0, n_seen, self.block_size)]
+
+    def _text_scores(self, query: Tensor) -> Tensor:
+        """One product for all candidates of a prompt: (R, D) -> (R, 1 + T)."""
+        scores = torch.bmm(query.view(-1, self.candidates, query.shape[-1]), self.text_keys.mT)
+        return scores.view(len(query), -1)
+
+    def _text_values(self, weights: Tensor) -> Tensor:
+        """(R, 1 + T) -> (R, D)."""
+        y = torch.bmm(weights.reshape(-1, self.candidates, weights.shape[-1]), self.text_values)
+        return y.view(len(weights), -1)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(P*K, N, 1, D) -> (P*N*K, D), so that a prompt's candidates lie together under each head."""
+        return x.reshape(self.n_prompts, self.candidates, self.n_head, -1).transpose(1, 2).reshape(-1, x.shape[-1])
+
+    def _heads(self, y: Tensor) -> Tensor:
+        """The way back: (P*N*K, D) -> (P*K, N, 1, D)."""
+        y = y.view(self.n_prompts, self.n_head, self.candidates, -1).transpose(1, 2)
+        return y.reshape(-1, self.n_head, 1, y.shape[-1])
+
+
+class StaticLayerCache(LayerCache):
+    """The same with the position in a tensor: every step is one graph, for torch.compile and CUDA graphs.
+
+    What a code does not see is hidden by a bias, so "full" computes with all slots from the first code on.
+    """
+
+    def __init__(self, pattern: Pattern, text_keys: Tensor, text_values: Tensor, candidates: int) -> None:
+        super().__init__(pattern, text_keys, text_values, candidates)
+        self.allowed = pattern.allowed(text_keys.device)
+
+    @property
+    def block_size(self) -> int:
+        """Slots of a block: what a code may ever see is one block."""
+        return self.pattern.grid if self.pattern.kind == "column" else self.pattern.n_slots
+
+    def attend(self, position: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+        """As LayerCache, with the position () int64."""
+        grid, slots = self.pattern.grid, torch.arange(self.block_size, device=q.device)
+        if self.pattern.kind == "column":
+            block, slot = position % grid, position // grid
+            hidden = slots > slot
+        else:
+            block, slot = torch.zeros_like(position), position % self.block_size
+            back = (position - slots) % self.block_size  # how many codes before this one the slot's was stored
+            hidden = (back > position) | ~self.allowed[back]
+        where = (block[None], slice(None), slot[None])
+        self.keys[where], self.values[where] = self._rows(k).to(self.dtype)[None], self._rows(v).to(self.dtype)[None]
+        keys, values = (x.index_select(0, block[None])[0] for x in (self.keys, self.values))
+        query = self._rows(q).to(self.dtype) * q.shape[-1] ** -0.5
+        scores = torch.bmm(query[:, None], keys.mT)[:, 0].masked_fill(hidden, float("-inf"))
+        text = self._text_scores(query)
+        weights = torch.softmax(torch.cat([text, scores], dim=-1), dim=-1)
+        shares, rest = torch.split(weights, [text.shape[-1], self.block_size], dim=-1)
+        return self._heads(self._text_values(shares) + torch.bmm(rest[:, None], values)[:, 0]).to(q.dtype)
+
+
+class Layer(Protocol):
+    """A layer's cache; the position is an int or, in a static cache, a tensor."""
+
+    def attend(self, position: Any, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor:
+        """Store a code and attend from it."""
+        ...
+
+
+class Cache:
+    """State of P*K candidates being drawn: `logits` (P*K, V) of the first code, buffers by layer, the position."""
+
+    def __init__(
+        self, prompt: Prompt, patterns: Sequence[Pattern], candidates: int, places: Tensor, static: bool = False
+    ) -> None:
+        """`places` (W*W, C) are the summed row and column embeddings; `static` keeps the position in a tensor."""
+        self.places = places
+        self.position: Any = torch.zeros((), dtype=torch.int64, device=places.device) if static else 0
+        self.logits = prompt.logits.repeat_interleave(candidates, 0)
+        kind = StaticLayerCache if static else LayerCache
+        layers = zip(patterns, prompt.keys, prompt.values, strict=True)
+        self.layers: list[Layer] = [kind(pattern, k, v, candidates) for pattern, k, v in layers]
+
+    def restart(self) -> None:
+        """Begin again after the caption, in the same buffers."""
+        self.position = self.position * 0
+
+    def row(self, table: Tensor, offset: int = 0) -> Tensor:
+        """The row of a table (M, ...) that belongs to the position: (1, ...)."""
+        if isinstance(self.position, int):
+            return table[self.position + offset, None]
+        return table.index_select(0, self.position[None] + offset)
