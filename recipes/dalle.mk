@@ -1,5 +1,5 @@
 # The DALL-E chain, shared by the recipes. A recipe sets DATA (a data set) and READY (files that say it is there),
-# and may set CONFIG, OUT, N and KEEP. A stage that finds its work done leaves it alone, so `make` may be repeated.
+# and may set CONFIG, OUT, N, KEEP and WITHOUT (ids that CLIP and prior are trained without). A stage that finds its work done leaves it alone, so `make` may be repeated.
 
 DALLE ?= dalle
 PY ?= python3
@@ -9,6 +9,7 @@ SEED ?= 0
 N ?= 16
 MODEL := $(OUT)/model
 FLAGS := --config $(CONFIG)
+LEAVE = $(if $(WITHOUT),--without $(WITHOUT))
 
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -26,10 +27,10 @@ $(OUT)/codes.safetensors: $(MODEL)/dvae.safetensors
 	$(DALLE) encode-images $(DATA) -m $< $(FLAGS) -o $@
 
 $(MODEL)/clip.safetensors: $(MODEL)/tokenizer.json
-	$(DALLE) train-clip $(DATA) -t $< $(FLAGS) --seed $(SEED) -o $@
+	$(DALLE) train-clip $(DATA) -t $< $(FLAGS) $(LEAVE) --seed $(SEED) -o $@
 
 $(MODEL)/prior.safetensors: $(OUT)/captions.safetensors $(OUT)/codes.safetensors
-	$(DALLE) train-prior $^ -t $(MODEL)/tokenizer.json $(FLAGS) --seed $(SEED) -o $@
+	$(DALLE) train-prior $^ -t $(MODEL)/tokenizer.json $(FLAGS) $(LEAVE) --seed $(SEED) -o $@
 
 # From a file of prompts to pictures: NAME.txt -> codes -> pictures -> the best of each prompt.
 $(OUT)/%.codes.safetensors: $(OUT)/%.txt $(MODEL)/prior.safetensors

@@ -1,17 +1,27 @@
 """Matrices laid out for drawing give what the prior's own give."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
-from dalle_cli.models.packed import Int8Linear, PackedLinear, pack, packs
+from dalle_cli.models.dvae import DVAE, DVAEConfig
+from dalle_cli.models.packed import Int8Linear, PackedLinear, PackedPointwise, pack, pack_pointwise, packs
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.sampling.autoregressive import sample_codes
 
 SMALL = PriorConfig(
-    n_layer=3, n_head=2, n_embd=32, n_text_vocab=40, n_text=6, n_image_vocab=96, grid=6, conv_kernel=3, attention="sparse"
+    n_layer=3,
+    n_head=2,
+    n_embd=32,
+    n_text_vocab=40,
+    n_text=6,
+    n_image_vocab=96,
+    grid=6,
+    conv_kernel=3,
+    attention="sparse",
 )
 TOKENS, LENGTHS = torch.randint(1, 40, (1, 6), generator=torch.Generator().manual_seed(3)), torch.tensor([5])
 
@@ -89,7 +99,10 @@ def test_int8_of_a_row_of_zeros():
 @pytest.mark.parametrize("attention", ["sparse", "full"])
 def test_packed_prior_gives_the_same_logits_and_codes(attention, block):
     codes = torch.randint(96, (3, 36), generator=torch.Generator().manual_seed(2))
-    plain, fast = build(attention=attention, block=block), pack(build(attention=attention, block=block), 3, torch.float32)
+    plain, fast = (
+        build(attention=attention, block=block),
+        pack(build(attention=attention, block=block), 3, torch.float32),
+    )
     torch.testing.assert_close(logits_of(fast, codes), logits_of(plain, codes), rtol=0, atol=2e-5)
     assert sample_codes(fast, TOKENS, LENGTHS, range(5), 0, batch_size=2, guidance_scale=2.0).equal(
         sample_codes(plain, TOKENS, LENGTHS, range(5), 0, guidance_scale=2.0)
@@ -97,7 +110,9 @@ def test_packed_prior_gives_the_same_logits_and_codes(attention, block):
 
 
 @pytest.mark.parametrize("block", ["paper", "modern"])
-@pytest.mark.parametrize(("n", "int8", "atol"), [(1, False, 0.01), (20, False, 0.01), (1, True, 0.02), (20, True, 0.02)])
+@pytest.mark.parametrize(
+    ("n", "int8", "atol"), [(1, False, 0.01), (20, False, 0.01), (1, True, 0.02), (20, True, 0.02)]
+)
 def test_packed_prior_in_fewer_bits_is_close(n, int8, atol, block):
     codes = torch.randint(96, (n, 36), generator=torch.Generator().manual_seed(2))
     exact = logits_of(build(block=block), codes)
@@ -120,3 +135,24 @@ def test_a_compiled_step_draws_the_same_codes(attention):
     plain = sample_codes(build(attention=attention), TOKENS, LENGTHS, range(3), 0, guidance_scale=2.0)
     fast = pack(build(attention=attention), 6, torch.float32, plain=True)
     assert sample_codes(fast, TOKENS, LENGTHS, range(3), 0, guidance_scale=2.0, compiled=True).equal(plain)
+
+
+@pytest.mark.parametrize("quantizer", ["gumbel", "fsq"])
+@pytest.mark.parametrize("block", ["bottleneck", "residual"])
+def test_packed_pointwise_convolutions_give_the_same_codes_and_pictures(block, quantizer):
+    levels = {"fsq_levels": (4, 4, 4), "n_vocab": 64} if quantizer == "fsq" else {"n_vocab": 64}
+    config = DVAEConfig(image_size=32, n_groups=3, n_hid=16, n_init=16, quantizer=quantizer, block=block, **levels)
+    torch.manual_seed(0)
+    plain = DVAE(config).eval().requires_grad_(False)
+    fast = pack_pointwise(copy.deepcopy(plain), torch.float32)
+    assert any(isinstance(module, PackedPointwise) for module in fast.modules()) == packs(torch.float32)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    codes = plain.encode(images)
+    torch.testing.assert_close(fast.features(images), plain.features(images), rtol=0, atol=1e-5)
+    assert (fast.encode(images) == codes).float().mean() > 0.99
+    torch.testing.assert_close(fast.decode(codes), plain.decode(codes), rtol=0, atol=1e-5)
+
+
+def test_convolutions_are_packed_where_it_pays_alone():
+    dvae = DVAE(DVAEConfig(image_size=32, n_hid=16, n_init=16, n_vocab=64))
+    assert not any(isinstance(m, PackedPointwise) for m in pack_pointwise(dvae, torch.bfloat16).modules())

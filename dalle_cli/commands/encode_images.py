@@ -64,6 +64,7 @@ def run(
     from dalle_cli.data.loader import sequential
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
+    from dalle_cli.models.packed import pack_pointwise
     from dalle_cli.training.distributed import joined
 
     if repeats > 1 and augment == "center":
@@ -71,7 +72,7 @@ def run(
     (filters,) = recipes.section(recipes.read(config, sets), "data", Filters)
     weights = bundle.weights(model, "weights.dvae")
     machine = arithmetic(device, dtype)
-    dvae = load.dvae(weights, machine.device)
+    dvae = pack_pointwise(load.dvae(weights, machine.device), machine.dtype)
     size, grid, n_vocab = dvae.config.image_size, dvae.config.grid, dvae.config.n_vocab
     data = open_dataset(dataset, need_captions=False, filters=filters)
     options = {"data": asdict(filters), "augment": augment, "repeats": repeats, "dtype": machine.name}

@@ -1,15 +1,21 @@
-"""A prior's matrices laid out once for drawing, where each is multiplied with a few rows at a time.
+"""Matrices laid out once for a model that is only run, not trained.
 
-What counts then is how fast the matrices are read. M rows, I inputs, O outputs of a layer.
+A prior that draws multiplies each with a few rows at a time: what counts is how fast the matrices are read. I inputs, O
+outputs of a layer, B pictures of H x W.
 """
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalle_cli.models.dvae import DVAE
 from dalle_cli.models.prior import Prior
 
+POSITIONS = 1024  # that a 1x1 convolution is laid out for
 LANES = 32  # torch's product with whole numbers reads beyond the end of matrices whose sizes are no multiples of it
+
 
 class PackedLinear(nn.Module):
     """A linear layer in one precision: (..., I) of any dtype -> (..., O) in the layer's own.
@@ -55,6 +61,25 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class PackedPointwise(nn.Module):
+    """A 1x1 convolution in float32 as a packed product, which torch computes by a slower library on CPU.
+
+    (B, I, H, W) -> (B, O, H, W), both channels_last.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        linear = nn.Linear(convolution.in_channels, convolution.out_channels, convolution.bias is not None)
+        linear.weight = nn.Parameter(convolution.weight.detach().flatten(1), requires_grad=False)
+        linear.bias = cast(nn.Parameter, convolution.bias)
+        self.linear = PackedLinear(linear, POSITIONS, torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution."""
+        y: Tensor = self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return y
+
+
 def packs(dtype: torch.dtype) -> bool:
     """Whether this build of torch lays matrices out on CPU: it does so for its own compiler."""
     known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
@@ -83,3 +108,17 @@ def pack(prior: Prior, rows: int, dtype: torch.dtype, int8: bool = False, plain:
     prior.image_head = packed(prior.image_head)  # type: ignore[assignment]
     prior.text_head = None  # type: ignore[assignment]
     return prior
+
+
+def pack_pointwise(dvae: DVAE, dtype: torch.dtype) -> DVAE:
+    """Replace the 1x1 convolutions by packed products, in place, where that is faster: in float32 on CPU.
+
+    The decoder's first layer stays: codes are gathered from it.
+    """
+    if dtype != torch.float32 or not packs(dtype) or next(dvae.parameters()).device.type != "cpu":
+        return dvae
+    for module in dvae.modules():
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer is not dvae.decoder[0]:
+                setattr(module, name, PackedPointwise(layer))
+    return dvae

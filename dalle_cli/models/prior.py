@@ -9,7 +9,7 @@ carries text position T like any caption position, by the image head, in trainin
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

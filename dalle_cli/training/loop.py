@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_cli import console
-from dalle_cli.devices import Arithmetic, keep_freed_memory
+from dalle_cli.devices import Arithmetic, compiled, keep_freed_memory
 from dalle_cli.errors import DalleError
 from dalle_cli.training.blocks import blocks, recomputed, surround
 from dalle_cli.training.config import TrainConfig

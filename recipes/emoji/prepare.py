@@ -1,8 +1,8 @@
 """Turn the emoji pictures of three npm packages, and the captions of a fourth, into WebDataset tars.
 
 Run `python recipes/emoji/prepare.py CACHE OUT`, CACHE being a folder into which `npm pack` fetched PACKAGES. OUT then
-holds train.tar and test.tar; nothing withheld (see `split`) is in train.tar. `--small` writes small.tar instead, the
-pairs that lie in the repository.
+holds train.tar and test.tar; nothing withheld (see `split`) is in train.tar. surplus.txt lists the skin tones that prior
+and CLIP are trained without. `--small` writes small.tar instead, the pairs that lie in the repository.
 """
 
 import argparse
@@ -225,17 +225,17 @@ def choose(pictures: list[Picture], labels: dict[str, Emoji]) -> tuple[list[Pict
     return sorted(kept, key=lambda p: p.stem), counts
 
 
-def thin(pictures: list[Picture], toned: int) -> list[Picture]:
-    """Keep at most `toned` variants by skin tone of each concept and style, chosen by a hash; they are half of all."""
+def surplus(pictures: list[Picture], toned: int) -> list[str]:
+    """Ids of the variants by skin tone beyond `toned` of each concept and style, chosen by a hash: half of all."""
     variants: dict[tuple[str, str], list[Picture]] = {}
     for picture in pictures:
         if picture.code != base_of(picture.code):
             variants.setdefault((picture.style, base_of(picture.code)), []).append(picture)
-    dropped: set[tuple[str, str]] = set()
+    found = []
     for family in variants.values():
         family.sort(key=lambda p: hashlib.sha256(f"{p.style} {p.code}".encode()).digest())
-        dropped.update((p.style, p.stem) for p in family[toned:])
-    return [p for p in pictures if (p.style, p.stem) not in dropped]
+        found += [f"{p.style}-{p.stem}" for p in family[toned:]]
+    return sorted(found)
 
 
 # Writing
@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="pixels (%(default)s)")
     parser.add_argument("--styles", nargs="+", default=list(STYLES), choices=STYLES, help="(all)")
     parser.add_argument("--language", nargs="+", default=["en"], choices=sorted(SAID), help="of the captions (en)")
-    parser.add_argument("--toned", type=int, default=1, help="skin tones of a concept and style to train on (1)")
+    parser.add_argument("--toned", type=int, default=1, help="skin tones of a concept and style not in surplus.txt (1)")
     parser.add_argument("--small", action="store_true", help="write small.tar only: about 600 Noto pairs")
     parser.add_argument("--packages", action="store_true", help="print the packages to fetch, and stop")
     args = parser.parse_args()
@@ -314,11 +314,15 @@ def main() -> None:
         kept += pictures
         told = ", ".join(f"{number} {what}" for what, number in counts.items())
         print(f"{style}: {len(pictures)} pairs of {told}", file=sys.stderr)
-    parts = {"train": thin([p for p in kept if split(p.style, p.code) == "train"], args.toned)}
+    parts = {"train": [p for p in kept if split(p.style, p.code) == "train"]}
     parts["test"] = [p for p in kept if split(p.style, p.code) != "train"]
     for name, part in {"small": small(kept, table)}.items() if args.small else parts.items():
         write_tar(args.out / f"{name}.tar", part, labels, args.size)
         print(f"{args.out / name}.tar: {len(part)} pairs", file=sys.stderr)
+    if not args.small:
+        ids = surplus(parts["train"], args.toned)
+        (args.out / "surplus.txt").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
+        print(f"{args.out / 'surplus.txt'}: {len(ids)} pairs by skin tone", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What is measured, and the ratios that are made of it. No torch here: every case runs in a process of its own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Literal
 
 # Names as PriorConfig has them, for ours and for the peers alike.
@@ -39,7 +40,7 @@ class Ratio:
     """A figure of ours over the best of the peers', each case at its best; `limit` None: reported only."""
 
     name: str
-    measure: Literal["rate", "memory", "share"]
+    measure: Literal["rate", "memory", "share", "bandwidth"]
     ours: str
     peers: tuple[str, ...]
     limit: float | None
@@ -71,7 +72,7 @@ def measured(quick: bool = False, dvae_batch: int | None = None) -> list[Case]:
             Case(f"attention-{grid}/{kind}", "bench.attention", "layer", "positions", {**settings, "kind": kind})
             for kind in ("full", "row", "column", "conv")
         ]
-    return cases + sampling(sizes)
+    return cases + sampling(sizes, quick)
 
 
 def _sparse(group: str, settings: dict[str, Any]) -> list[Case]:
@@ -81,22 +82,65 @@ def _sparse(group: str, settings: dict[str, Any]) -> list[Case]:
         Case(f"{group}/dalle-pytorch-{dtype}", peer, "axial", "tokens", {**settings, "dtype": dtype})
         for dtype in ARITHMETICS
     ]
-    return [ours, *peers]
+    return [ours, replace(ours, name=f"{group}/compiled", settings={**ours.settings, "compiled": True}), *peers]
 
 
 def _full(group: str, settings: dict[str, Any]) -> list[Case]:
     decoder, gpt2 = "bench.peers.decoder", "bench.peers.gpt2"
     return [
         Case(f"{group}/ours", "bench.prior", "ours", "tokens", {**settings, "attention": "full"}),
+        Case(f"{group}/compiled", "bench.prior", "ours", "tokens", {**settings, "attention": "full", "compiled": True}),
         Case(f"{group}/decoder", decoder, "decoder", "tokens", {**settings, "compiled": False}),
         Case(f"{group}/decoder-compiled", decoder, "decoder", "tokens", {**settings, "compiled": True}),
         *(Case(f"{group}/gpt2-{dtype}", gpt2, "gpt2", "tokens", {**settings, "dtype": dtype}) for dtype in ARITHMETICS),
     ]
 
 
-def sampling(sizes: dict[str, Any]) -> list[Case]:
-    """Cases that draw codes instead of training: none yet. Their ratios go into `ratios` below."""
-    return []
+def sampling(sizes: dict[str, Any], quick: bool) -> list[Case]:
+    """Cases that draw codes, and that turn pictures into codes and back."""
+    made = [Case("copy", "bench.machine", "copy", "B", {"mebibytes": 16 if quick else 512})]
+    for batch in (1, 16):
+        given: dict[str, Any] = {"sizes": sizes, "batch": batch}
+        made += [_draw(f"draw-{batch}/ours", given), _draw(f"draw-{batch}/ours-float32", given, dtype="float32")]
+        made += [_draw(f"draw-{batch}/guided", given, guidance=3.0), _draw(f"draw-{batch}/int8", given, int8=True)]
+        made += [_draw(f"draw-{batch}/modern", given, block="modern")]
+        made += _peers(f"draw-{batch}", given)
+        made += [_draw(f"draw-full-{batch}/ours", given, attention="full")]
+        made += [
+            Case(
+                f"draw-full-{batch}/gpt2-{cache}",
+                "bench.peers.gpt2",
+                "drawn",
+                "codes",
+                {**given, "dtype": "bfloat16", "cache": cache},
+            )
+            for cache in ("dynamic", "static")
+        ]
+    many = {"sizes": sizes, "batch": 4 if quick else 64, "one_caption": True}
+    made += [_draw("draw-64/ours", many), *_peers("draw-64", many)]
+    made += [_draw("draw-1/compiled", {"sizes": sizes, "batch": 1}, compiled=True)]
+    for grid in (4, 8) if quick else GRIDS:
+        each = {"sizes": {**sizes, "grid": grid}, "batch": 4}
+        made += [_draw(f"draw-grid-{grid}/{kind}", each, attention=kind) for kind in ("sparse", "full")]
+    small = {"batch": 1, "side": 64, "n_hid": 64} if quick else {}
+    for work, dtype in product(("encode", "decode"), ARITHMETICS):
+        codec: dict[str, Any] = {"work": work, "dtype": dtype, **small}
+        made += [
+            Case(f"{work}/ours-{dtype}", "bench.codec", "ours", "pictures", codec),
+            Case(f"{work}/dall-e-{dtype}", "bench.peers.dall_e", "published", "pictures", codec),
+        ]
+    return made
+
+
+def _draw(name: str, given: dict[str, Any], **settings: Any) -> Case:
+    return Case(name, "bench.sampling", "ours", "codes", {"attention": "sparse", **given, **settings})
+
+
+def _peers(group: str, given: dict[str, Any]) -> list[Case]:
+    return [
+        Case(f"{group}/dalle-pytorch-{dtype}", "bench.peers.dalle_pytorch", "drawn", "codes", {**given, "dtype": dtype})
+        for dtype in ARITHMETICS
+    ]
 
 
 def ratios() -> list[Ratio]:
@@ -128,4 +172,29 @@ def ratios() -> list[Ratio]:
             Ratio(f"{what}: share of the machine's bfloat16 rate", "share", f"{group}/ours", ("machine",), None),
         ]
     rows.append(Ratio("dVAE, 64 pixels: pictures/s over a plain module", "rate", "dvae/ours", ("dvae/plain",), 2.0))
+    return rows + drawing_ratios()
+
+
+def drawing_ratios() -> list[Ratio]:
+    """The same for drawing codes and for the dVAE at work."""
+    rows = []
+    for batch, over_peer, over_gpt2, guided in ((1, 3.0, 2.0, 0.45), (16, 6.0, 2.5, 0.5)):
+        group, what = f"draw-{batch}", f"drawing, batch {batch}"
+        peers = tuple(f"{group}/dalle-pytorch-{dtype}" for dtype in ARITHMETICS)
+        gpt2 = tuple(f"draw-full-{batch}/gpt2-{cache}" for cache in ("dynamic", "static"))
+        rows += [
+            Ratio(f"{what}: codes/s over DALLE-pytorch", "rate", f"{group}/ours", peers, over_peer),
+            Ratio(f"{what}, full attention: codes/s over GPT-2", "rate", f"draw-full-{batch}/ours", gpt2, over_gpt2),
+            Ratio(f"{what}: guided over unguided", "rate", f"{group}/guided", (f"{group}/ours",), guided),
+        ]
+    peers = tuple(f"draw-64/dalle-pytorch-{dtype}" for dtype in ARITHMETICS)
+    rows += [
+        Ratio("drawing, batch 1: matrices read over the copy's rate", "bandwidth", "draw-1/ours", ("copy",), 0.5),
+        Ratio("drawing, 64 of one caption: codes/s over DALLE-pytorch", "rate", "draw-64/ours", peers, 6.0),
+        Ratio("drawing, 64 of one caption: memory over DALLE-pytorch", "memory", "draw-64/ours", peers, 0.25),
+    ]
+    for work, limits in (("encode", (1.2, 4.0)), ("decode", (1.3, 4.0))):
+        for dtype, limit in zip(ARITHMETICS, limits, strict=True):
+            name = f"{work} at 256 pixels, {dtype}: pictures/s over DALL-E in float32"
+            rows.append(Ratio(name, "rate", f"{work}/ours-{dtype}", (f"{work}/dall-e-float32",), limit))
     return rows

@@ -135,6 +135,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     equal("--peer-lr", type=float, default=3e-4, metavar="RATE", help="DALLE-pytorch's; %(default)s")
     equal("--points", type=int, default=12, metavar="N", help="validations on the way; %(default)s")
     equal("--held-out", type=int, default=256, metavar="N", help="pictures in a validation, at most; %(default)s")
+    few = parser.add_argument_group("what fewer bits cost, instead of the benchmark").add_argument
+    few("--precision", type=Path, metavar="BUILD", help="a recipe's build folder: captions, codes and model/")
     add("--job", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.equal_time is not None and not (options.captions and options.codes):
@@ -156,4 +158,9 @@ def main() -> int:
         from bench import equal_time
 
         return equal_time.compare(options, run, say, check_idle)
+    if options.precision is not None:
+        from bench import precision
+
+        print(precision.report(options.precision))
+        return 0
     return benchmark(options)

@@ -54,3 +54,12 @@ def product(side: int) -> Subject:
     torch.manual_seed(0)
     a, b = torch.randn(2, side, side).to(torch.bfloat16)
     return Subject(lambda: a @ b, 2.0 * side**3)
+
+
+def copy(mebibytes: int) -> Subject:
+    """A copy of a long array by all threads: bytes read and bytes written."""
+    import torch
+
+    source = torch.zeros(mebibytes << 20, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return Subject(lambda: target.copy_(source), 2.0 * len(source))

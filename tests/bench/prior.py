@@ -67,10 +67,10 @@ def trainer_of(task: Any, options: Any, dtype: str = "bfloat16") -> Trainer:
     return Trainer(task, options, Run(Path("unused.safetensors"), "", {}, []), arithmetic("cpu", dtype), 0)
 
 
-def ours(sizes: dict[str, Any], batch: int, attention: str) -> Subject:
+def ours(sizes: dict[str, Any], batch: int, attention: str, compiled: bool = False) -> Subject:
     """An update with the paper's AdamW, clipping and average of the weights (one update in 25 takes part in it)."""
     model = Prior(PriorConfig(**sizes, attention=attention))
-    trainer = trainer_of(Given(model), PriorTrain(batch_size=batch))
+    trainer = trainer_of(Given(model), PriorTrain(batch_size=batch, compile=compiled))
     given = cycle(batches(sizes, batch))
     tokens = batch * (sizes["n_text"] + sizes["grid"] ** 2)
     count = sum(p.numel() for p in model.parameters())

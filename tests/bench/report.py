@@ -66,7 +66,7 @@ def rows(ratios: Sequence[Ratio], runs: Mapping[str, Sequence[Run]]) -> list[Row
             ours, peer = float(mine.memory), float(peers[name].memory)
         else:
             name = max(peers, key=lambda n: peers[n].rate)
-            ours, peer = (mine.flops_rate if ratio.measure == "share" else mine.rate), peers[name].rate
+            ours, peer = (mine.flops_rate if ratio.measure in ("share", "bandwidth") else mine.rate), peers[name].rate
         spread = max(mine.spread, peers[name].spread)
         made.append(Row(ratio, ours, peer, name, ours / peer if peer else float("nan"), spread))
     return made
@@ -98,7 +98,8 @@ def case_table(cases: Sequence[Case], runs: Mapping[str, Sequence[Run]]) -> str:
         if each := runs.get(case.name):
             found = summarize(each)
             parameters = f"{each[0]['parameters'] / 1e6:.1f}M" if each[0]["parameters"] else ""
-            rate = _figure("share", found.rate) if case.unit == "FLOP" else f"{found.rate:,.1f} {case.unit}"
+            special = {"FLOP": "share", "B": "bandwidth"}.get(case.unit)
+            rate = _figure(special, found.rate) if special else f"{found.rate:,.1f} {case.unit}"
             cells = (case.name, f"{found.seconds:.4g}", f"+{found.spread:.0%}", rate, _figure("memory", found.memory))
             lines.append("| " + " | ".join((*cells, parameters)) + " |")
     return "\n".join(lines) + "\n"
@@ -107,7 +108,9 @@ def case_table(cases: Sequence[Case], runs: Mapping[str, Sequence[Run]]) -> str:
 def _figure(measure: str, value: float) -> str:
     if measure == "memory":
         return f"{value / 2**20:,.0f} MiB"
-    return f"{value / 1e9:,.0f} GFLOP/s" if measure == "share" else f"{value:,.1f}/s"
+    if measure == "rate":
+        return f"{value:,.1f}/s"
+    return f"{value / 1e9:,.{0 if measure == 'share' else 1}f} {'GFLOP' if measure == 'share' else 'GB'}/s"
 
 
 def markdown(

@@ -21,8 +21,9 @@ class Subject:
 
     update: Callable[[], object]
     units: float
-    flops: float = 0.0
+    flops: float = 0.0  # or bytes, of what is measured by what it reads
     parameters: int = 0
+    warmup: int = WARMUP
 
 
 def peak_memory() -> int:
@@ -62,7 +63,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     subject = getattr(module, job["function"])(**job["settings"])
     if not isinstance(subject, Subject):
         return dict(subject)
-    taken = times(subject.update, WARMUP, job["updates"], job["seconds"])
+    taken = times(subject.update, subject.warmup, job["updates"], job["seconds"])
     return {
         "seconds": statistics.median(taken),
         "updates": len(taken),

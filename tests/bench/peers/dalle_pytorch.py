@@ -30,6 +30,10 @@ class GivenCodes(nn.Module):
         super().__init__()
         self.image_size, self.num_layers, self.num_tokens, self.channels = grid, 0, n_vocab, 3
 
+    def decode(self, codes: Tensor) -> Tensor:
+        """What is drawn is left as it is."""
+        return codes
+
 
 def _package() -> Any:
     absent = ModuleType("dalle_pytorch.vae")
@@ -44,7 +48,7 @@ def _package() -> Any:
 PACKAGE = _package()
 
 
-def build(sizes: dict[str, Any]) -> nn.Module:
+def build(sizes: dict[str, Any], for_inference: bool = False) -> nn.Module:
     """Its DALLE of these sizes (names as PriorConfig has them); everything else is its default."""
     width, heads = sizes["n_embd"], sizes["n_head"]
     model: nn.Module = PACKAGE.DALLE(
@@ -56,6 +60,7 @@ def build(sizes: dict[str, Any]) -> nn.Module:
         heads=heads,
         dim_head=width // heads,
         attn_types=AXIAL,
+        optimize_for_inference=for_inference,
     )
     return model
 
@@ -87,3 +92,18 @@ def axial(sizes: dict[str, int], batch: int, dtype: str) -> Subject:
     return Subject(
         lambda: update(*next(given)), batch * (sizes["n_text"] + sizes["grid"] ** 2), parameters=count(model)
     )
+
+
+def drawn(sizes: dict[str, Any], batch: int, dtype: str, one_caption: bool = False) -> Subject:
+    """Its own drawing, with its cache, of as many captions or of one."""
+    model: Any = build(sizes, for_inference=True).eval().requires_grad_(False)
+    tokens = batches(sizes, 1 if one_caption else batch)[0][0].expand(batch, -1)
+
+    def draw() -> Tensor:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            found: Tensor = model.generate_images(tokens.clone(), use_cache=True)
+        return found
+
+    with torch.inference_mode():
+        model(tokens, cache={})  # a whole grid to warm up would take minutes
+    return Subject(draw, batch * sizes["grid"] ** 2, parameters=sum(p.numel() for p in model.parameters()), warmup=0)
