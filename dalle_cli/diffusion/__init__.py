@@ -1,0 +1,1 @@
+"""Schedules, parameterizations, losses and samplers of diffusion: functions over a denoiser."""

@@ -1,0 +1,192 @@
+"""Every sampler against the schedulers of `diffusers`, step for step, in float64.
+
+The schedulers keep float32 tables; they are given ours, as what is compared are the steps. That the tables agree is a
+test of its own. Importing them takes some seconds, so this file holds nothing else.
+"""
+
+import pytest
+import torch
+
+from dalle_cli.diffusion.denoiser import Threshold, denoiser
+from dalle_cli.diffusion.noise import row_noise
+from dalle_cli.diffusion.process import PREDICTIONS, Process
+from dalle_cli.diffusion.samplers import ddim, ddim_invert, ddpm, dpm_solver, heun
+from dalle_cli.diffusion.schedules import Schedule, cosine, karras, linear, named, sigma_of_level, spaced
+
+pytest.importorskip("diffusers", reason="the oracle of this file")
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UnCLIPScheduler,
+)
+from diffusers.schedulers import scheduling_dpmsolver_multistep, scheduling_unclip
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs
+TYPES = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}
+NOISE = row_noise(0, range(3))
+SHAPE = (2, 3, 2)
+START = NOISE(0, SHAPE).double()
+
+
+def network(x, t):
+    """Something smooth that no sampler knows."""
+    mixed = x.roll(1, dims=1)
+    return torch.tanh(0.7 * x - 0.4 * mixed + t.view(-1, 1, 1, 1).double() / 800) + 0.1 * mixed
+
+
+def noise(step, shape):
+    return NOISE(step, shape).double()
+
+
+def equip(scheduler, schedule):
+    """Our float64 tables instead of its float32 ones, which must agree."""
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), schedule.alphas_cumprod, rtol=2e-4, atol=1e-8)
+    scheduler.alphas_cumprod = schedule.alphas_cumprod
+    scheduler.alphas = schedule.alphas_cumprod / schedule.previous
+    scheduler.betas = 1 - scheduler.alphas
+    return scheduler
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(("prediction", "limit"), [("epsilon", 1.0), ("x_start", 5.0), ("epsilon", None)])
+@pytest.mark.parametrize("n", [7, 25, 100])
+def test_ddpm_is_unclip(monkeypatch, prediction, limit, learned, n):
+    """Karlo's scheduler: timesteps in a line, betas of the steps, learned variance between logarithms."""
+    schedule = cosine(1000)
+    scheduler = equip(
+        UnCLIPScheduler(
+            variance_type="learned_range" if learned else "fixed_small_log",
+            clip_sample=limit is not None,
+            clip_sample_range=limit or 1.0,
+            prediction_type=TYPES[prediction],
+        ),
+        schedule,
+    )
+    scheduler.one = torch.tensor(1.0, dtype=torch.double)
+    scheduler.set_timesteps(n)
+    steps = spaced(schedule, n, "linspace")
+    assert scheduler.timesteps.tolist() == list(steps.timesteps)
+
+    def two(x, t):
+        return torch.cat([network(x, t), torch.sin(5 * x)], 1) if learned else network(x, t)
+
+    x = START
+    for i, t in enumerate(scheduler.timesteps.tolist()):
+        monkeypatch.setattr(scheduling_unclip, "randn_tensor", lambda shape, i=i, **_: noise(i + 1, SHAPE))
+        previous = int(scheduler.timesteps[i + 1]) if i + 1 < n else None
+        x = scheduler.step(two(x, torch.full((3,), t)), t, x, prev_timestep=previous).prev_sample
+    process = Process(schedule, prediction, learned)
+    found = ddpm(denoiser(two, process, threshold=limit and Threshold(limit)), START, steps, noise)
+    torch.testing.assert_close(found, x, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("threshold", [None, Threshold(0.8), Threshold(1.0, 0.7)], ids=["free", "clip", "dynamic"])
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_ddim_is_ddim(prediction, eta, threshold, zero_snr):
+    if zero_snr and prediction == "epsilon":
+        return  # refused by ours: see test_diffusion_schedules
+    schedule = named("linear", 1000, zero_snr)
+    scheduler = DDIMScheduler(
+        clip_sample=threshold == Threshold(0.8),
+        clip_sample_range=0.8,
+        thresholding=threshold == Threshold(1.0, 0.7),
+        dynamic_thresholding_ratio=0.7,
+        sample_max_value=1e9,
+        prediction_type=TYPES[prediction],
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=zero_snr,
+    )
+    scheduler = equip(scheduler, schedule)
+    scheduler.set_timesteps(20)
+    steps = spaced(schedule, 20)
+    assert scheduler.timesteps.tolist() == list(steps.timesteps)
+    x = START
+    for i, t in enumerate(steps.timesteps):
+        output = network(x, torch.full((3,), t))
+        step_noise = noise(i + 1, SHAPE) if eta else None
+        x = scheduler.step(output, t, x, eta, use_clipped_model_output=threshold is not None, variance_noise=step_noise)
+        x = x.prev_sample
+    found = ddim(denoiser(network, Process(schedule, prediction), threshold=threshold), START, steps, eta, noise)
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("n", [1, 3, 25, 40, 1000])
+def test_spacings(spacing, n):
+    scheduler = DDIMScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(n)
+    if spacing == "linspace" and n == 1:
+        return  # theirs takes the timestep nearest to data
+    assert scheduler.timesteps.tolist() == list(spaced(linear(1000), n, spacing).timesteps)
+
+
+def test_inversion_is_ddim_inverse():
+    """Theirs leaves out the step from data to the first timestep, so ours is begun behind it."""
+    schedule = linear(1000)
+    scheduler = equip(DDIMInverseScheduler(clip_sample=False, timestep_spacing="leading"), schedule)
+    scheduler.initial_alpha_cumprod = torch.tensor(1.0, dtype=torch.double)
+    scheduler.set_timesteps(20)
+    steps = spaced(schedule, 20, "leading")
+    x = START
+    for t in scheduler.timesteps.tolist():
+        x = scheduler.step(network(x, torch.full((3,), t)), t, x).prev_sample
+    found = ddim_invert(denoiser(network, Process(schedule)), START, steps)
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "karras"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("n", [5, 20])
+def test_dpm_solver_is_dpm_solver(monkeypatch, n, prediction, spacing):
+    class Wide:
+        """torch, but for the one line of theirs that takes samples to float32."""
+
+        float32 = torch.float64
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    monkeypatch.setattr(scheduling_dpmsolver_multistep, "torch", Wide())
+    schedule = linear(1000)
+    scheduler = equip(
+        DPMSolverMultistepScheduler(prediction_type=TYPES[prediction], timestep_spacing="trailing"), schedule
+    )
+    scheduler.set_timesteps(n)
+    steps = spaced(schedule, n, spacing)
+    if spacing == "trailing":
+        assert scheduler.timesteps.tolist() == list(steps.timesteps)
+    scheduler.sigmas = torch.tensor([sigma_of_level(level) for level in steps.levels], dtype=torch.double)
+    x = START
+    for t, theirs in zip(steps.timesteps, scheduler.timesteps, strict=True):
+        x = scheduler.step(network(x, torch.full((3,), t, dtype=torch.double)), theirs, x).prev_sample
+    found = dpm_solver(denoiser(network, Process(schedule, prediction)), START, steps)
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
+def test_heun_is_heun():
+    schedule = Schedule(linear(1000).alphas_cumprod[:800])  # up to a sigma of 25: above 80 ours goes as DDIM
+    betas = (1 - schedule.alphas_cumprod / schedule.previous).tolist()
+    scheduler = HeunDiscreteScheduler(800, trained_betas=betas, use_karras_sigmas=True, timestep_spacing="linspace")
+    equip(scheduler, schedule)
+    scheduler.set_timesteps(12)
+    steps = karras(schedule, 12, sigma_max=1e9)
+    sigmas = torch.tensor([sigma_of_level(level) for level in steps.levels], dtype=torch.double)
+    each = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+    torch.testing.assert_close(scheduler.sigmas.double(), each, rtol=1e-6, atol=0)
+    scheduler.sigmas = each
+    torch.testing.assert_close(
+        scheduler.timesteps.double(),
+        torch.tensor(steps.timesteps).double()[[0, *(i // 2 for i in range(2, 24))]],
+        rtol=0,
+        atol=1e-3,
+    )
+    x = START * (1 + each[0] ** 2) ** 0.5
+    for i, theirs in enumerate(scheduler.timesteps):
+        t = torch.full((3,), steps.timesteps[(i + 1) // 2], dtype=torch.double)
+        x = scheduler.step(network(scheduler.scale_model_input(x, theirs), t), theirs, x).prev_sample
+    found = heun(denoiser(network, Process(schedule)), START, steps)
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
