@@ -1,7 +1,9 @@
 """Where weights come from: `-m` names a file, a bundle (a folder of weights and tokenizers), or a hub repository."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from dalle_cli import hub
 from dalle_cli.artifacts import Artifact, digest_file, open_artifact
 from dalle_cli.artifacts.container import read_header
 from dalle_cli.errors import DalleError
@@ -20,48 +22,73 @@ def locate(model: str | None) -> Path:
         if (SHIPPED / DEFAULT).is_dir():
             return SHIPPED / DEFAULT
         raise DalleError("expected a model, found none; give -m FILE_OR_FOLDER or set DALLE_MODEL")
-    if model.startswith("hf://"):
-        return _download(model)
+    if model.startswith(hub.SCHEME):
+        return hub.fetch(model).folder
     path = Path(model)
     if path.exists():
         return path
-    if (SHIPPED / model).is_dir():
+    shipped = sorted(folder.name for folder in SHIPPED.glob("*") if folder.is_dir())
+    if model in shipped:
         return SHIPPED / model
-    raise DalleError(f"expected weights or a bundle, found no such file: {model}; check -m")
-
-
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    repo, _, revision = model.removeprefix("hf://").partition("@")
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors", "*.json"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DalleError(f"expected the hub repository {repo}, found {reason}; check the name and network") from None
+    names = f" (shipped: {', '.join(shipped)})" if shipped else ""
+    raise DalleError(f"expected weights or a bundle, found no such file: {model}; check -m{names}")
 
 
 def weights(model: str | None, *kinds: str) -> Artifact:
     """The weights of one of `kinds` that `model` names: the file itself, or the one file of a bundle of that kind.
 
+    Of a repository nothing else is fetched but what lies beside every bundle's weights, the JSON files.
+
     Raises:
         DalleError: no such weights, or several.
     """
-    path = locate(model)
+    fetched = hub.fetch(model, kinds) if model and model.startswith(hub.SCHEME) else None
+    path = fetched.folder if fetched else locate(model)
     if path.is_file():
         return open_artifact(path, *kinds)
     broken: list[str] = []
     found = [f for f in sorted(path.glob("*.safetensors")) if _kind(f, broken) in kinds]
-    wanted = " or ".join(kinds)
+    wanted, where = " or ".join(kinds), model if fetched else path
     if not found and broken:
-        raise DalleError(f"expected {wanted} in the bundle {path}, found none that is whole: {broken[0]}")
+        raise DalleError(f"expected {wanted} in the bundle {where}, found none that is whole: {broken[0]}")
     if not found:
-        raise DalleError(f"expected {wanted}, found none in the bundle {path}; give -m a folder that holds them")
+        raise DalleError(f"expected {wanted}, found none in the bundle {where}; give -m a folder that holds them")
     if len(found) > 1:
         names = ", ".join(f.name for f in found)
-        raise DalleError(f"expected one file of {wanted}, found {names} in {path}; name one with -m")
-    return open_artifact(found[0], *kinds)
+        raise DalleError(f"expected one file of {wanted}, found {names} in {where}; name one with -m")
+    artifact = open_artifact(found[0], *kinds)
+    if fetched and found[0].name in fetched.digests:
+        artifact.digest = fetched.digests[found[0].name]  # the bytes have just been held against it
+    return artifact
+
+
+def whole(files: Sequence[Path]) -> list[Artifact]:
+    """The weights among a bundle's files, which fit each other: what one was trained with is there, too.
+
+    Raises:
+        DalleError: something else than weights, two of a kind, or a tokenizer or an encoder is missing.
+    """
+    found = [open_artifact(file) for file in files if file.suffix == ".safetensors"]
+    if not found:
+        raise DalleError("expected weights in the bundle, found no .safetensors file; give a folder that holds them")
+    kinds: dict[str, Artifact] = {}
+    for artifact in found:
+        if not artifact.kind.startswith("weights."):
+            raise DalleError(f"expected weights, found {artifact.kind}: {artifact.path}; take it out of the bundle")
+        twin = kinds.setdefault(artifact.kind, artifact)
+        if twin is not artifact:
+            names = f"{twin.path.name} and {artifact.path.name}"
+            raise DalleError(f"expected one file of {artifact.kind}, found {names} in the bundle; take one out")
+    tokenizers = {digest_file(file) for file in files if file.suffix == ".json"}
+    there = {"tokenizer": tokenizers, "encoder": {artifact.digest for artifact in found}}
+    for artifact in found:
+        for what, digests in there.items():
+            if what in artifact.config and artifact.fact(what, str) not in digests:
+                raise DalleError(
+                    f"expected the {what} of {artifact.path.name} (sha256 {artifact.fact(what, str)[:12]}) in the "
+                    "bundle, found none of that digest; put it beside"
+                )
+    return found
 
 
 def _kind(path: Path, broken: list[str]) -> str:
