@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+pytest.register_assert_rewrite("artifact_files", "comparisons", "process_pair")  # which assert on tests' behalf
+
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40)}
 SHAPES = ("circle", "square", "bar")
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
@@ -242,6 +244,16 @@ def chain(tmp_path_factory, data, recipe):
 
     torch.set_num_threads(1)
     return Chain(tmp_path_factory.mktemp("chain"), data, recipe).make()
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """Two processes of one group, for all tests of what several make together."""
+    from process_pair import Pair
+
+    pair = Pair(tmp_path_factory.mktemp("pair") / "store")
+    yield pair
+    pair.close()
 
 
 @pytest.fixture(autouse=True)

@@ -51,21 +51,21 @@ def batch(n: int = 5, seed: int = 1, size: int = 16) -> tuple[Tensor, Tensor, Te
 
 def transformers_twin(config: CLIPConfig) -> Any:
     transformers = pytest.importorskip("transformers")
+
+    def tower(name: str) -> dict[str, int]:
+        width, layers, heads = (getattr(config, f"{name}_{size}") for size in ("width", "layers", "heads"))
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width}
+        return {**sizes, "num_hidden_layers": layers, "num_attention_heads": heads}
+
     text = {
-        "hidden_size": config.text_width,
-        "intermediate_size": 4 * config.text_width,
-        "num_hidden_layers": config.text_layers,
-        "num_attention_heads": config.text_heads,
+        **tower("text"),
         "vocab_size": config.n_text_vocab,
         "max_position_embeddings": config.n_text,
         "bos_token_id": config.n_text_vocab - 2,
         "eos_token_id": config.n_text_vocab - 1,
     }
     vision = {
-        "hidden_size": config.vision_width,
-        "intermediate_size": 4 * config.vision_width,
-        "num_hidden_layers": config.vision_layers,
-        "num_attention_heads": config.vision_heads,
+        **tower("vision"),
         "image_size": config.image_size,
         "patch_size": config.patch_size,
     }

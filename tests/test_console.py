@@ -14,6 +14,7 @@ from conftest import run_bad, run_ok
 from dalle_cli import bundle, console
 from dalle_cli.devices import arithmetic, autocast, peak_flops, peak_memory, select_device, select_dtype
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import Fetched
 from dalle_cli.paths import beside, given_or_piped, skip_list, slug
 
 
@@ -184,17 +185,19 @@ def test_what_the_machine_could_do_and_has_held():
     flops = peak_flops(machine)
     assert time.monotonic() - began < 5  # a fifth of a second, on a machine that has nothing else to do
     assert 1e8 < flops < 1e15
-    before = peak_memory(machine.device)
     held = torch.ones(64, 2**20)
-    assert peak_memory(machine.device) >= before
-    assert 50 < peak_memory(machine.device) < 1e6
+    peak = peak_memory(machine.device)
+    assert 256 < peak < 1e6  # MiB
     del held
+    if Path("/proc/self/status").exists():  # the kernel's other record; not what was before the program was loaded
+        highest = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+        assert 0.95 * highest < peak < 100 * highest
 
 
 # Bundles
 
 
-def test_a_bundle_is_a_folder_a_file_a_shipped_name_or_a_repository(chain, monkeypatch, tmp_path):
+def test_a_bundle_is_a_folder_a_file_a_shipped_name_or_a_repository(chain, monkeypatch):
     found = bundle.weights(str(chain.model), "weights.clip")
     assert found.path == chain.clip
     assert bundle.weights(str(chain.clip), "weights.clip").digest == found.digest
@@ -203,29 +206,8 @@ def test_a_bundle_is_a_folder_a_file_a_shipped_name_or_a_repository(chain, monke
     assert bundle.locate("model") == chain.model
     monkeypatch.setattr(bundle, "DEFAULT", "model")
     assert bundle.locate(None) == chain.model
-    asked = []
-
-    def download(repo, revision, allow_patterns):
-        asked.append((repo, revision))
-        return str(chain.model)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("dalle_cli.hub.fetch", lambda name: {"hf://me/it@v2": Fetched(chain.model, (), "", {})}[name])
     assert bundle.locate("hf://me/it@v2") == chain.model
-    assert bundle.locate("hf://me/it") == chain.model
-    assert asked == [("me/it", "v2"), ("me/it", None)]
-
-
-def test_repositories_that_are_none(monkeypatch):
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    for name in ("hf://a/b/c", "hf://", "hf://a b@c"):  # refused by their names, without a request
-        assert "hub repository" in run_bad("sample", "x", "-m", name)
-
-    def unreachable(*_, **__):
-        raise LocalEntryNotFoundError("no network\nand more lines")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    assert "hub repository no/where, found no network; check" in run_bad("sample", "x", "-m", "hf://no/where")
 
 
 def test_the_environment_names_a_model(chain, tmp_path):

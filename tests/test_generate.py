@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from artifact_files import array, strings
 from conftest import run_bad, run_cli, run_ok
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,14 +20,6 @@ from dalle_cli.commands import drawing
 from dalle_cli.sampling import autoregressive, memory
 
 PROMPT, OTHER = "a red circle on white", "a blue bar on black"
-
-
-def array(path, name):
-    return np.asarray(open_artifact(path).array(name))
-
-
-def strings(path, name):
-    return list(open_artifact(path).strings(name))
 
 
 def generate(chain, folder, *more, n=12, prompts=(PROMPT,)):

@@ -17,7 +17,8 @@ FLOORS = (
     ("training", "evaluation", "convert"),
     ("sampling", "data", "load"),
     ("models", "diffusion"),
-    ("bundle",),  # reads artifacts
+    ("bundle", "card"),  # read artifacts
+    ("hub",),
     ("artifacts", "config", "options", "console", "devices", "paths"),
     ("errors",),
 )

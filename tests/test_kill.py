@@ -1,13 +1,13 @@
 """A process that is killed again and again, at any moment, leaves a run that ends in the very same bytes."""
 
 import itertools
-import json
 import random
 import signal
 import time
 
 import pytest
 from conftest import run_ok, start
+from stage_runs import lasting_rows
 
 SETTINGS = (
     *("checkpoint_every=2", "log_every=1", "validate_every=20", "ema_every=3", "clip_norm=1.0"),
@@ -22,13 +22,6 @@ def command(chain, out, steps):
         ("--set", f"prior.train.{setting}") for setting in (*SETTINGS, f"steps={steps}")
     )
     return ("train-prior", *inputs, *more, "-o", out)
-
-
-def rows(out):
-    """The log, without what tells of the machine."""
-    text = (out.parent / f"{out.stem}.run/metrics.jsonl").read_text()
-    drop = ("seconds", "rate", "peak_memory")
-    return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in text.splitlines()]
 
 
 def end(child, sign):
@@ -59,9 +52,10 @@ def check(chain, out, steps):
     run_ok(*command(chain, out, steps))
     assert out.read_bytes() == whole.read_bytes()
     assert not list(folder.glob(".*"))
-    assert rows(out) == rows(whole)
-    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, steps + 1))
-    assert len({row["lr"] for row in rows(out) if "lr" in row}) > 1  # the plateau cut, somewhere between the kills
+    rows = lasting_rows(out)
+    assert rows == lasting_rows(whole)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, steps + 1))
+    assert len({row["lr"] for row in rows if "lr" in row}) > 1  # the plateau cut, somewhere between the kills
 
 
 def test_killed_twice(chain, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparisons import assert_same_value_and_gradient
 from torch.nn import functional as F
 
 from dalle_cli.models import attention
@@ -30,15 +31,7 @@ def test_equals_dense_attention_in_value_and_gradient(kind, kernel, grid, n_text
     pattern = Pattern(kind, n_text, grid, kernel)
     inputs = streams(n_text, grid)
     expected = F.scaled_dot_product_attention(*inputs, attn_mask=pattern.mask(torch.device("cpu")))
-    got = local(pattern, *inputs)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weights = torch.randn(expected.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
-    for ours, theirs in zip(
-        torch.autograd.grad((got * weights).sum(), inputs),
-        torch.autograd.grad((expected * weights).sum(), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    assert_same_value_and_gradient(local(pattern, *inputs), expected, inputs)
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 21])
@@ -48,15 +41,7 @@ def test_causal_attention_by_blocks_equals_the_fused_one(length, monkeypatch):
     shape = (2, 3, length, 4)
     inputs = [torch.randn(shape, dtype=torch.double, generator=generator).requires_grad_() for _ in range(3)]
     expected = F.scaled_dot_product_attention(*inputs, is_causal=True)
-    got = causal_attention(*inputs)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weights = torch.randn(shape, dtype=torch.double, generator=generator)
-    for ours, theirs in zip(
-        torch.autograd.grad((got * weights).sum(), inputs),
-        torch.autograd.grad((expected * weights).sum(), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    assert_same_value_and_gradient(causal_attention(*inputs), expected, inputs)
 
 
 @pytest.mark.parametrize("kind", ["row", "column", "conv", "full"])

@@ -1,6 +1,7 @@
 """The MLP's second half against torch's own, in value, gradient and what it keeps."""
 
 import torch
+from comparisons import assert_same_value_and_gradient
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,16 +19,7 @@ def inputs(dtype=torch.double):
 
 def test_equals_gelu_and_a_linear_layer_in_value_and_gradient():
     layer, x = inputs()
-    wanted = [x, *layer.parameters()]
-    expected, got = layer(F.gelu(x)), gelu_linear(x, layer)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    weights = torch.randn(expected.shape, dtype=torch.double, generator=torch.Generator().manual_seed(1))
-    for ours, theirs in zip(
-        torch.autograd.grad((got * weights).sum(), wanted),
-        torch.autograd.grad((expected * weights).sum(), wanted),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert_same_value_and_gradient(gelu_linear(x, layer), layer(F.gelu(x)), [x, *layer.parameters()])
 
 
 def test_under_autocast_gradients_have_their_tensors_dtypes():

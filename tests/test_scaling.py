@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import run_ok
+from interruptions import Crash, after_update
 from torch import nn
 from toy_task import WIDTH, Block, SplitToy, config, train_toy, trainer
 
@@ -16,7 +17,6 @@ from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.training import scaling
 from dalle_cli.training.blocks import blocks
-from dalle_cli.training.loop import Trainer
 from dalle_cli.training.scaling import BlockScales
 
 HALF = torch.float16
@@ -258,26 +258,12 @@ def test_a_block_that_never_has_a_finite_gradient(monkeypatch):
 # Runs
 
 
-def test_a_run_in_float16_goes_on_as_the_very_same(tmp_path, monkeypatch):
+def test_a_run_in_float16_goes_on_as_the_very_same(tmp_path):
     """The scales go on from where they were: others would round other bits."""
-
-    class Crash(Exception):
-        pass
-
     c = config(accumulate=2, checkpoint_activations=True, clip_norm=1.0)
     whole = train_toy(tmp_path / "whole", c, arithmetic=HALF, dropout=0.1)
-    original = Trainer.update
-
-    def update(self, batch):
-        figures = original(self, batch)
-        if self.step == 6:
-            raise Crash
-        return figures
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", update)
-        with pytest.raises(Crash):
-            train_toy(tmp_path / "cut", c, arithmetic=HALF, dropout=0.1)
+    with after_update(6), pytest.raises(Crash):
+        train_toy(tmp_path / "cut", c, arithmetic=HALF, dropout=0.1)
     assert train_toy(tmp_path / "cut", c, arithmetic=HALF, dropout=0.1) == whole
     for folder in ("cut", "whole"):
         ends = load_tensors(open_artifact(tmp_path / folder / "toy.run/checkpoint-00000012.safetensors"))

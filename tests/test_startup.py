@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from test_artifacts import sparse
+from artifact_files import sparse
 
 from dalle_cli.cli import STAGES
 

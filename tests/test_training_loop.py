@@ -1,6 +1,5 @@
 """What the training loop can do for every model, on a task that is small enough to check by hand."""
 
-import json
 import math
 import sys
 import types
@@ -8,8 +7,11 @@ from dataclasses import fields
 
 import pytest
 import torch
+from comparisons import assert_equal
 from conftest import run_bad, run_ok
-from toy_task import SplitToy, ToyTask, config, run_of, train_toy, trainer
+from interruptions import Crash, after_update
+from stage_runs import rows
+from toy_task import SplitToy, ToyTask, config, log_of, run_of, train_toy, trainer
 
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
@@ -23,41 +25,12 @@ from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.loop import Trainer, mix
 from dalle_cli.training.schedules import Plateau
 
-TIMES = ("seconds", "rate", "peak_memory")  # what a row says of the machine, not of the model
 DOUBLE = torch.float64
-
-
-class Crash(Exception):
-    """As if the process were gone."""
-
-
-def rows(folder):
-    """The log, without what differs from run to run."""
-    logged = [json.loads(line) for line in (folder / "toy.run/metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in logged]
-
-
-def crash_after(monkeypatch, step):
-    original = Trainer.update
-
-    def update(self, batch):
-        figures = original(self, batch)
-        if self.step == step:
-            raise Crash
-        return figures
-
-    monkeypatch.setattr(Trainer, "update", update)
 
 
 def gradients(loop, batch):
     loop._gradients(batch)
     return {name: p.grad.clone() for name, p in loop.model.named_parameters()}
-
-
-def assert_equal(ours, theirs, **tolerance):
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, msg=lambda said, name=name: f"{name}: {said}", **tolerance)
 
 
 # A stopped run goes on as the very same run, whatever is set
@@ -74,27 +47,23 @@ SETTINGS = (
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("step", [3, 5, 10])
-def test_a_stopped_run_goes_on_as_the_very_same(tmp_path, monkeypatch, settings, step):
+def test_a_stopped_run_goes_on_as_the_very_same(tmp_path, settings, step):
     """Weights and every row of the log: a mean over three updates, too, of which two came before the stop."""
     c = config(**settings)
     more = {"dropout": 0.1, "held_out": {4: 3.0, 8: 4.0, 12: 5.0}}
     whole = train_toy(tmp_path / "whole", c, **more)
-    with monkeypatch.context() as patch:
-        crash_after(patch, step)
-        with pytest.raises(Crash):
-            train_toy(tmp_path / "cut", c, **more)
+    with after_update(step), pytest.raises(Crash):
+        train_toy(tmp_path / "cut", c, **more)
     assert train_toy(tmp_path / "cut", c, **more) == whole
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
-    assert [row["step"] for row in rows(tmp_path / "cut")] == [3, 4, 6, 8, 9, 12, 12]
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    assert [row["step"] for row in log_of(tmp_path / "cut")] == [3, 4, 6, 8, 9, 12, 12]
 
 
-def test_a_checkpoint_of_before_the_loop_remembered_anything(tmp_path, monkeypatch):
+def test_a_checkpoint_of_before_the_loop_remembered_anything(tmp_path):
     c = config()
     whole = train_toy(tmp_path / "whole", c)
-    with monkeypatch.context() as patch:
-        crash_after(patch, 6)
-        with pytest.raises(Crash):
-            train_toy(tmp_path / "cut", c)
+    with after_update(6), pytest.raises(Crash):
+        train_toy(tmp_path / "cut", c)
     last = runs.Run.checkpoints(run_of(tmp_path / "cut", c))[-1]
     found = open_artifact(last)
     old = {k: v for k, v in load_tensors(found).items() if k.split("/")[0] in ("model", "ema", "optimizer")}
@@ -140,7 +109,7 @@ def test_plateau_in_a_run(tmp_path, capsys):
     """Validations after updates 4, 8, 12, ..., of which the one within the warm-up does not count."""
     c = config(steps=24, warmup=4, schedule="plateau", plateau_patience=1, plateau_figure="nats", log_every=1)
     train_toy(tmp_path, c, held_out={4: 0.0, 8: 3.0, 12: 4.0, 16: 3.0, 20: 3.5, 24: 0.5})
-    rates = [row["lr"] / c.lr for row in rows(tmp_path) if "lr" in row]
+    rates = [row["lr"] / c.lr for row in log_of(tmp_path) if "lr" in row]
     expected = [0.25, 0.5, 0.75, 1.0] + [1.0] * 4 + [1.0] * 4 + [0.5] * 4 + [0.25] * 4 + [0.125] * 4
     assert rates == pytest.approx(expected, rel=1e-6)
     assert "nats has stopped falling: from here lr times 0.5" in capsys.readouterr().err
@@ -333,8 +302,7 @@ def test_a_compiled_prior_from_the_command_line(chain, tmp_path):
 
 def test_rate_and_memory_are_in_the_log(tmp_path):
     train_toy(tmp_path, config())
-    logged = [json.loads(line) for line in (tmp_path / "toy.run/metrics.jsonl").read_text().splitlines()]
-    trained = [row for row in logged if "loss" in row]
+    trained = [row for row in rows(tmp_path / "toy.safetensors") if "loss" in row]
     assert all(row["rate"] > 0 for row in trained)
     assert all(10 < row["peak_memory"] < 1e6 for row in trained)  # MiB
     assert trained[-1]["seconds"] >= trained[0]["seconds"] > 0
@@ -374,7 +342,7 @@ def test_scalars_for_tensorboard(tmp_path, monkeypatch):
     train_toy(tmp_path, config(tensorboard=True), held_out={4: 1.0, 8: 2.0, 12: 3.0})
     assert opened == [(str(tmp_path / "toy.run/tensorboard"), 1), "closed"]
     assert [(v, s) for name, v, s in written if name == "validation/nats"] == [(1.0, 4), (2.0, 8), (3.0, 12)]
-    logged = [row for row in rows(tmp_path) if "loss" in row]
+    logged = [row for row in log_of(tmp_path) if "loss" in row]
     assert [(v, s) for name, v, s in written if name == "loss"] == [(row["loss"], row["step"]) for row in logged]
     assert {"rate", "peak_memory", "lr", "figure"} <= {name for name, _, _ in written}
     assert "step" not in {name for name, _, _ in written}

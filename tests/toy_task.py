@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 import torch
+from stage_runs import lasting_rows
 from torch import nn
 
 from dalle_cli.devices import Arithmetic
@@ -107,6 +108,11 @@ def config(**more):
 
 def run_of(folder, config):
     return Run(folder / "toy.safetensors", "weights.prior.codes", {"train": asdict(config)}, [])
+
+
+def log_of(folder):
+    """The log of the toy's run in a folder, without what differs from run to run."""
+    return lasting_rows(folder / "toy.safetensors")
 
 
 def machine(dtype=torch.float32):

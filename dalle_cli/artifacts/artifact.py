@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from dalle_cli.artifacts.container import SHARDS, Header, digest_bytes, digest_file, read_header
-from dalle_cli.artifacts.strings import Strings
+from dalle_cli.artifacts.strings import StringColumn, Strings
 from dalle_cli.errors import DalleError
 
 F = TypeVar("F", str, int, dict[str, Any])
@@ -60,7 +60,7 @@ class Rows:
         return out
 
 
-class ChainedStrings(Sequence[str]):
+class ChainedStrings(StringColumn):
     """A string column over several shards."""
 
     def __init__(self, parts: list[Strings]):
@@ -70,18 +70,10 @@ class ChainedStrings(Sequence[str]):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index = int(index) % len(self)
-        shard = bisect.bisect_right(self.starts, index) - 1
-        return self.parts[shard][index - self.starts[shard]]
+    def row(self, i: int) -> str:
+        """The string at `i`, of the shard that it lies in."""
+        shard = bisect.bisect_right(self.starts, i) - 1
+        return self.parts[shard][i - self.starts[shard]]
 
 
 def _strings(header: Header, name: str) -> Strings:

@@ -1,5 +1,6 @@
 """String columns, stored as Arrow does: all bytes in one tensor, and where each string begins."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -7,7 +8,27 @@ import numpy as np
 import numpy.typing as npt
 
 
-class Strings(Sequence[str]):
+class StringColumn(Sequence[str]):
+    """Rows by number, from the end too, and by slice; what a column is made of says which string is the i-th."""
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = int(index)
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        return self.row(i % len(self))
+
+    @abstractmethod
+    def row(self, i: int) -> str:
+        """The string at `i`, from 0 and below the length."""
+
+
+class Strings(StringColumn):
     """N UTF-8 strings over `data` (n_bytes,) uint8 and `offsets` (N+1,) int64, decoded only when asked for."""
 
     def __init__(self, data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]):
@@ -27,17 +48,8 @@ class Strings(Sequence[str]):
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        i = int(index)
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        i %= len(self)
+    def row(self, i: int) -> str:
+        """The string at `i`, decoded."""
         return self.data[self.offsets[i] : self.offsets[i + 1]].tobytes().decode("utf-8", "replace")
 
     def __iter__(self) -> Iterator[str]:

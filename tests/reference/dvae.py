@@ -1,6 +1,7 @@
 """Float64 twin of the dVAE, written from the paper with loops and matrix products; weights come as a plain dict."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -53,26 +54,27 @@ def upsample(x: Tensor) -> Tensor:
     return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
-def encoder(images: Tensor, weights: Weights, n_groups: int, n_blocks: int) -> Tensor:
-    """Images in [0, 1] to logits."""
-    h = layer(0.1 + 0.8 * images, weights, "encoder.input")
+def stack(
+    x: Tensor, weights: Weights, half: str, n_groups: int, n_blocks: int, resize: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """One half of the network: groups of blocks with `resize` between them."""
+    h = layer(x, weights, f"{half}.input")
     for g in range(1, n_groups + 1):
         for b in range(1, n_blocks + 1):
-            h = bottleneck(h, weights, f"encoder.group_{g}.block_{b}.", 1 / (n_groups * n_blocks) ** 2)
+            h = bottleneck(h, weights, f"{half}.group_{g}.block_{b}.", 1 / (n_groups * n_blocks) ** 2)
         if g < n_groups:
-            h = max_pool(h)
-    return layer(relu(h), weights, "encoder.output")
+            h = resize(h)
+    return layer(relu(h), weights, f"{half}.output")
+
+
+def encoder(images: Tensor, weights: Weights, n_groups: int, n_blocks: int) -> Tensor:
+    """Images in [0, 1] to logits."""
+    return stack(0.1 + 0.8 * images, weights, "encoder", n_groups, n_blocks, max_pool)
 
 
 def decoder(vectors: Tensor, weights: Weights, n_groups: int, n_blocks: int) -> Tensor:
     """One-hot or relaxed codes (B, V, H, W) to mu and ln b."""
-    h = layer(vectors, weights, "decoder.input")
-    for g in range(1, n_groups + 1):
-        for b in range(1, n_blocks + 1):
-            h = bottleneck(h, weights, f"decoder.group_{g}.block_{b}.", 1 / (n_groups * n_blocks) ** 2)
-        if g < n_groups:
-            h = upsample(h)
-    return layer(relu(h), weights, "decoder.output")
+    return stack(vectors, weights, "decoder", n_groups, n_blocks, upsample)
 
 
 def nll(images: Tensor, output: Tensor) -> Tensor:

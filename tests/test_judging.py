@@ -1,0 +1,285 @@
+"""Scores of a dVAE and of a prior from files: what is judged, what is refused, and the pictures that are drawn."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_ok
+from PIL import Image
+
+from dalle_cli import load
+from dalle_cli.artifacts import open_artifact, write_artifact
+from dalle_cli.commands import judging
+from dalle_cli.data.augment import center
+from dalle_cli.data.datasets import open_dataset
+from dalle_cli.data.split import held_out
+from dalle_cli.errors import DalleError
+from dalle_cli.evaluation.reconstruction import psnr, squared_error, ssim
+from dalle_cli.models.pixels import from_uint8, to_uint8
+
+CPU = torch.device("cpu")
+SHARE = 0.2  # that the chain's recipe holds out
+
+
+def of_dvae(chain, out, data=None, **changes):
+    options = {
+        "batch_size": 5, "device": "cpu", "dtype": "float32", "workers": 0, "limit": None, "sheet": None,
+        "force": False, "features": None,
+    }  # fmt: skip
+    weights = open_artifact(chain.dvae)
+    return judging.judge_dvae(weights, str(data or chain.data), out / "scores.json", **{**options, **changes})
+
+
+def of_prior(chain, out, weights=None, captions=None, codes=None, **changes):
+    options = {"batch_size": 2, "device": "cpu", "dtype": "float32", "limit": None, "plot": None, "force": False}
+    weights = open_artifact(chain.prior) if weights is None else weights
+    inputs = (weights, captions or chain.captions, codes or chain.codes)
+    return judging.judge_prior(*inputs, out / "scores.json", **{**options, **changes})
+
+
+def rebuilt(chain):
+    """All pictures of the chain's data set and their reconstructions, uint8, made here; and the ids."""
+    data = open_dataset(str(chain.data), need_captions=False)
+    dvae = load.dvae(open_artifact(chain.dvae), CPU)
+    pixels = np.stack([center(data.read(i), 16).transpose(2, 0, 1) for i in range(len(data))])
+    images = torch.from_numpy(pixels)
+    return images, to_uint8(dvae.reconstruct(from_uint8(images))), list(data.ids)
+
+
+def changed(path, to, config=None, **tensors):
+    """A copy of an artifact with another header or other columns."""
+    old = open_artifact(path)
+    columns = {name: np.asarray(old.array(name)) for name in old.columns}
+    strings = {name: list(old.strings(name)) for name in old.headers[0].table.strings if name in old}
+    write_artifact(to, old.kind, {**columns, **strings, **tensors}, {**old.config, **(config or {})}, old.history)
+    return to
+
+
+# dVAE
+
+
+def test_a_dvae_is_scored_by_what_decode_would_show(chain, tmp_path):
+    images, shown, ids = rebuilt(chain)
+    told = of_dvae(chain, tmp_path)
+    assert told["psnr"] == pytest.approx(psnr(squared_error(images, shown)).mean().item(), abs=1e-9)
+    assert told["ssim"] == pytest.approx(ssim(images, shown).mean().item(), abs=1e-9)
+    assert (told["pictures"], told["skipped"]) == (24, 0)
+    codes = load.dvae(open_artifact(chain.dvae), CPU).encode(from_uint8(images))
+    share = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
+    bits = -(share * np.log2(share)).sum()
+    assert (told["n_vocab"], told["codes_used"]) == (20, len(share))
+    assert told["perplexity"] == pytest.approx(2**bits)
+    assert told["bits_per_pixel"] == pytest.approx(np.log2(20) * 16 / 256)  # 4 x 4 codes of 16 x 16 pixels
+    assert told["bits_per_pixel_entropy"] == pytest.approx(bits * 16 / 256)
+    mask = torch.tensor([held_out(name, SHARE) for name in ids])
+    assert 0 < mask.sum() < 24
+    part = psnr(squared_error(images[mask], shown[mask])).mean().item()
+    assert told["trained_on"] is True
+    assert told["held_out"]["psnr"] == pytest.approx(part, abs=1e-9)
+    assert told["held_out"]["pictures"] == int(mask.sum())
+    json.dumps(told, allow_nan=False)
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 64, "workers": 2}])
+def test_neither_batches_nor_workers_change_a_dvaes_scores(chain, tmp_path, changes):
+    first, second = of_dvae(chain, tmp_path), of_dvae(chain, tmp_path, **changes)
+    assert {**first, "held_out": 0} == pytest.approx({**second, "held_out": 0}, rel=1e-6)
+
+
+def test_a_limit_is_spread_over_the_data(chain, tmp_path):
+    images, shown, _ = rebuilt(chain)
+    rows = [0, 4, 9, 14, 19]
+    told = of_dvae(chain, tmp_path, limit=5)
+    assert told["pictures"] == 5
+    assert told["psnr"] == pytest.approx(psnr(squared_error(images[rows], shown[rows])).mean().item(), abs=1e-9)
+
+
+def test_broken_pictures_are_left_out_and_listed(chain, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(chain.data, data)
+    (data / "03.png").write_bytes((data / "03.png").read_bytes()[:60])
+    told = of_dvae(chain, tmp_path / "new", data)
+    assert (told["pictures"], told["skipped"], told["trained_on"]) == (23, 1, False)
+    assert "held_out" not in told
+    (row,) = map(json.loads, (tmp_path / "new" / "scores.json.skipped.jsonl").read_text().splitlines())
+    assert row["id"] == "03"
+    shutil.rmtree(data)
+    data.mkdir()
+    (data / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
+    with pytest.raises(DalleError, match="expected pictures that can be read, found none of 1"):
+        of_dvae(chain, tmp_path, data)
+
+
+def test_the_sheet_shows_the_worst_first_each_beside_its_original(chain, tmp_path):
+    from dalle_cli.data.sheet import GAP, MARGIN, TITLE_LINE
+
+    images, shown, _ = rebuilt(chain)
+    worst = int(torch.argsort(psnr(squared_error(images, shown)), stable=True)[0])
+    of_dvae(chain, tmp_path, sheet=tmp_path / "worst.png")
+    drawn = np.asarray(Image.open(tmp_path / "worst.png"))
+    top, side = MARGIN + TITLE_LINE + GAP, 112  # 16 pixels, enlarged seven times
+    for place, pixels in enumerate((images[worst], shown[worst])):
+        left = MARGIN + place * (side + GAP)
+        middles = drawn[top + 3 : top + side : 7, left + 3 : left + side : 7].astype(int)
+        assert abs(middles - pixels.permute(1, 2, 0).numpy()).mean() < 3  # enlarging blends at edges
+    (tmp_path / "notes.png").write_text("mine")
+    with pytest.raises(DalleError, match="expected to write a PNG"):
+        of_dvae(chain, tmp_path, sheet=tmp_path / "notes.png")
+    assert (tmp_path / "notes.png").read_text() == "mine"
+
+
+def test_the_frechet_distance_is_between_originals_and_reconstructions(chain, tmp_path):
+    images, shown, _ = rebuilt(chain)
+    clip = load.clip(open_artifact(chain.clip), CPU)
+    sides = [clip.encode_image(from_uint8(pixels)).double().numpy() for pixels in (images, shown)]
+    (mean_a, a), (mean_b, b) = ((rows.mean(0), np.cov(rows.T)) for rows in sides)
+    linalg = pytest.importorskip("scipy.linalg")
+    expected = ((mean_a - mean_b) ** 2).sum() + np.trace(a + b - 2 * linalg.sqrtm(a @ b).real)
+    told = of_dvae(chain, tmp_path, features=str(chain.clip))["frechet"]
+    assert told["value"] == pytest.approx(expected, rel=1e-4)
+    assert told["value"] > 1e-3 * np.trace(a)  # the tiny dVAE rebuilds badly
+    assert told["called"] == f"Frechet distance ({told['features']})"
+    with pytest.raises(DalleError, match=r"expected at least 17 pictures .* found 16"):
+        of_dvae(chain, tmp_path, features=str(chain.clip), limit=16)
+
+
+# Prior
+
+
+def test_a_prior_is_judged_on_what_training_held_out(chain, tmp_path):
+    """The figures are those of the loop's last validation, which is of the same average of the weights."""
+    rows = [json.loads(line) for line in (chain.model / "prior.run" / "metrics.jsonl").read_text().splitlines()]
+    last = [row["validation"] for row in rows if "validation" in row][-1]
+    told = of_prior(chain, tmp_path)
+    assert told["image_nats"] == pytest.approx(last["image_nats"], rel=1e-5)
+    assert told["text_nats"] == pytest.approx(last["text_nats"], rel=1e-5)
+    ids = open_dataset(str(chain.data), need_captions=False).ids
+    assert (told["pairs"], told["held_out"]) == (sum(held_out(name, SHARE) for name in ids), True)
+    assert told["image_nats_uniform"] == np.log(20)
+    assert told["caption_dropout"] == 0.1
+    assert np.mean(told["by_position"]) == pytest.approx(told["image_nats"])
+    assert np.mean(told["gain_over_null_by_position"]) == pytest.approx(told["gain_over_null"])
+    assert told["gain_over_shuffled"] != 0
+    json.dumps(told, allow_nan=False)
+
+
+def test_the_unigram_is_of_the_codes_that_training_saw(chain, tmp_path):
+    artifact = open_artifact(chain.codes)
+    codes = np.asarray(artifact.array("codes")).reshape(24, -1)
+    mask = np.array([held_out(name, SHARE) for name in artifact.strings("ids")])
+    counts = np.bincount(codes[~mask].ravel(), minlength=20) + 1
+    expected = -np.log(counts / counts.sum())[codes[mask]].mean()
+    assert of_prior(chain, tmp_path)["image_nats_unigram"] == pytest.approx(expected)
+    own = [np.bincount(np.delete(codes, i, 0).ravel(), minlength=20) + 1 for i in range(24)]
+    expected = np.mean([-np.log(n / n.sum())[row].mean() for n, row in zip(own, codes, strict=True)])
+    assert of_prior(chain, tmp_path, everything=True)["image_nats_unigram"] == pytest.approx(expected)
+
+
+def test_everything_and_a_limit(chain, tmp_path):
+    told = of_prior(chain, tmp_path, everything=True)
+    assert (told["pairs"], told["held_out"]) == (24, False)
+    assert of_prior(chain, tmp_path, limit=3)["pairs"] == 3
+    only = of_prior(chain, tmp_path, limit=1)
+    assert only["pairs"] == 1
+    assert only["image_nats_error"] is only["gain_over_shuffled"] is None
+
+
+def test_the_batch_size_changes_no_score_of_a_prior(chain, tmp_path):
+    first, second = of_prior(chain, tmp_path), of_prior(chain, tmp_path, batch_size=64)
+    for name, value in first.items():
+        if not isinstance(value, list):
+            assert value == pytest.approx(second[name], rel=1e-5, abs=1e-6), name
+
+
+def test_rows_are_joined_by_id(chain, tmp_path):
+    expected = of_prior(chain, tmp_path)
+    old = open_artifact(chain.captions)
+    order = np.arange(24)[::-1]
+    columns = {name: np.asarray(old.array(name))[order] for name in old.columns}
+    strings = {name: [old.strings(name)[i] for i in order] for name in ("ids", "text")}
+    turned = changed(chain.captions, tmp_path / "turned.safetensors", **columns, **strings)
+    assert of_prior(chain, tmp_path, captions=turned)["image_nats"] == expected["image_nats"]
+
+
+def test_captions_that_are_all_alike_leave_nothing_to_shuffle(chain, tmp_path):
+    tokens = np.repeat(np.asarray(open_artifact(chain.captions).array("tokens"))[:1], 24, 0)
+    lengths = np.repeat(np.asarray(open_artifact(chain.captions).array("lengths"))[:1], 24)
+    same = changed(chain.captions, tmp_path / "same.safetensors", tokens=tokens, lengths=lengths)
+    told = of_prior(chain, tmp_path, captions=same)
+    assert told["gain_over_shuffled"] is None
+    assert told["gain_over_null"] is not None
+
+
+def test_other_peoples_captions_and_codes_are_refused(chain, tmp_path):
+    captions = changed(chain.captions, tmp_path / "c.safetensors", {"tokenizer": "0" * 64})
+    with pytest.raises(DalleError, match=r"expected the tokenizer that .*prior.safetensors was made with"):
+        of_prior(chain, tmp_path, captions=captions)
+    codes = changed(chain.codes, tmp_path / "z.safetensors", {"encoder": "0" * 64})
+    with pytest.raises(DalleError, match="expected the image encoder that"):
+        of_prior(chain, tmp_path, codes=codes)
+    codes = changed(chain.codes, tmp_path / "v.safetensors", {"n_vocab": 30})
+    with pytest.raises(DalleError, match=r"20, 4.*found .*30, 4"):
+        of_prior(chain, tmp_path, codes=codes)
+    with pytest.raises(DalleError, match="expected captions, found codes"):
+        of_prior(chain, tmp_path, captions=chain.drawn)
+
+
+def weights_of(chain, to, **train):
+    """The prior with another table of training."""
+    from safetensors.torch import load_file
+
+    old = open_artifact(chain.prior)
+    config = {**old.config, "train": {**old.config["train"], **train}}
+    tensors = {name: tensor.numpy() for name, tensor in load_file(chain.prior).items()}
+    write_artifact(to, old.kind, tensors, config, old.history)
+    return open_artifact(to)
+
+
+def test_weights_that_held_nothing_out(chain, tmp_path, capsys):
+    told = of_prior(chain, tmp_path, weights_of(chain, tmp_path / "p.safetensors", validation=0.0))
+    assert (told["pairs"], told["held_out"]) == (24, False)
+    assert "all pairs are judged" in capsys.readouterr().err
+    with pytest.raises(DalleError, match="expected pairs that training held out, found none of 24"):
+        of_prior(chain, tmp_path, weights_of(chain, tmp_path / "q.safetensors", validation=1e-9))
+
+
+def test_the_heat_map(chain, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in "ab":
+        of_prior(chain, tmp_path, plot=tmp_path / f"{name}.png")
+    assert Image.open(tmp_path / "a.png").size[0] > 1000
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    (tmp_path / "notes.png").write_text("mine")
+    with pytest.raises(DalleError, match="expected to write a picture"):
+        of_prior(chain, tmp_path, plot=tmp_path / "notes.png")
+
+
+def test_the_heat_maps_colors_stand_for_the_values():
+    pytest.importorskip("matplotlib")
+    from dalle_cli.data.charts import Heat, Label, heat_maps
+
+    grid = [[1.0, 2.0], [3.0, -1.0]]
+    picture = heat_maps([Heat(Label("a", "nats"), grid), Heat(Label("b"), grid, signed=True)], "two")
+    shown = [panel.images[0] for panel in picture.axes if panel.images]
+    assert [image.get_array().tolist() for image in shown] == [grid, grid]
+    assert shown[0].get_clim() == (-1, 3)
+    assert shown[1].get_clim() == (-3, 3)  # 0 in the middle
+    assert [panel.get_title(loc="left") for panel in picture.axes if panel.images] == ["a", "b"]
+    assert [text.get_text() for text in picture.texts] == ["two"]
+
+
+# The command
+
+
+def test_evaluate_tells_by_kind(chain, tmp_path):
+    out = run_ok("evaluate", chain.dvae, "--reference", chain.data, "-o", tmp_path / "d.json", "--device", "cpu")
+    scores = json.loads((tmp_path / "d.json").read_text())["scores"]
+    assert out == str(tmp_path / "d.json")
+    assert scores["psnr"] == pytest.approx(of_dvae(chain, tmp_path)["psnr"], rel=1e-6)
+    inputs = (chain.prior, chain.captions, chain.codes)
+    run_ok("evaluate", *inputs, "-o", tmp_path / "p.json", "--device", "cpu", "--plot", tmp_path / "p.png")
+    scores = json.loads((tmp_path / "p.json").read_text())["scores"]
+    assert scores["image_nats"] == pytest.approx(of_prior(chain, tmp_path)["image_nats"], rel=1e-5)
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
