@@ -31,13 +31,22 @@ STAGES: dict[str, dict[str, str]] = {
     "Draw": {
         "sample": "Draw codes for a prompt from a prior.",
         "decode": "Decode codes to pictures.",
-        "rerank": "Score pictures against their prompts with CLIP and keep the best.",
+        "rerank": "Score pictures against their prompts, by CLIP or by a prior, and keep the best.",
         "generate": "Draw, decode, rerank and show pictures for a prompt, in one go.",
         "show": "Draw a contact sheet of pictures.",
+    },
+    "Judge": {
+        "evaluate": "Score pictures against real ones, or a dVAE or a prior on data.",
+        "score": "Score codes or pictures by a prior: log p(codes | caption).",
+        "overlap": "Find pictures of one set that are in another, too.",
+        "report": "Write one HTML page of a run: curves, pictures, scores, and the history of every artifact.",
+        "survey": "Let people judge two sets of pictures: one HTML page, and the tally of their votes.",
     },
     "Share": {
         "export": "Write pictures as PNG files with a manifest, which is again a data set.",
         "info": "Say what an artifact is and how it was made.",
+        "pull": "Fetch a bundle from a hub, and check it.",
+        "push": "Put a bundle into a hub's repository, with a model card.",
     },
 }
 GRACE = 3.0  # seconds

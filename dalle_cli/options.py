@@ -82,7 +82,7 @@ Model = Annotated[
         "--model",
         metavar="MODEL",
         envvar="DALLE_MODEL",
-        help="Weights: a file, a bundle folder, or hf://owner/repo.",
+        help="Weights: a file, a bundle (a folder, or the name of a shipped one), or hf://owner/repo[@revision].",
     ),
 ]
 TokenizerFile = Annotated[Path, typer.Option("-t", "--tokenizer", metavar="FILE", help="What `train-tokenizer` wrote.")]
@@ -103,6 +103,15 @@ DrawBatch = Annotated[
         parser=_parse_batch,
         metavar="N",
         help="How many at once, or auto: as fit into half of the free memory; does not change the result.",
+    ),
+]
+Int8 = Annotated[
+    bool, typer.Option("--int8", help="Hold the prior's matrices as whole numbers of 8 bits: a quarter of the memory.")
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="Compile the drawing of a code first (torch.compile): a minute or more, for long runs."
     ),
 ]
 Workers = Annotated[int, typer.Option(min=0, metavar="N", help="Threads that read pictures ahead.")]
@@ -147,3 +156,31 @@ DrawnRows = Annotated[
 Keep = Annotated[int, typer.Option(min=0, metavar="N", help="Keep the best N per prompt; 0 keeps all, best first.")]
 Columns = Annotated[int, typer.Option(min=0, metavar="N", help="Pictures in a row of the sheet; 0 = as fits.")]
 Terminal = Annotated[bool, typer.Option("--terminal", help="Also preview in the terminal.")]
+Without = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Leave out the ids in this file, as `overlap` writes it."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Look at N of them at most, spread over all.")]
+PictureFile = Annotated[
+    str | None,
+    typer.Option(
+        "--image",
+        metavar="FILE",
+        help="Keep a part of this picture, its middle square, and draw the rest: see --keep-rows and --mask. A code is "
+        "drawn by the caption, the rows of codes above it and the codes left of it, kept or drawn. It cannot see what "
+        "is kept to its right or below, so that may not fit it.",
+    ),
+]
+KeepRows = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="N", help="Of --image, keep so many rows of codes from the top; else half of them."),
+]
+MaskFile = Annotated[
+    str | None,
+    typer.Option(
+        "--mask",
+        metavar="FILE",
+        help="Of --image, draw anew what is white in this picture (of any size, its middle square), and keep what is "
+        "black. A code whose patch white touches anywhere is drawn anew.",
+    ),
+]

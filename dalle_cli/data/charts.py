@@ -1,4 +1,4 @@
-"""Curves of training runs as a picture.
+"""Curves of training runs as a picture, and figures by place in the grid of codes.
 
 A panel shows one figure; each run has a color there, thin for training, thick with points for held-out data.
 """
@@ -112,6 +112,11 @@ def draw(runs: Sequence[Curves], keys: Sequence[str], x: str = "step", title: st
     return picture
 
 
+def check_drawable() -> None:
+    """Raises: DalleError if matplotlib is not installed."""
+    _matplotlib()
+
+
 def _matplotlib() -> Any:
     try:
         return importlib.import_module("matplotlib")
@@ -223,6 +228,44 @@ def _header(picture: "Figure", runs: Sequence[Curves], keys: Sequence[str], titl
         picture.text(left, top, title, fontsize=12, fontweight="bold", va="top")
     place = (left, 1 - (0.34 * bool(title) + 0.02) / (high + above))
     picture.legend(handles=entries, loc="upper left", bbox_to_anchor=place, ncols=columns, borderaxespad=0)
+
+
+class Heat(NamedTuple):
+    """A figure by place, (H, W); `signed` is one whose sign matters, so that 0 is white and both sides look alike."""
+
+    label: Label
+    values: Sequence[Sequence[float]]
+    signed: bool = False
+
+
+def heat_maps(maps: Sequence[Heat], title: str | None = None) -> "Figure":
+    """Each figure as a grid of colors beside its scale.
+
+    Raises:
+        DalleError: matplotlib is not installed.
+    """
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        new = importlib.import_module("matplotlib.figure").Figure
+        above = 0.34 * bool(title)  # inches
+        picture: Figure = new((4.1 * len(maps), 3.5 + above), dpi=DPI, layout="constrained")
+        engine = picture.get_layout_engine()
+        assert engine is not None
+        engine.set(w_pad=0.1, h_pad=0.08, rect=(0, 0, 1, 3.5 / (3.5 + above)))  # type: ignore[call-arg]
+        for panel, heat in zip(picture.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+            most = max(abs(value) for row in heat.values for value in row) or 1.0
+            colors: dict[str, Any] = {"cmap": "PuOr_r", "vmin": -most, "vmax": most} if heat.signed else {}
+            drawn = panel.imshow(heat.values, interpolation="nearest", **{"cmap": "viridis", **colors})
+            panel.set_title(heat.label.title, loc="left", fontweight="bold")
+            for axis in (panel.xaxis, panel.yaxis):
+                axis.set_major_locator(_ticker("MaxNLocator", MOST_TICKS, integer=True))
+            scale = picture.colorbar(drawn, ax=panel, shrink=0.85, label=heat.label.unit)
+            scale.outline.set_visible(False)
+        if title:
+            picture.text(
+                0.1 / (4.1 * len(maps)), 1 - 0.1 / (3.5 + above), title, fontsize=12, fontweight="bold", va="top"
+            )
+    return picture
 
 
 def check(path: Path, force: bool) -> None:

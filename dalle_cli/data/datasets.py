@@ -50,6 +50,10 @@ class Dataset:
             raise BadSample(f"unreadable: {len(data)} of {sample.size} bytes")
         return images.decode(data, self._filters)
 
+    def without(self, ids: frozenset[str]) -> "Dataset":
+        """The samples of all other ids."""
+        return Dataset([s for s in self._samples if s.id not in ids], self._filters, self.skipped) if ids else self
+
     @property
     def digest(self) -> str:
         """SHA-256 (hex) over the listing of (id, size in bytes, captions)."""

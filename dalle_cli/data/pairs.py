@@ -4,6 +4,7 @@ Shapes: B batch, T caption length, H W code grid. Both artifacts are memory maps
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,13 @@ def _rows_by_id(ids: Sequence[str], place: dict[str, int]) -> tuple[Ints, Ints]:
     starts = np.zeros(len(place) + 1, dtype=np.int64)
     np.cumsum(np.bincount(places[known], minlength=len(place)), out=starts[1:])
     return rows, starts
+
+
+def _of_places(table: tuple[Ints, Ints], places: Ints) -> tuple[Ints, Ints]:
+    """What `_rows_by_id` gives, for these places alone."""
+    rows, starts = table
+    parts = [rows[starts[place] : starts[place + 1]] for place in places.tolist()]
+    return np.concatenate([rows[:0], *parts]), np.cumsum([0, *map(len, parts)])
 
 
 class Pairs:
@@ -55,6 +63,16 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def without(self, ids: frozenset[str]) -> "Pairs":
+        """The pairs of all other ids."""
+        if not ids:
+            return self
+        places = np.flatnonzero([name not in ids for name in self.ids])
+        kept = copy(self)
+        kept.ids = [self.ids[place] for place in places.tolist()]
+        kept._captions, kept._latents = _of_places(self._captions, places), _of_places(self._latents, places)
+        return kept
 
     def split(self, share: float) -> tuple[Ints, Ints]:
         """Places for training and for validation, by a hash of the id alone."""

@@ -1,0 +1,61 @@
+"""`dalle report`: shows what is there, says what is not; of many pictures it takes some, so that the page is small."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dalle_cli.options import Force
+
+EXAMPLE = "dalle report recipes/emoji/build -o report.html"
+
+
+def run(
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN",
+            help="A folder such as a recipe's build/, weights, or a .run folder; read from the pipe if left out.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="Where to write; else report.html in the folder, or beside weights."
+        ),
+    ] = None,
+    title: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The page's heading; else the folder's name.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write one HTML page of a run: curves, pictures, scores, and the history of every artifact."""
+    from dalle_cli import console
+    from dalle_cli.artifacts.container import replace_file
+    from dalle_cli.evaluation import findings, html, report
+    from dalle_cli.paths import given_or_piped
+
+    source = given_or_piped(path)
+    target = out or _target(source)
+    html.check_page(target, report.GENERATOR, force)
+    found = findings.look(source)
+    text = report.page(found, title)
+    replace_file(target, lambda part: part.write_text(text, encoding="utf-8", errors="replace"))
+    console.result(
+        target,
+        artifacts=len(found.items),
+        trainings=len(found.trainings),
+        scores=len(found.scores),
+        left_out=len(found.notes) or None,
+        megabytes=target.stat().st_size / 1e6,
+    )
+
+
+def _target(source: Path) -> Path:
+    """Where the page goes without -o."""
+    from dalle_cli.artifacts.container import SHARDS
+
+    if source.is_dir() and source.resolve().suffix != ".run" and not any(source.glob(SHARDS)):
+        return source / "report.html"
+    stem = source.name.removesuffix(".safetensors").removesuffix(".run")
+    return source.with_name(f"{stem}.report.html")

@@ -1,0 +1,118 @@
+"""`dalle survey`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dalle_cli.errors import DalleError
+from dalle_cli.options import Force, Json, PromptFile, Seed
+
+EXAMPLE = """dalle survey ours.best.safetensors theirs.best.safetensors --prompts prompts.txt -o survey.html
+dalle survey --tally votes-anna.json votes-ben.json -o tally.json"""
+
+
+def run(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="A B | VOTES...",
+            help="Two images artifacts to compare, joined by prompt; with --tally, files that the page saved.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Where to write; else survey.html beside A, and a tally's figures on stdout.",
+        ),
+    ] = None,
+    prompts: PromptFile = None,
+    votes: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many people are to judge each caption (the paper: 5).")
+    ] = 5,
+    tally: Annotated[bool, typer.Option("--tally", help="Count votes instead of making a page.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    force: Force = False,
+) -> None:
+    """Let people judge two sets of pictures: one HTML page, and the tally of their votes.
+
+    The page is blind: sides and order are random and differ from rater to rater. It needs no network, goes on where one
+    stopped, and saves a rater's votes as a file. A rater judges each caption once, so give the same page to as many
+    people as --votes says. Of several pictures of a prompt the first is shown, which after `rerank` is the best.
+    """
+    given = files or []
+    if tally:
+        if prompts is not None:
+            raise DalleError("expected files of votes alone with --tally, found --prompts; leave it out")
+        _tally(given, out, seed, as_json, force)
+    elif len(given) != 2:
+        raise DalleError(f"expected two images artifacts to compare, found {len(given)}; give A and B, or --tally")
+    elif as_json:
+        raise DalleError("expected --json with --tally, found it alone; leave it out: a page is a file")
+    else:
+        _page(given[0], given[1], out, prompts, votes, seed, force)
+
+
+def _page(a: Path, b: Path, out: Path | None, prompts: Path | None, votes: int, seed: int, force: bool) -> None:
+    from dalle_cli import console
+    from dalle_cli.artifacts import open_artifact
+    from dalle_cli.commands import drawing
+    from dalle_cli.evaluation import html, survey
+
+    target = out or a.with_name("survey.html")
+    html.check_page(target, survey.GENERATOR, force)
+    left, right = open_artifact(a, "images"), open_artifact(b, "images")
+    texts = None if prompts is None else drawing.read_prompts(None, prompts)
+    pairs = survey.pair(left, right, texts)
+    survey.save_page(target, survey.page(left, right, pairs, votes, seed))
+    console.result(target, captions=len(pairs), raters_wanted=votes, megabytes=target.stat().st_size / 1e6)
+
+
+def _tally(files: list[Path], out: Path | None, seed: int, as_json: bool, force: bool) -> None:
+    from dalle_cli import console
+    from dalle_cli.evaluation import survey
+
+    if not files:
+        raise DalleError("expected files of votes, found none; give those that the page saved")
+    if out is not None:
+        survey.check_tally(out, force)
+    found = survey.tally([survey.read_ballot(file) for file in files], seed)
+    if short := found["captions_short"]:
+        wanted = f"{found['votes_wanted']} votes"
+        console.warn(f"{short} of {found['captions']} captions have fewer than {wanted}; let more people judge")
+    if out is not None:
+        survey.save_tally(out, found)
+    if as_json:
+        console.emit_json(found)
+    elif out is None:
+        console.emit(_text(found))
+    else:
+        shares = {name: q["majority"] for name, q in found["questions"].items()}
+        console.result(out, raters=len(found["raters"]), captions=len(found["by_caption"]), **shares)
+
+
+def _text(found: dict[str, Any]) -> str:
+    raters, judged, captions = len(found["raters"]), len(found["by_caption"]), found["captions"]
+    people = f"{raters} rater{'' if raters == 1 else 's'}"
+    lines = [f"survey {found['survey'][:12]}: {judged} of {captions} captions judged by {people}"]
+    for name, about in found["questions"].items():
+        of = about["captions"]
+        lines.append(f"{name}:")
+        lines.append(f"  A wins {of['A']} captions, B {of['B']}, ties {of['tie']}")
+        lines.append(f"  majority for A {_share(about['majority'], about['majority_interval'])}")
+        lines.append(f"  votes for A    {_share(about['share'], about['share_interval'])}")
+        if about["agreement"] is not None:
+            alpha = "" if about["alpha"] is None else f", Krippendorff's alpha {about['alpha']:.2f}"
+            lines.append(f"  raters agree   {about['agreement']:.1%}{alpha}")
+    lines.append(f"the picture that lay left or on top got {found['first_share']:.1%} of the votes")
+    return "\n".join(lines)
+
+
+def _share(share: float | None, interval: list[float] | None) -> str:
+    if share is None or interval is None:
+        return "undecided"
+    return f"{share:.1%} (95%: {interval[0]:.1%} to {interval[1]:.1%})"

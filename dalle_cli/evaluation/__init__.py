@@ -1,0 +1,1 @@
+"""What pictures, priors and tokenizers are worth."""

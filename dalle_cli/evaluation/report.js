@@ -1,0 +1,130 @@
+"use strict";
+(() => {
+  const SVG = "http://www.w3.org/2000/svg";
+  const values = JSON.parse(document.getElementById("values").textContent);
+
+  const plain = (value) => {
+    for (const [size, letter] of [[1e9, "G"], [1e6, "M"]]) {
+      if (Math.abs(value) >= size) return `${Number((value / size).toPrecision(4))}${letter}`;
+    }
+    return String(Number(value.toPrecision(4)));
+  };
+
+  const draw = (parent, name, attributes) => {
+    const element = document.createElementNS(SVG, name);
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    parent.append(element);
+  };
+
+  // The point of a line that is next to a place, by bisection.
+  const nearest = (line, across) => {
+    let low = 0, high = line.at.length - 1;
+    while (high - low > 1) {
+      const middle = (low + high) >> 1;
+      if (line.at[middle][0] < across) low = middle; else high = middle;
+    }
+    return across - line.at[low][0] < line.at[high][0] - across ? low : high;
+  };
+
+  // Curves: values at the pointer, or under the arrow keys.
+  document.querySelectorAll(".plot").forEach((plot, number) => {
+    const told = values[number], svg = plot.querySelector("svg");
+    const pointer = svg.querySelector(".pointer"), tip = plot.querySelector(".tip");
+    let across = 0;
+
+    const show = (to) => {
+      pointer.replaceChildren();
+      tip.replaceChildren();
+      const places = told.lines.map((line) => nearest(line, to));
+      const close = told.lines.map((line, k) => Math.abs(line.at[places[k]][0] - to));
+      const first = close.indexOf(Math.min(...close));
+      across = told.lines[first].at[places[first]][0];
+      draw(pointer, "line", {x1: across, x2: across, y1: told.top, y2: told.bottom});
+      const head = document.createElement("div");
+      head.textContent = `update ${Math.round(told.lines[first].x[places[first]]).toLocaleString("en")}`;
+      tip.append(head);
+      told.lines.forEach((line, k) => {
+        const place = nearest(line, across), [x, y] = line.at[place];
+        if (k !== first && Math.abs(x - across) > 6) return;
+        draw(pointer, "circle", {cx: x, cy: y, r: 4, class: line.class});
+        const row = document.createElement("div");
+        row.textContent = `${line.name} ${plain(line.y[place])}`;
+        tip.append(row);
+      });
+      tip.hidden = false;
+      const box = svg.getBoundingClientRect(), outer = plot.getBoundingClientRect();
+      const left = box.left - outer.left + across / svg.viewBox.baseVal.width * box.width;
+      const right = left + tip.offsetWidth + 14 > outer.width;
+      tip.style.left = `${Math.max(4, right ? left - tip.offsetWidth - 10 : left + 10)}px`;
+      tip.style.top = `${box.top - outer.top + 6}px`;
+    };
+    const hide = () => { pointer.replaceChildren(); tip.hidden = true; };
+
+    const follow = (event) => {
+      const box = svg.getBoundingClientRect();
+      show((event.clientX - box.left) / box.width * svg.viewBox.baseVal.width);
+    };
+    svg.addEventListener("pointermove", follow);
+    svg.addEventListener("pointerdown", follow);
+    svg.addEventListener("pointerleave", hide);
+    svg.addEventListener("blur", hide);
+    svg.addEventListener("keydown", (event) => {
+      const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+      if (!step) return;
+      event.preventDefault();
+      const all = [...new Set(told.lines.flatMap((line) => line.at.map((at) => at[0])))].sort((a, b) => a - b);
+      const here = tip.hidden ? (step > 0 ? -1 : all.length) : all.indexOf(across);
+      show(all[Math.min(all.length - 1, Math.max(0, here + step))]);
+    });
+  });
+
+  // Sheets of one training: one at a time, by a slider.
+  document.querySelectorAll(".stepper").forEach((stepper) => {
+    const sheets = [...stepper.querySelectorAll("figure")], slider = stepper.querySelector("input");
+    if (!slider) return;
+    const turn = () => {
+      sheets.forEach((sheet, number) => sheet.classList.toggle("now", number === Number(slider.value)));
+      slider.setAttribute("aria-valuetext", sheets[Number(slider.value)].querySelector("figcaption").textContent);
+    };
+    stepper.classList.add("live");
+    slider.addEventListener("input", turn);
+    turn();
+  });
+
+  // The graph: what a box was made from, and what was made from it.
+  document.querySelectorAll(".lineage").forEach((graph) => {
+    const ways = [...graph.querySelectorAll(".way")], boxes = [...graph.querySelectorAll(".box")];
+    const reach = (key, from, to) => {
+      const found = new Set([key]);
+      for (const one of found) ways.forEach((way) => { if (way.dataset[from] === one) found.add(way.dataset[to]); });
+      return found;
+    };
+    const light = (key) => {
+      const before = reach(key, "to", "from"), after = reach(key, "from", "to");
+      graph.classList.add("busy");
+      boxes.forEach((box) => box.classList.toggle("lit", before.has(box.dataset.key) || after.has(box.dataset.key)));
+      ways.forEach((way) => way.classList.toggle("lit",
+        before.has(way.dataset.to) || after.has(way.dataset.from)));
+    };
+    const dark = () => {
+      graph.classList.remove("busy");
+      graph.querySelectorAll(".lit").forEach((element) => element.classList.remove("lit"));
+    };
+    boxes.forEach((box) => {
+      box.addEventListener("pointerenter", () => light(box.dataset.key));
+      box.addEventListener("pointerleave", dark);
+      if (box.closest("a")) {
+        box.closest("a").addEventListener("focus", () => light(box.dataset.key));
+        box.closest("a").addEventListener("blur", dark);
+      }
+    });
+  });
+
+  // A link to an artifact opens it.
+  const open = () => {
+    const target = location.hash && document.getElementById(location.hash.slice(1));
+    if (target && target.tagName === "DETAILS") { target.open = true; target.scrollIntoView(); }
+  };
+  addEventListener("hashchange", open);
+  open();
+})();

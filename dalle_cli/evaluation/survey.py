@@ -1,0 +1,324 @@
+"""People's judgement of two sets of pictures (Ramesh et al. 2021, sec. 3.1 and fig. 7): the page, and what votes say.
+
+A page knows each picture by a key, a hash of survey, caption and side; votes name keys. Which key is A's is found again
+by hashing both sides, so neither the page nor a file of votes says it.
+
+Shapes: N captions, C choices.
+"""
+
+import json
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dalle_cli import console
+from dalle_cli.artifacts import Artifact, digest_bytes
+from dalle_cli.artifacts.container import replace_file
+from dalle_cli.errors import DalleError
+from dalle_cli.evaluation import html
+
+QUESTIONS = {"realistic": "Which picture is more realistic?", "matches": "Which picture matches the caption better?"}
+GENERATOR = "dalle survey"
+VOTES, TALLY = "dalle survey votes", "dalle survey tally"  # what files of votes and tallies call themselves
+VERSION = 1
+SIDES = ("A", "B")
+CONFIDENCE = 0.95
+RESAMPLES, AT_ONCE = 10_000, 100  # bootstrap: drawn in all, and held at once
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A caption with the row of its picture in A and in B."""
+
+    caption: str
+    a: int
+    b: int
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What a rater said of a caption: the side that lay first (left, or on top), and the one chosen per question."""
+
+    caption: str
+    first: str
+    chosen: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """One rater's file of votes; `inputs` are the SHA-256 of A and B, `captions` and `wanted` the survey's numbers."""
+
+    path: Path
+    rater: str
+    survey: str
+    inputs: tuple[str, str]
+    captions: int
+    wanted: int
+    votes: list[Vote]
+
+
+def pair(a: Artifact, b: Artifact, prompts: Sequence[str] | None = None) -> list[Pair]:
+    """Pictures of A and B of one caption: the first of each, which after `rerank` is the best.
+
+    Raises:
+        DalleError: pictures without captions, a prompt that one side has not drawn, or none in common.
+    """
+    first = [_first_rows(side) for side in (a, b)]
+    if prompts is not None:
+        wanted = list(dict.fromkeys(prompts))
+        for side, rows in zip((a, b), first, strict=True):
+            if missing := [prompt for prompt in wanted if prompt not in rows]:
+                rest = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise DalleError(f"expected pictures of all prompts, found none of {missing[0]!r}{rest} in {side.path}")
+    else:
+        wanted = [caption for caption in first[0] if caption in first[1]]
+    if not wanted:
+        raise DalleError(f"expected captions that both have, found none in common of {a.path} and {b.path}")
+    return [Pair(caption, first[0][caption], first[1][caption]) for caption in wanted]
+
+
+def _first_rows(pictures: Artifact) -> dict[str, int]:
+    if "text" not in pictures:
+        raise DalleError(f"expected images with their prompts, found none in {pictures.path}; draw them from prompts")
+    rows: dict[str, int] = {}
+    for row, text in enumerate(pictures.strings("text")):
+        if text.strip():
+            rows.setdefault(text.strip(), row)
+    return rows
+
+
+def digest(a: Artifact, b: Artifact, pairs: Sequence[Pair], seed: int) -> str:
+    """What a survey is known by: SHA-256 of its pictures, captions and seed.
+
+    Raises:
+        DalleError: A and B are the same.
+    """
+    if a.digest == b.digest:
+        raise DalleError(f"expected two sets of pictures to compare, found the same in {a.path} and {b.path}")
+    facts = [VERSION, a.digest, b.digest, [[p.caption, p.a, p.b] for p in pairs], seed]
+    return digest_bytes(json.dumps(facts).encode())
+
+
+def key(survey: str, caption: str, side: str) -> str:
+    """By what page and votes know a picture."""
+    return digest_bytes("\0".join((survey, caption, side)).encode())[:16]
+
+
+def page(a: Artifact, b: Artifact, pairs: Sequence[Pair], wanted: int, seed: int) -> str:
+    """The survey as one HTML page, in an order that says nothing of the sides."""
+    survey = digest(a, b, pairs, seed)
+    pixels_a, pixels_b = a.array("images"), b.array("images")
+    items: list[tuple[list[tuple[str, str]], str]] = []
+    with console.progress("survey", len(pairs), unit="captions") as advance:
+        for p in pairs:
+            sides = (("A", pixels_a[p.a]), ("B", pixels_b[p.b]))
+            shown = sorted((key(survey, p.caption, side), html.data_uri(np.asarray(pixels))) for side, pixels in sides)
+            items.append((shown, p.caption))
+            advance()
+    facts = {
+        "format": VOTES,
+        "version": VERSION,
+        "survey": survey,
+        "inputs": [a.digest, b.digest],
+        "wanted": wanted,
+        "questions": list(QUESTIONS.items()),
+        "items": [{"caption": caption, "pictures": shown} for shown, caption in sorted(items)],  # by hash
+    }
+    return html.fill("survey.html", {"generator": GENERATOR, "survey": html.embed(facts)})
+
+
+def read_ballot(path: Path) -> Ballot:
+    """A file that a survey's page has saved.
+
+    Raises:
+        DalleError: it cannot be read, or is something else, or its votes are not of the survey that it names.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict) or value.get("format") != VOTES:
+            raise ValueError("something else")
+        if value["version"] != VERSION:
+            raise ValueError(f"version {value['version']!r}")
+        ballot = _ballot(path, value)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        found = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or str(error)
+        raise DalleError(f"expected votes that a survey's page saved, found {found} in {path}") from None
+    if not ballot.votes:
+        raise DalleError(f"expected votes, found none in {path}; leave it out")
+    for number, vote in enumerate(ballot.votes):
+        if any(vote.caption == other.caption for other in ballot.votes[:number]):
+            raise DalleError(f"expected a rater's one vote a caption, found two for {vote.caption!r} in {path}")
+    return ballot
+
+
+def _ballot(path: Path, value: dict[str, Any]) -> Ballot:
+    survey, rater, (a, b) = value["survey"], value["rater"], value["inputs"]
+    captions, wanted = value["captions"], value["wanted"]
+    texts, numbers = (survey, rater, a, b), (captions, wanted)
+    if not all(isinstance(x, str) for x in texts) or not all(type(x) is int and x > 0 for x in numbers):
+        raise ValueError("malformed facts")
+    if not _name(rater):
+        raise ValueError("no rater")
+    votes = [_vote(survey, entry) for entry in value["votes"]]
+    if len(votes) > captions:
+        raise ValueError(f"{len(votes)} votes on {captions} captions")
+    return Ballot(path, rater, survey, (a, b), captions, wanted, votes)
+
+
+def _vote(survey: str, entry: dict[str, Any]) -> Vote:
+    caption = entry["caption"]
+    sides = {key(survey, caption, side): side for side in SIDES}
+    first, chosen = entry["first"], {question: entry[question] for question in QUESTIONS}
+    if not {first, *chosen.values()} <= set(sides):
+        raise ValueError(f"a vote of another survey for {caption!r}")
+    return Vote(caption, sides[first], {question: sides[picture] for question, picture in chosen.items()})
+
+
+def _name(rater: str) -> str:
+    """By what a rater is known: neither case nor space makes two of one."""
+    return " ".join(unicodedata.normalize("NFC", rater).casefold().split())
+
+
+def check_ballots(ballots: Sequence[Ballot]) -> None:
+    """Raises: DalleError where files are of several surveys, or two of one rater."""
+    first, raters = ballots[0], dict[str, Ballot]()
+    for ballot in ballots:
+        if ballot.survey != first.survey:
+            found = f"{first.survey[:12]} in {first.path} and {ballot.survey[:12]} in {ballot.path}"
+            raise DalleError(f"expected votes of one survey, found {found}; tally them apart")
+        before = raters.setdefault(_name(ballot.rater), ballot)
+        if before is not ballot:
+            found = f"{ballot.rater!r} in {before.path} and in {ballot.path}"
+            raise DalleError(f"expected one file of each rater, found {found}; leave one out")
+
+
+def tally(ballots: Sequence[Ballot], seed: int = 0) -> dict[str, Any]:
+    """All that the votes say, as JSON will hold it.
+
+    Raises:
+        DalleError: votes of several surveys, or a rater twice.
+    """
+    check_ballots(ballots)
+    votes = [vote for ballot in ballots for vote in ballot.votes]
+    captions = sorted({vote.caption for vote in votes})
+    of = {caption: number for number, caption in enumerate(captions)}
+    counts = {question: np.zeros((len(captions), 2), dtype=np.int64) for question in QUESTIONS}
+    for vote in votes:
+        for question, side in vote.chosen.items():
+            counts[question][of[vote.caption], SIDES.index(side)] += 1
+    each = counts["realistic"].sum(1)  # both questions are answered in every vote
+    lay_first = [side == vote.first for vote in votes for side in vote.chosen.values()]
+    about = ballots[0]
+    return {
+        "format": TALLY,
+        "version": VERSION,
+        "survey": about.survey,
+        "inputs": dict(zip(SIDES, about.inputs, strict=True)),
+        "raters": sorted(ballot.rater for ballot in ballots),
+        "captions": about.captions,
+        "votes_wanted": about.wanted,
+        "captions_short": about.captions - int((each >= about.wanted).sum()),
+        "confidence": CONFIDENCE,
+        "first_share": float(np.mean(lay_first)),
+        "questions": {question: judge(count, seed) for question, count in counts.items()},
+        "by_caption": [
+            {"caption": caption, **{q: dict(zip(SIDES, counts[q][row].tolist(), strict=True)) for q in QUESTIONS}}
+            for caption, row in of.items()
+        ],
+    }
+
+
+def judge(counts: NDArray[np.int64], seed: int) -> dict[str, Any]:
+    """What the votes on one question, (N, 2) for A and B, come to; a caption's majority is the side with more votes.
+
+    Captions with as many votes for either are ties, which the majority share leaves out; its interval is Wilson's. The
+    share of single votes has a bootstrap interval over captions, because votes on a caption depend on each other.
+    """
+    a, b = counts.T
+    won, lost = int((a > b).sum()), int((b > a).sum())
+    agreement, alpha = agree(counts)
+    return {
+        "captions": {"A": won, "B": lost, "tie": len(counts) - won - lost},
+        "majority": won / (won + lost) if won + lost else None,
+        "majority_interval": wilson(won, won + lost) if won + lost else None,
+        "votes": {"A": int(a.sum()), "B": int(b.sum())},
+        "share": float(a.sum() / counts.sum()),
+        "share_interval": bootstrap(a, counts.sum(1), seed),
+        "agreement": agreement,
+        "alpha": alpha,
+    }
+
+
+def wilson(won: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's interval of a share (1927)."""
+    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    center = (won + z2 / 2) / (total + z2)
+    half = math.sqrt(z2 * (won * (total - won) / total + z2 / 4)) / (total + z2)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def bootstrap(
+    won: NDArray[np.int64], total: NDArray[np.int64], seed: int, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Percentile interval of sum(won) / sum(total), (N,) each, when captions are drawn anew with replacement."""
+    random, count = np.random.default_rng(seed), len(won)
+    shares = []
+    for _ in range(RESAMPLES // AT_ONCE):
+        rows = random.integers(count, size=(AT_ONCE, count))
+        shares.append(won[rows].sum(1) / total[rows].sum(1))
+    low, high = np.quantile(np.concatenate(shares), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def agree(counts: NDArray[np.int64]) -> tuple[float | None, float | None]:
+    """How often another rater of the same caption says the same, and Krippendorff's nominal alpha: (N, C) votes.
+
+    Alpha is 1 where all agree and 0 where they agree no more than by chance. None where no caption has two votes, alpha
+    also where all votes are alike.
+    """
+    counts = counts[counts.sum(1) > 1]
+    each, total = counts.sum(1), int(counts.sum())
+    if not total:
+        return None, None
+    differ = float(((counts * (each[:, None] - counts)).sum(1) / (each - 1)).sum() / total)
+    of_choice = counts.sum(0)
+    by_chance = float((of_choice * (total - of_choice)).sum() / (total * (total - 1)))
+    return 1 - differ, 1 - differ / by_chance if by_chance else None
+
+
+def save_page(path: Path, text: str) -> None:
+    """Write a page, atomically."""
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def check_tally(path: Path, force: bool) -> None:
+    """Refuse to replace anything but an earlier tally, unless forced.
+
+    Raises:
+        DalleError: something else lies at `path`.
+    """
+    if path.is_dir():
+        raise DalleError(f"expected to write the file {path}, found a folder there; choose another -o")
+    if force or not path.exists():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or found.get("format") != TALLY:
+        raise DalleError(
+            f"expected to write a tally to {path}, found something else; choose another -o or give --force"
+        )
+
+
+def save_tally(path: Path, value: dict[str, Any]) -> None:
+    """Write a tally as JSON, atomically."""
+    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -1,0 +1,58 @@
+"""Scores as a small table of plain text."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NAMES = {
+    "kernel": "kernel distance", "precision": "precision", "recall": "recall", "inception": "Inception score",
+    "clip": "CLIP score", "r1": "retrieval R@1", "r5": "retrieval R@5",
+}  # fmt: skip
+WIDEST = 200  # characters
+
+
+def picture_rows(scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row a score, a cell a radius: scores as `pictures.score` gives them."""
+    flat: list[dict[str, Any]] = [{**table, **table.get("retrieval", {})} for table in scores]
+    rows = []
+    for key in ("frechet", *NAMES):
+        cells = [table.get(key) for table in flat]
+        if any(cells):
+            name = next(cell.get("called", NAMES.get(key, key)) for cell in cells if cell)
+            rows.append([name, *(_cell(cell) if cell else "" for cell in cells)])
+        if key == "clip" and any(cell and cell["shuffled"] is not None for cell in cells):
+            others = [cell and cell["shuffled"] for cell in cells]
+            rows.append(["  with others' captions", *("" if value is None else f"{value:.4g}" for value in others)])
+    return rows
+
+
+def _cell(score: Mapping[str, Any]) -> str:
+    low, high = score.get("low"), score.get("high")
+    return f"{score['value']:.4g}" + ("" if low is None or high is None else f" ({low:.4g} to {high:.4g})")
+
+
+def plain_rows(scores: Mapping[str, Any], before: str = "") -> list[list[str]]:
+    """A row a number, whatever tables it lies in; lists are left to the file."""
+    rows: list[list[str]] = []
+    for name, value in scores.items():
+        words = f"{before}{name.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            rows += plain_rows(value, f"{words}: ")
+        elif isinstance(value, float):
+            rows.append([words, f"{value:.4g}"])
+        elif isinstance(value, (str, int)):
+            rows.append([words, str(value)])
+    return rows
+
+
+def rendered(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The table as text."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*heads, box=None, pad_edge=False, header_style="", show_header=len(heads) > 2)
+    for row in rows:
+        table.add_row(*row)
+    text = io.StringIO()
+    Console(file=text, width=WIDEST, force_terminal=False, color_system=None).print(table, markup=False)
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
