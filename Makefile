@@ -55,7 +55,7 @@ $(READY): pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,oracles]'
-	$(BIN)/python -m pip install -q --no-deps DALL-E==0.1
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps DALL-E torch-fidelity
 	touch $@
 
 # The packages that bench compares with, in an environment of their own.

@@ -112,6 +112,11 @@ def test_files_and_functions_stay_small(path):
 def test_nothing_is_pickled(path):
     """Weights that only one version of Python and torch can read, and that run code when opened, are never written."""
     assert not {"pickle", "joblib", "shelve"} & {name.split(".")[0] for name in imports(path)}
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    # A published checkpoint may be read where nothing but tensors is unpickled, which the call has to say itself.
+    safe = {call.func for call in calls if any(ast.unparse(word) == "weights_only=True" for word in call.keywords)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
-            assert node.attr not in ("save", "load"), f"{path}:{node.lineno}"
+            assert node.attr != "save", f"{path}:{node.lineno}"
+            assert node.attr != "load" or node in safe, f"{path}:{node.lineno}"
