@@ -59,6 +59,14 @@ def test_a_stopped_run_goes_on_as_the_very_same(tmp_path, settings, step):
     assert [row["step"] for row in log_of(tmp_path / "cut")] == [3, 4, 6, 8, 9, 12, 12]
 
 
+def test_a_checkpoint_after_the_very_first_update(tmp_path):
+    """The sums of the log's and of validation's figures are one and the same then."""
+    often = config(checkpoint_every=1)
+    with after_update(2), pytest.raises(Crash):
+        train_toy(tmp_path / "cut", often)
+    assert train_toy(tmp_path / "cut", often) == train_toy(tmp_path / "whole", often)
+
+
 def test_a_checkpoint_of_before_the_loop_remembered_anything(tmp_path):
     c = config()
     whole = train_toy(tmp_path / "whole", c)

@@ -11,6 +11,7 @@ from dalle_cli.options import (
     Seed,
     Sets,
     TokenizerFile,
+    Without,
     Workers,
 )
 
@@ -23,6 +24,7 @@ def run(
     out: OutFile,
     config: Recipe = None,
     sets: Sets = [],
+    without: Without = None,
     seed: Seed = 0,
     workers: Workers = 2,
     device: Device = "auto",
@@ -39,6 +41,7 @@ def run(
     from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.data.datasets import open_dataset
     from dalle_cli.data.filters import Filters
+    from dalle_cli.data.without import leave_out, told
     from dalle_cli.devices import arithmetic
     from dalle_cli.models.clip import CLIPConfig
     from dalle_cli.paths import skip_list
@@ -52,6 +55,7 @@ def run(
     model, options = recipes.section(table, "clip", CLIPConfig, {"n_text_vocab": bpe.vocab_size}, train=CLIPTrain)
     (filters,) = recipes.section(table, "data", Filters)
     data = open_dataset(dataset, need_captions=True, filters=filters)
+    gone = leave_out(without, data.ids)
     machine = arithmetic(device, dtype)
     header = {"model": asdict(model), "train": asdict(options), "tokenizer": bpe.digest}
     made = history(
@@ -59,7 +63,9 @@ def run(
         {"seed": seed, "dtype": machine.name, "data": asdict(filters)},
         dataset=data.digest,
         tokenizer=bpe.digest,
+        **told(gone),
     )
+    data = data.without(gone)
     run_ = Run(out, "weights.clip", header, made, force)
     with joined(machine.device, options.timeout) as group:
         figures = train(lambda: CLIPTask(model, options, data, bpe, seed, workers), options, run_, machine, seed, fresh)

@@ -1,6 +1,6 @@
 """`dalle train-dvae`."""
 
-from dalle_cli.options import DatasetArg, Device, Dtype, Force, Fresh, OutFile, Recipe, Seed, Sets, Workers
+from dalle_cli.options import DatasetArg, Device, Dtype, Force, Fresh, OutFile, Recipe, Seed, Sets, Without, Workers
 
 EXAMPLE = "dalle train-dvae photos/ --config recipes/emoji/recipe.toml -o dvae.safetensors"
 
@@ -10,6 +10,7 @@ def run(
     out: OutFile,
     config: Recipe = None,
     sets: Sets = [],
+    without: Without = None,
     seed: Seed = 0,
     workers: Workers = 2,
     device: Device = "auto",
@@ -25,6 +26,7 @@ def run(
     from dalle_cli.artifacts import history
     from dalle_cli.data.datasets import open_dataset
     from dalle_cli.data.filters import Filters
+    from dalle_cli.data.without import leave_out, told
     from dalle_cli.devices import arithmetic
     from dalle_cli.models.dvae import DVAEConfig
     from dalle_cli.paths import skip_list
@@ -37,9 +39,12 @@ def run(
     model, options = recipes.section(table, "dvae", DVAEConfig, train=DVAETrain)
     (filters,) = recipes.section(table, "data", Filters)
     data = open_dataset(dataset, need_captions=False, filters=filters)
+    gone = leave_out(without, data.ids)
     machine = arithmetic(device, dtype)
     header = {"model": asdict(model), "train": asdict(options)}
-    made = history("train-dvae", {"seed": seed, "dtype": machine.name, "data": asdict(filters)}, dataset=data.digest)
+    settings = {"seed": seed, "dtype": machine.name, "data": asdict(filters)}
+    made = history("train-dvae", settings, dataset=data.digest, **told(gone))
+    data = data.without(gone)
     run_ = Run(out, "weights.dvae", header, made, force)
     with joined(machine.device, options.timeout) as group:
         figures = train(lambda: DVAETask(model, options, data, seed, workers), options, run_, machine, seed, fresh)

@@ -50,8 +50,8 @@ class Averages:
         return means
 
     def state(self) -> dict[str, Tensor]:
-        """The sums, so that the next row of a resumed run is that of one never stopped."""
-        return {"count": torch.tensor(self.count)} | {f"sum/{key}": value for key, value in self.sums.items()}
+        """The sums, so that the next row of a resumed run is that of one never stopped; memory of their own."""
+        return {"count": torch.tensor(self.count)} | {f"sum/{key}": value.clone() for key, value in self.sums.items()}
 
     def load(self, state: Mapping[str, Tensor], device: torch.device) -> None:
         """The inverse of `state`; nothing where a checkpoint has none."""
