@@ -17,6 +17,7 @@ from dalle_cli.options import AUTO
 
 if TYPE_CHECKING:
     from dalle_cli.artifacts import Artifact
+    from dalle_cli.commands.picture_prompt import Kept
     from dalle_cli.devices import Arithmetic
     from dalle_cli.models.dvae import DVAE
 
@@ -36,6 +37,7 @@ class Settings:
     seed: int
     guidance_from: float = 0.0
     guidance_to: float = 1.0
+    int8: bool = False  # the prior's matrices, by which the likelihoods change a little
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "guidance"):
@@ -46,9 +48,10 @@ class Settings:
             raise DalleError(f"expected --guidance-from no more than --guidance-to, found {found}; exchange them")
 
     def told(self) -> dict[str, Any]:
-        """What a history says of them; of the part of the grid that is guided, only where it is not the whole."""
+        """What a history says of them; of those that are seldom given, only where they are."""
         whole = (self.guidance_from, self.guidance_to) == (0, 1)
-        return {k: v for k, v in asdict(self).items() if not (whole and k.startswith("guidance_"))}
+        silent = {"guidance_from": whole, "guidance_to": whole, "int8": not self.int8}
+        return {k: v for k, v in asdict(self).items() if not silent.get(k)}
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,12 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
 
 
 class Drawer:
-    """A prior with its tokenizer, which has read the candidates' prompts."""
+    """A prior with its tokenizer, which has read the candidates' prompts; `kept` is what stays of a picture."""
 
-    def __init__(self, weights: "Artifact", rows: Sequence[Candidate], s: Settings, machine: "Arithmetic"):
+    def __init__(
+        self, weights: "Artifact", rows: Sequence[Candidate], s: Settings, machine: "Arithmetic",
+        compiled: bool = False, kept: "Kept | None" = None,
+    ):  # fmt: skip
         import numpy as np
         import torch
 
@@ -108,6 +114,7 @@ class Drawer:
         from dalle_cli.data import tokenizer as tokenizers
 
         self.weights, self.rows, self.settings, self.machine = weights, rows, s, machine
+        self.compiled, self.kept = compiled, kept
         self.encoder = weights.fact("encoder", str)
         self.prior = load.prior(weights, machine.device)
         self.texts = list(dict.fromkeys(row.text for row in rows))
@@ -137,10 +144,14 @@ class Drawer:
         Candidate k of a prompt is a function of (weights, settings, prompt, k) alone.
         """
         import numpy as np
+        import torch
 
         from dalle_cli.artifacts import digest_bytes
+        from dalle_cli.models.packed import pack
         from dalle_cli.sampling.autoregressive import sample_batches
 
+        at_once = min(batch_size, len(self.rows)) * (1 if self.settings.guidance == 1 else 2)
+        pack(self.prior, at_once, self.machine.dtype, self.settings.int8, plain=self.compiled)
         s, of = self.settings, {text: i for i, text in enumerate(self.texts)}
         noise = {text: int(digest_bytes(text.encode())[:16], 16) << 32 for text in self.texts}
         drawn = sample_batches(
@@ -155,23 +166,32 @@ class Drawer:
             guidance_scale=s.guidance,
             guidance_span=(s.guidance_from, s.guidance_to),
             captions=[of[row.text] for row in self.rows],
+            given=None if self.kept is None else torch.from_numpy(self.kept.codes),
+            kept=None if self.kept is None else torch.from_numpy(self.kept.cells),
             batch_size=batch_size,
+            compiled=self.compiled,
             progress=progress,
         )
         dtype = np.uint16 if self.prior.config.n_image_vocab <= 2**16 else np.int32
-        while True:
-            with self.machine.autocast():  # left before each batch is given away: it holds for all that runs meanwhile
-                batch = next(drawn, None)
-            if batch is None:
-                return
+        for batch in drawn:
             yield batch.cpu().numpy().astype(dtype)
+
+    def history(self, past: "Artifact | None" = None, picked: str | None = None) -> list[dict[str, Any]]:
+        """What led to the codes; `past` are the codes of which the rows `picked` are drawn again."""
+        from dalle_cli.artifacts import history
+
+        options = {**self.settings.told(), "dtype": self.machine.name}
+        inputs: dict[str, Artifact | str] = {"model": self.weights}
+        if past is not None:
+            options, inputs = {**options, "rows": picked}, {"drawn": past, **inputs}
+        if self.kept is not None:
+            options, inputs = {**options, **self.kept.options}, {**inputs, **self.kept.inputs}
+        return history("sample", options, **inputs)
 
 
 def sample(drawer: Drawer, batch_size: int, past: "Artifact | None" = None, picked: str | None = None) -> Columns:
     """Draw all candidates; `past` are the codes of which the rows `picked` are drawn again."""
     import numpy as np
-
-    from dalle_cli.artifacts import history
 
     rows, config, at_once = drawer.rows, drawer.prior.config, drawer.fitting(batch_size)
     chosen = {"batch": at_once} if batch_size == AUTO else {}
@@ -185,10 +205,7 @@ def sample(drawer: Drawer, batch_size: int, past: "Artifact | None" = None, pick
         "text": [row.text for row in rows],
     }
     facts = {"n_vocab": config.n_image_vocab, "grid": config.grid, "encoder": drawer.encoder}
-    options = {**drawer.settings.told(), "dtype": drawer.machine.name}
-    if past is None:
-        return Columns(tensors, facts, history("sample", options, model=drawer.weights))
-    return Columns(tensors, facts, history("sample", {**options, "rows": picked}, drawn=past, model=drawer.weights))
+    return Columns(tensors, facts, drawer.history(past, picked))
 
 
 def decoder(weights: "Artifact", encoder: str, source: object, machine: "Arithmetic") -> "DVAE":
@@ -199,8 +216,10 @@ def decoder(weights: "Artifact", encoder: str, source: object, machine: "Arithme
     """
     from dalle_cli import load
 
+    from dalle_cli.models.packed import pack_pointwise
+
     bundle.check_digest("dVAE", weights.digest, encoder, source)
-    return load.dvae(weights, machine.device)
+    return pack_pointwise(load.dvae(weights, machine.device), machine.dtype)
 
 
 def decode(dvae: "DVAE", codes: Any, machine: "Arithmetic") -> Any:
@@ -209,19 +228,29 @@ def decode(dvae: "DVAE", codes: Any, machine: "Arithmetic") -> Any:
     Raises:
         DalleError: a code beyond the vocabulary, or a grid of another size.
     """
-    import numpy as np
     import torch
 
     from dalle_cli.models.pixels import to_uint8
 
-    rows = np.asarray(codes).astype(np.int64)
-    if rows.size and not 0 <= rows.min() <= rows.max() < dvae.config.n_vocab:
-        raise DalleError(f"expected codes below {dvae.config.n_vocab}, found {rows.max()}; the file is not this dVAE's")
-    grid = (dvae.config.grid, dvae.config.grid)
-    if rows.shape[1:] != grid:
-        raise DalleError(f"expected codes of {grid}, found {rows.shape[1:]}; the file is not this dVAE's")
+    rows = checked(codes, dvae.config.n_vocab, dvae.config.grid)
     with machine.autocast():
         return to_uint8(dvae.decode(torch.from_numpy(rows).to(machine.device))).cpu().numpy()
+
+
+def checked(codes: Any, n_vocab: int, grid: int) -> Any:
+    """(B, H, W) codes -> int64.
+
+    Raises:
+        DalleError: a code beyond the vocabulary, or a grid of another size.
+    """
+    import numpy as np
+
+    rows = np.asarray(codes).astype(np.int64)
+    if rows.size and not 0 <= rows.min() <= rows.max() < n_vocab:
+        raise DalleError(f"expected codes below {n_vocab}, found {rows.max()}; the file is not this dVAE's")
+    if rows.shape[1:] != (grid, grid):
+        raise DalleError(f"expected codes of {(grid, grid)}, found {rows.shape[1:]}; the file is not this dVAE's")
+    return rows
 
 
 class Judge:

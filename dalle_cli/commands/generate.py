@@ -9,6 +9,7 @@ import typer
 
 from dalle_cli.options import (
     Columns,
+    Compile,
     Device,
     DrawBatch,
     DrawnOut,
@@ -17,8 +18,12 @@ from dalle_cli.options import (
     Guidance,
     GuidanceFrom,
     GuidanceTo,
+    Int8,
     Keep,
+    KeepRows,
+    MaskFile,
     Model,
+    PictureFile,
     PromptFile,
     Prompts,
     Samples,
@@ -53,7 +58,12 @@ def run(
     guidance_from: GuidanceFrom = 0.0,
     guidance_to: GuidanceTo = 1.0,
     seed: Seed = 0,
+    image: PictureFile = None,
+    keep_rows: KeepRows = None,
+    mask: MaskFile = None,
     batch_size: DrawBatch = 64,
+    int8: Int8 = False,
+    compiled: Compile = False,
     columns: Columns = 0,
     terminal: Terminal = False,
     device: Device = "auto",
@@ -64,23 +74,24 @@ def run(
     from dalle_cli import bundle, console
     from dalle_cli.artifacts import history
     from dalle_cli.artifacts.container import check_replaceable
-    from dalle_cli.commands import drawing
+    from dalle_cli.commands import drawing, picture_prompt
     from dalle_cli.devices import arithmetic
     from dalle_cli.paths import after_prompt
 
-    texts = drawing.read_prompts(prompts, prompt_file)
+    texts, asked = drawing.read_prompts(prompts, prompt_file), picture_prompt.Asked(image, keep_rows, mask)
     rows = drawing.candidates(texts, n)
     drawing.check_keep([row.text for row in rows], keep)
     target = out or after_prompt(texts, prompt_file, ".png")
     drawing.check_png(target, force)
     if images is not None:
         check_replaceable(images, "images", force)
-    settings = drawing.Settings(n, temperature, top_k, top_p, guidance, seed, guidance_from, guidance_to)
+    settings = drawing.Settings(n, temperature, top_k, top_p, guidance, seed, guidance_from, guidance_to, int8)
     machine = arithmetic(device, dtype)
     prior, vae = bundle.weights(model, "weights.prior.codes"), bundle.weights(model, "weights.dvae")
     clip = bundle.weights(model, "weights.clip")
     dvae = drawing.decoder(vae, prior.fact("encoder", str), prior.path, machine)
-    drawer, judge = drawing.Drawer(prior, rows, settings, machine), drawing.Judge(clip, machine)
+    kept = picture_prompt.read(asked, vae, dvae, machine)
+    drawer, judge = drawing.Drawer(prior, rows, settings, machine, compiled, kept), drawing.Judge(clip, machine)
     podium = drawing.Podium(keep)
     options: dict[str, Any] = {"keep": keep, "dtype": machine.name}
     stopped = False
@@ -92,15 +103,14 @@ def run(
         stopped, options["seen"] = True, podium.seen
         console.warn(f"interrupted: these are the best of the first {podium.seen} of {len(rows)}")
     if images is not None:
-        drawn = history("sample", {**settings.told(), "dtype": machine.name}, model=prior)
-        made = history("generate", options, dvae=vae, clip=clip)
+        drawn, made = drawer.history(), history("generate", options, dvae=vae, clip=clip)
         _write(images, podium, [*drawn, *(entry for entry in made if entry not in drawn)], force)
     places = podium.places()
     shown, scores = [place.picture for place in places], [place.score for place in places]
     drawing.save_sheet(target, shown, [place.candidate.text for place in places], scores, columns, None, force)
     if terminal:
         drawing.preview(shown, columns)
-    console.result(target, kept=len(places), of=podium.seen, best=podium.best())
+    console.result(target, kept=len(places), of=podium.seen, best=podium.best(), of_picture=kept)
     if stopped:
         raise KeyboardInterrupt
 

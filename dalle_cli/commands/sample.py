@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dalle_cli.options import (
+    Compile,
     Device,
     DrawBatch,
     DrawnFrom,
@@ -17,9 +18,15 @@ from dalle_cli.options import (
     Guidance,
     GuidanceFrom,
     GuidanceTo,
+    Int8,
+    KeepRows,
+    MaskFile,
     Model,
+    PictureFile,
     PromptFile,
     Prompts,
+    SamplerName,
+    SamplerSteps,
     Samples,
     Seed,
     Temperature,
@@ -31,9 +38,11 @@ if TYPE_CHECKING:
     from dalle_cli.artifacts import Artifact
     from dalle_cli.commands.drawing import Candidate
 
+PRIORS = ("weights.prior.codes", "weights.prior.embeddings")
 EXAMPLE = """export DALLE_MODEL=model/
 dalle sample "a tutu radish walking a dog" -n 64 | dalle decode | dalle rerank --keep 8 | dalle show -o radish.png
-dalle sample --from a-tutu-radish-walking-a-dog.codes.safetensors --rows 3,17 -o two.codes.safetensors"""
+dalle sample --from a-tutu-radish-walking-a-dog.codes.safetensors --rows 3,17 -o two.codes.safetensors
+dalle sample "the same cat as a sketch" --image cat.png --keep-rows 16 | dalle decode | dalle show -o sketch.png"""
 
 
 def run(
@@ -49,19 +58,26 @@ def run(
     guidance: Guidance = 1.0,
     guidance_from: GuidanceFrom = 0.0,
     guidance_to: GuidanceTo = 1.0,
+    sampler: SamplerName = None,
+    steps: SamplerSteps = None,
     seed: Seed = 0,
+    image: PictureFile = None,
+    keep_rows: KeepRows = None,
+    mask: MaskFile = None,
     source: DrawnFrom = None,
     rows: DrawnRows = None,
     batch_size: DrawBatch = 64,
+    int8: Int8 = False,
+    compiled: Compile = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     force: Force = False,
 ) -> None:
-    """Draw codes for a prompt from a prior."""
+    """Draw codes, or CLIP embeddings, for a prompt from a prior."""
     from dalle_cli import bundle, console
     from dalle_cli.artifacts import write_artifact
     from dalle_cli.artifacts.container import check_replaceable
-    from dalle_cli.commands import drawing
+    from dalle_cli.commands import drawing, picture_prompt
     from dalle_cli.config import build
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
@@ -69,28 +85,72 @@ def run(
 
     told: dict[str, Any] = {
         "n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance, "seed": seed,
-        "guidance_from": guidance_from, "guidance_to": guidance_to, "dtype": dtype,
+        "guidance_from": guidance_from, "guidance_to": guidance_to, "int8": int8, "dtype": dtype,
     }  # fmt: skip
-    past = None
+    past, asked = None, picture_prompt.Asked(image, keep_rows, mask)
     if source is not None:
         past = _open(ctx, source)
+        asked = picture_prompt.again(asked, _entry(past), source)
         told = {**_entry(past)["options"], **{name: value for name, value in told.items() if _is_given(ctx, name)}}
-        told.pop("rows", None)
+        told = {name: value for name, value in told.items() if name not in ("rows", "keep_rows")}
         wanted, target = _candidates(past, rows), out or beside(source, ".codes.safetensors")
     elif rows is not None:
         raise DalleError("expected --from beside --rows, found none; say of which codes these are the rows")
     else:
         texts = drawing.read_prompts(prompts, prompt_file)
+        if (found := bundle.weights(model, *PRIORS)).kind == "weights.prior.embeddings":
+            name = out or after_prompt(texts, prompt_file, ".embeddings.safetensors")
+            return _embeddings(ctx, found, drawing.candidates(texts, n), name, model)
         wanted, target = drawing.candidates(texts, n), out or after_prompt(texts, prompt_file, ".codes.safetensors")
+    _refuse(ctx, "a prior over codes", "sampler", "steps")
     machine = arithmetic(device, str(told.pop("dtype", dtype)))
     weights = bundle.weights(model, "weights.prior.codes")
     if past is not None:
         bundle.check_digest("prior", weights.digest, _entry(past)["inputs"].get("model", ""), past.path)
     settings = build(drawing.Settings, told, "sample")
     check_replaceable(target, "codes", force)
-    drawn = drawing.sample(drawing.Drawer(weights, wanted, settings, machine), batch_size, past, rows)
+    kept = picture_prompt.of_bundle(asked, weights, model, machine)
+    drawn = drawing.sample(drawing.Drawer(weights, wanted, settings, machine, compiled, kept), batch_size, past, rows)
     write_artifact(target, "codes", drawn.tensors, drawn.config, drawn.history, force)
-    console.result(target, prompts=len({row.prompt for row in wanted}), samples=len(wanted))
+    console.result(target, prompts=len({row.prompt for row in wanted}), samples=len(wanted), of_picture=kept)
+
+
+def _embeddings(
+    ctx: typer.Context, weights: "Artifact", wanted: "list[Candidate]", target: Path, model: str | None
+) -> None:
+    """Draw embeddings, by the options of the command line.
+
+    Raises:
+        DalleError: an option that is for codes.
+    """
+    from dalle_cli import console
+    from dalle_cli.artifacts import write_artifact
+    from dalle_cli.artifacts.container import check_replaceable
+    from dalle_cli.commands import drawing_embeddings as drawing
+    from dalle_cli.devices import arithmetic
+
+    _refuse(ctx, "a prior over embeddings", "image", "keep_rows", "mask", "int8", "compiled")
+    given = ctx.params
+    names = ("n", "guidance", "seed", "guidance_from", "guidance_to", "sampler", "steps")
+    told = {name: given[name] for name in names}
+    told |= {name: given[name] for name in ("temperature", "top_k", "top_p") if _is_given(ctx, name)}
+    settings = drawing.EmbeddingSettings(**told)
+    check_replaceable(target, "embeddings", given["force"])
+    machine = arithmetic(given["device"], given["dtype"])
+    drawer = drawing.EmbeddingDrawer(weights, drawing.clip_of(weights, model), wanted, settings, machine)
+    drawn = drawing.sample(drawer, given["batch_size"])
+    write_artifact(target, "embeddings", drawn.tensors, drawn.config, drawn.history, given["force"])
+    console.result(target, prompts=len(drawer.texts), samples=len(wanted))
+
+
+def _refuse(ctx: typer.Context, model: str, *names: str) -> None:
+    """Raises: DalleError if one of these options was given."""
+    from dalle_cli.errors import DalleError
+
+    for name in names:
+        if _is_given(ctx, name):
+            said = f"--{'compile' if name == 'compiled' else name.replace('_', '-')}"
+            raise DalleError(f"expected no {said} for {model}, found one; leave it out")
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:

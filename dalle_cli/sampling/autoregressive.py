@@ -37,6 +37,8 @@ def sample_codes(
     guidance_scale: float = 1.0,
     guidance_span: tuple[float, float] = (0.0, 1.0),
     captions: Sequence[int] | None = None,
+    given: Tensor | None = None,
+    kept: Tensor | None = None,
     batch_size: int = 16,
     compiled: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -59,6 +61,8 @@ def sample_codes(
         guidance_scale=guidance_scale,
         guidance_span=guidance_span,
         captions=captions,
+        given=given,
+        kept=kept,
         batch_size=batch_size,
         compiled=compiled,
         progress=progress,
@@ -80,6 +84,8 @@ def sample_batches(
     guidance_scale: float = 1.0,
     guidance_span: tuple[float, float] = (0.0, 1.0),
     captions: Sequence[int] | None = None,
+    given: Tensor | None = None,
+    kept: Tensor | None = None,
     batch_size: int = 16,
     compiled: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -91,6 +97,8 @@ def sample_batches(
     that is guided, from and to as shares of its codes in raster order; elsewhere the logits are the conditional ones.
     `captions` are the rows of `tokens`, one for each index; without it there is one caption, or one for each. A caption
     is read once for all its candidates that follow one another in whole batches, the null caption once a call.
+    Where `kept` (W, W) bool is true, the code of `given`, (W, W) or (N, W, W) int64, stands instead of a drawn one, and
+    is seen by what is drawn after it. The noise of the others stays theirs.
     `compiled` has torch.compile make one program of a step, on a GPU as CUDA graphs; the prior is then not `packed`.
     `progress` is told the number of codes drawn since it was last called.
 
@@ -101,6 +109,7 @@ def sample_batches(
     _check(len(captions), len(indices), temperature, top_k, top_p, guidance_span, batch_size)
     device = prior.start.device
     tokens, lengths = tokens.to(device), lengths.to(device)
+    grids, fixed = _kept_codes(prior, given, kept, len(indices))
     span = guided_positions(guidance_span, prior.config.grid**2) if guidance_scale != 1 else range(0)
 
     def choose(logits: Tensor, uniforms: Tensor, position: int) -> Tensor:
@@ -123,7 +132,8 @@ def sample_batches(
             cache = _open(prior, _prefill(prior, tokens[wanted[0]], lengths[wanted[0]]), null, wanted[1], compiled)
             held = wanted
         noise = torch.stack([uniforms(seed, index, prior.config.grid**2) for index in batch]).to(device)
-        yield _draw_grids(prior, step, cache, noise, 2 if span else 1, choose, progress).clone()
+        own_codes = grids[begin : begin + batch_size].to(device)
+        yield _draw_grids(prior, step, cache, noise, 2 if span else 1, choose, own_codes, fixed, progress).clone()
 
 
 def guided_positions(span: tuple[float, float], n_positions: int) -> range:
@@ -203,22 +213,48 @@ def _draw_grids(
     noise: Tensor,
     halves: int,
     choose: Callable[[Tensor, Tensor, int], Tensor],
+    codes: Tensor,
+    fixed: Sequence[bool],
     progress: Callable[[int], None] | None,
 ) -> Tensor:
-    """Draw one batch, code by code, with noise (B, W*W, 3) -> (B, W, W); a null half is fed the codes of the other."""
+    """Draw what is not fixed of one batch (B, W*W), code by code, with noise (B, W*W, 3) -> (B, W, W).
+
+    A null half is fed the codes of the other.
+    """
     training = prior.training
     prior.eval()
     cache.restart()
-    codes = torch.empty(noise.shape[:2], dtype=torch.int64, device=noise.device)
-    logits = cache.logits
+    logits, codes = cache.logits, codes.clone()
+    last = max((position for position, keep in enumerate(fixed) if not keep), default=0)  # after which nothing is read
     for position in range(noise.shape[1]):
-        if position:
+        if 0 < position <= last:
             logits = step(codes[:, position - 1].repeat(halves), cache)
-        codes[:, position] = choose(logits, noise[:, position], position)
+        if not fixed[position]:
+            codes[:, position] = choose(logits, noise[:, position], position)
         if progress is not None:
             progress(len(codes))
     prior.train(training)
     return codes.view(-1, prior.config.grid, prior.config.grid)
+
+
+def _kept_codes(prior: Prior, given: Tensor | None, kept: Tensor | None, n: int) -> tuple[Tensor, list[bool]]:
+    """Codes of n grids, of which those that are kept count, and whether a position is: (n, W*W) int64, W*W.
+
+    Raises: DalleError where these are no codes of the prior's grid and vocabulary.
+    """
+    config = prior.config
+    grid, side = (config.grid, config.grid), f"{config.grid} x {config.grid}"
+    if given is None and kept is None:
+        return torch.zeros(1, 1, dtype=torch.int64).expand(n, config.grid**2), [False] * config.grid**2
+    if given is None or kept is None:
+        raise DalleError("expected codes and which of them are kept, found one without the other; give both")
+    found = f"{tuple(given.shape)}, of which {tuple(kept.shape)} are kept"
+    if given.shape not in (grid, (n, *grid)) or kept.shape != grid:
+        raise DalleError(f"expected {side} codes to keep some of, found {found}; use codes of the prior's own dVAE")
+    if given.numel() and not 0 <= int(given.min()) <= int(given.max()) < config.n_image_vocab:
+        vocab = f"below {config.n_image_vocab}, found {int(given.min())} to {int(given.max())}"
+        raise DalleError(f"expected codes {vocab}; use codes of the prior's own dVAE")
+    return given.flatten(-2).expand(n, -1), kept.flatten().tolist()
 
 
 def _check(
