@@ -20,6 +20,7 @@ DVAE_SIZES = {"image_size": 64, "n_hid": 64, "n_vocab": 2048, "batch": 32}
 QUICK_DVAE_SIZES = {**DVAE_SIZES, "n_hid": 16, "batch": 2}
 GRIDS = (16, 32, 64)  # of one layer's attention by itself
 SIDE = 2048  # of the matrices whose product gives the machine's rate
+PASSES = (3_000, 30_000)  # pictures on each side, whose scores are to take the same memory
 LEAST_SHARE = {2: 0.33, 8: 0.45}  # of the machine's rate, by batch
 ARITHMETICS = ("float32", "bfloat16")
 
@@ -72,7 +73,7 @@ def measured(quick: bool = False, dvae_batch: int | None = None) -> list[Case]:
             Case(f"attention-{grid}/{kind}", "bench.attention", "layer", "positions", {**settings, "kind": kind})
             for kind in ("full", "row", "column", "conv")
         ]
-    return cases + sampling(sizes, quick)
+    return cases + sampling(sizes, quick) + scores(quick)
 
 
 def _sparse(group: str, settings: dict[str, Any]) -> list[Case]:
@@ -100,11 +101,12 @@ def sampling(sizes: dict[str, Any], quick: bool) -> list[Case]:
     """Cases that draw codes, and that turn pictures into codes and back."""
     made = [Case("copy", "bench.machine", "copy", "B", {"mebibytes": 16 if quick else 512})]
     for batch in (1, 16):
-        given: dict[str, Any] = {"sizes": sizes, "batch": batch}
+        given: dict[str, Any] = {"sizes": sizes, "batch": batch, "one_caption": True}
         made += [_draw(f"draw-{batch}/ours", given), _draw(f"draw-{batch}/ours-float32", given, dtype="float32")]
         made += [_draw(f"draw-{batch}/guided", given, guidance=3.0), _draw(f"draw-{batch}/int8", given, int8=True)]
         made += [_draw(f"draw-{batch}/modern", given, block="modern")]
         made += _peers(f"draw-{batch}", given)
+        made += [_draw("draw-16/captions", given, one_caption=False)] if batch == 16 else []
         made += [_draw(f"draw-full-{batch}/ours", given, attention="full")]
         made += [
             Case(
@@ -112,7 +114,7 @@ def sampling(sizes: dict[str, Any], quick: bool) -> list[Case]:
                 "bench.peers.gpt2",
                 "drawn",
                 "codes",
-                {**given, "dtype": "bfloat16", "cache": cache},
+                {"sizes": sizes, "batch": batch, "dtype": "bfloat16", "cache": cache},
             )
             for cache in ("dynamic", "static")
         ]
@@ -120,7 +122,7 @@ def sampling(sizes: dict[str, Any], quick: bool) -> list[Case]:
     made += [_draw("draw-64/ours", many), *_peers("draw-64", many)]
     made += [_draw("draw-1/compiled", {"sizes": sizes, "batch": 1}, compiled=True)]
     for grid in (4, 8) if quick else GRIDS:
-        each = {"sizes": {**sizes, "grid": grid}, "batch": 4}
+        each = {"sizes": {**sizes, "grid": grid}, "batch": 2}
         made += [_draw(f"draw-grid-{grid}/{kind}", each, attention=kind) for kind in ("sparse", "full")]
     small = {"batch": 1, "side": 64, "n_hid": 64} if quick else {}
     for work, dtype in product(("encode", "decode"), ARITHMETICS):
@@ -132,7 +134,27 @@ def sampling(sizes: dict[str, Any], quick: bool) -> list[Case]:
     return made
 
 
+def scores(quick: bool) -> list[Case]:
+    """Cases that score pictures: their features, the arithmetic on those, and a pass over few and over many."""
+    peer, width = "bench.peers.torchmetrics", 64 if quick else 2048
+    looked = {"pictures": 4 if quick else 64, "batch": 2 if quick else 32, "size": 64, "width": width}
+    given = {"rows": 200 if quick else 10_000, "width": width}
+    made = [
+        Case("scores/ours", "bench.scores", "ours", "pictures", looked),
+        Case("scores/torchmetrics", peer, "pictures", "pictures", looked),
+        Case("statistics/ours", "bench.scores", "statistics", "pictures", given),
+        *(
+            Case(f"statistics/torchmetrics-{block}", peer, "statistics", "pictures", {**given, "block": block})
+            for block in (64, 1024)
+        ),
+    ]
+    for name, pictures in zip(PASSES, (100, 200) if quick else PASSES, strict=True):
+        made.append(Case(f"scores-memory/{name}", "bench.scores", "memory", "pictures", {"pictures": pictures}))
+    return made
+
+
 def _draw(name: str, given: dict[str, Any], **settings: Any) -> Case:
+    """`one_caption`: candidates of one caption, which each peer reads again for every candidate."""
     return Case(name, "bench.sampling", "ours", "codes", {"attention": "sparse", **given, **settings})
 
 
@@ -172,7 +194,7 @@ def ratios() -> list[Ratio]:
             Ratio(f"{what}: share of the machine's bfloat16 rate", "share", f"{group}/ours", ("machine",), None),
         ]
     rows.append(Ratio("dVAE, 64 pixels: pictures/s over a plain module", "rate", "dvae/ours", ("dvae/plain",), 2.0))
-    return rows + drawing_ratios()
+    return rows + drawing_ratios() + score_ratios()
 
 
 def drawing_ratios() -> list[Ratio]:
@@ -187,6 +209,8 @@ def drawing_ratios() -> list[Ratio]:
             Ratio(f"{what}, full attention: codes/s over GPT-2", "rate", f"draw-full-{batch}/ours", gpt2, over_gpt2),
             Ratio(f"{what}: guided over unguided", "rate", f"{group}/guided", (f"{group}/ours",), guided),
         ]
+    peers = tuple(f"draw-16/dalle-pytorch-{dtype}" for dtype in ARITHMETICS)
+    rows += [Ratio("drawing, 16 captions: codes/s over DALLE-pytorch", "rate", "draw-16/captions", peers, None)]
     peers = tuple(f"draw-64/dalle-pytorch-{dtype}" for dtype in ARITHMETICS)
     rows += [
         Ratio("drawing, batch 1: matrices read over the copy's rate", "bandwidth", "draw-1/ours", ("copy",), 0.5),
@@ -198,3 +222,17 @@ def drawing_ratios() -> list[Ratio]:
             name = f"{work} at 256 pixels, {dtype}: pictures/s over DALL-E in float32"
             rows.append(Ratio(name, "rate", f"{work}/ours-{dtype}", (f"{work}/dall-e-float32",), limit))
     return rows
+
+
+def score_ratios() -> list[Ratio]:
+    """The same for scores of pictures."""
+    few, many = (f"scores-memory/{pictures}" for pictures in PASSES)
+    blocks = tuple(f"statistics/torchmetrics-{block}" for block in (64, 1024))
+    what = "Frechet distance"
+    return [
+        Ratio(
+            f"{what}, Inception-v3: pictures/s over torchmetrics", "rate", "scores/ours", ("scores/torchmetrics",), 0.9
+        ),
+        Ratio(f"{what}, 2,048 features given: pictures/s over torchmetrics", "rate", "statistics/ours", blocks, 1.0),
+        Ratio(f"all scores: memory for {PASSES[1]:,} pictures a side over {PASSES[0]:,}", "memory", many, (few,), 1.1),
+    ]

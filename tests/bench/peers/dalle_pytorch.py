@@ -30,10 +30,6 @@ class GivenCodes(nn.Module):
         super().__init__()
         self.image_size, self.num_layers, self.num_tokens, self.channels = grid, 0, n_vocab, 3
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """What is drawn is left as it is."""
-        return codes
-
 
 def _package() -> Any:
     absent = ModuleType("dalle_pytorch.vae")
@@ -95,15 +91,23 @@ def axial(sizes: dict[str, int], batch: int, dtype: str) -> Subject:
 
 
 def drawn(sizes: dict[str, Any], batch: int, dtype: str, one_caption: bool = False) -> Subject:
-    """Its own drawing, with its cache, of as many captions or of one."""
+    """Its own drawing, with its cache, of as many captions or of one.
+
+    The loop is that of its `generate_images`, which loses the cache on the way unless it is guided.
+    """
     model: Any = build(sizes, for_inference=True).eval().requires_grad_(False)
     tokens = batches(sizes, 1 if one_caption else batch)[0][0].expand(batch, -1)
+    helpers: Any = sys.modules["dalle_pytorch.dalle_pytorch"]
 
-    def draw() -> Tensor:
+    def draw(n_codes: int = sizes["grid"] ** 2) -> Tensor:
+        cache: dict[Any, Any] = {}
+        codes = tokens[:, :0]
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            found: Tensor = model.generate_images(tokens.clone(), use_cache=True)
-        return found
+            for _ in range(n_codes):
+                logits = model(tokens, codes, cache=cache)[:, -1, :]
+                drawn = helpers.gumbel_sample(helpers.top_k(logits, thres=0.5), temperature=1.0, dim=-1)
+                codes = torch.cat((codes, drawn[:, None] - model.num_text_tokens), dim=-1)
+        return codes
 
-    with torch.inference_mode():
-        model(tokens, cache={})  # a whole grid to warm up would take minutes
+    draw(2)  # a whole grid to warm up would take minutes
     return Subject(draw, batch * sizes["grid"] ** 2, parameters=sum(p.numel() for p in model.parameters()), warmup=0)
