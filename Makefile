@@ -62,7 +62,7 @@ $(VENV)/.ready-dev: $(READY)
 $(PEERS)/.ready: pyproject.toml constraints.txt tests/bench/constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install -q $(PINS) -e . transformers matplotlib setuptools \
-		attrs requests einops axial-positional-embedding rotary-embedding-torch
+		attrs requests einops axial-positional-embedding rotary-embedding-torch torchmetrics
 	$(PEERS)/bin/python -m pip install -q $(PINS) --no-deps DALLE-pytorch DALL-E
 	touch $@
 

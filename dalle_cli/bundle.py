@@ -10,6 +10,7 @@ from dalle_cli.errors import DalleError
 
 SHIPPED = Path(__file__).parent / "bundles"
 DEFAULT = "emoji"
+UPSAMPLER = "weights.upsampler"
 
 
 def locate(model: str | None) -> Path:
@@ -37,7 +38,8 @@ def locate(model: str | None) -> Path:
 def weights(model: str | None, *kinds: str) -> Artifact:
     """The weights of one of `kinds` that `model` names: the file itself, or the one file of a bundle of that kind.
 
-    Of a repository nothing else is fetched but what lies beside every bundle's weights, the JSON files.
+    Where a bundle holds several of the kinds, it is the one named first. Of a repository nothing else is fetched but
+    what lies beside every bundle's weights, the JSON files.
 
     Raises:
         DalleError: no such weights, or several.
@@ -47,7 +49,9 @@ def weights(model: str | None, *kinds: str) -> Artifact:
     if path.is_file():
         return open_artifact(path, *kinds)
     broken: list[str] = []
-    found = [f for f in sorted(path.glob("*.safetensors")) if _kind(f, broken) in kinds]
+    held = [(_kind(f, broken), f) for f in sorted(path.glob("*.safetensors"))]
+    first = next((kind for kind in kinds if any(kind == own for own, _ in held)), None)
+    found = [f for own, f in held if own == first]
     wanted, where = " or ".join(kinds), model if fetched else path
     if not found and broken:
         raise DalleError(f"expected {wanted} in the bundle {where}, found none that is whole: {broken[0]}")
@@ -75,7 +79,7 @@ def whole(files: Sequence[Path]) -> list[Artifact]:
     for artifact in found:
         if not artifact.kind.startswith("weights."):
             raise DalleError(f"expected weights, found {artifact.kind}: {artifact.path}; take it out of the bundle")
-        twin = kinds.setdefault(artifact.kind, artifact)
+        twin = kinds.setdefault(_place(artifact), artifact)
         if twin is not artifact:
             names = f"{twin.path.name} and {artifact.path.name}"
             raise DalleError(f"expected one file of {artifact.kind}, found {names} in the bundle; take one out")
@@ -89,6 +93,27 @@ def whole(files: Sequence[Path]) -> list[Artifact]:
                     "bundle, found none of that digest; put it beside"
                 )
     return found
+
+
+def _place(weights: Artifact) -> str:
+    """What a bundle holds one of: a kind; of upsamplers, one from each size."""
+    if weights.kind != UPSAMPLER:
+        return weights.kind
+    return f"{weights.kind} from {weights.fact('model', dict).get('low_size')}"
+
+
+def upsamplers(model: str | None) -> list[Artifact]:
+    """The upsamplers of a bundle, any number of them; none where `model` is a single file.
+
+    Raises:
+        DalleError: nothing there.
+    """
+    if model and model.startswith(hub.SCHEME):
+        path = hub.fetch(model, ("weights.decoder", UPSAMPLER)).folder
+    else:
+        path = locate(model)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    return [open_artifact(file, UPSAMPLER) for file in files if _kind(file, []) == UPSAMPLER]
 
 
 def _kind(path: Path, broken: list[str]) -> str:

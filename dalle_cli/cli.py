@@ -18,19 +18,20 @@ from dalle_cli.errors import DalleError
 STAGES: dict[str, dict[str, str]] = {
     "Data": {
         "train-tokenizer": "Train a byte-level BPE tokenizer on a data set's captions.",
-        "tokenize": "Turn a data set's captions into tokens.",
-        "encode-images": "Encode a data set's pictures to dVAE codes.",
+        "tokenize": "Turn a data set's captions into tokens, and with a CLIP into embeddings, too.",
+        "encode-images": "Encode a data set's pictures: by a dVAE to codes, by a CLIP to embeddings.",
     },
     "Train": {
         "plan": "Say whether a recipe's models fit on a machine, and how long their training takes.",
         "train-dvae": "Train a discrete VAE: pictures to codes and back.",
         "train-clip": "Train a CLIP, which scores how well a picture fits a caption.",
-        "train-prior": "Train a prior over codes given captions.",
+        "train-prior": "Train a prior over codes, or over CLIP embeddings, given captions.",
+        "train-decoder": "Train a diffusion decoder, which paints embeddings, or an upsampler of pictures.",
         "plot": "Draw the curves of training runs, several in one picture.",
     },
     "Draw": {
-        "sample": "Draw codes for a prompt from a prior.",
-        "decode": "Decode codes to pictures.",
+        "sample": "Draw codes, or CLIP embeddings, for a prompt from a prior.",
+        "decode": "Decode codes to pictures, or paint CLIP embeddings.",
         "rerank": "Score pictures against their prompts, by CLIP or by a prior, and keep the best.",
         "generate": "Draw, decode, rerank and show pictures for a prompt, in one go.",
         "show": "Draw a contact sheet of pictures.",

@@ -12,7 +12,9 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from dalle_cli.errors import DalleError
 
 T = TypeVar("T")
-SECTIONS = ("data", "tokenizer", "dvae", "clip", "prior")  # the top level of a recipe
+SECTIONS = (  # the top level of a recipe
+    "data", "tokenizer", "dvae", "clip", "prior", "embedding_prior", "decoder", "upsampler_1", "upsampler_2",
+)  # fmt: skip
 
 
 def _loads(text: str) -> dict[str, Any]:

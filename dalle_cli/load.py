@@ -11,15 +11,21 @@ from dalle_cli.artifacts.weights import check_fit, load_into
 from dalle_cli.config import build
 from dalle_cli.errors import DalleError
 from dalle_cli.models.clip import CLIP, CLIPConfig
+from dalle_cli.models.decoder import Decoder, DecoderConfig
+from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig
+from dalle_cli.models.embedding_prior import EmbeddingPrior, EmbeddingPriorConfig
 from dalle_cli.models.prior import Prior, PriorConfig
+from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
 
 M = TypeVar("M", bound=nn.Module)
-C = TypeVar("C", DVAEConfig, PriorConfig, CLIPConfig)
+C = TypeVar(
+    "C", DVAEConfig, PriorConfig, CLIPConfig, DiffusionPriorConfig, EmbeddingPriorConfig, DecoderConfig, UpsamplerConfig
+)
 
 
 # Sizes that repeat a part of a model. Each repetition has tensors of its own, so none exceeds the number of tensors.
-DEPTHS = ("n_layer", "n_blk_per_group", "vision_layers", "text_layers")
+DEPTHS = ("n_layer", "n_blk_per_group", "vision_layers", "text_layers", "depth")
 
 
 def _ready(make: Callable[[C], M], config: type[C], weights: Artifact, device: torch.device) -> M:
@@ -62,3 +68,32 @@ def clip(weights: Artifact, device: torch.device) -> CLIP:
         DalleError: the tensors are not those that the header tells of.
     """
     return _ready(CLIP, CLIPConfig, weights, device)
+
+
+def embedding_prior(weights: Artifact, device: torch.device) -> DiffusionPrior | EmbeddingPrior:
+    """The prior over embeddings of a weights file, of either kind, ready to run on `device`.
+
+    Raises:
+        DalleError: the tensors are not those that the header tells of.
+    """
+    if weights.fact("model", dict).get("kind") == "diffusion":
+        return _ready(DiffusionPrior, DiffusionPriorConfig, weights, device)
+    return _ready(EmbeddingPrior, EmbeddingPriorConfig, weights, device)
+
+
+def decoder(weights: Artifact, device: torch.device) -> Decoder:
+    """The diffusion decoder of a weights file, ready to run on `device`.
+
+    Raises:
+        DalleError: the tensors are not those that the header tells of.
+    """
+    return _ready(Decoder, DecoderConfig, weights, device)
+
+
+def upsampler(weights: Artifact, device: torch.device) -> Upsampler:
+    """The upsampler of a weights file, ready to run on `device`.
+
+    Raises:
+        DalleError: the tensors are not those that the header tells of.
+    """
+    return _ready(Upsampler, UpsamplerConfig, weights, device)

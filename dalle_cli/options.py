@@ -34,9 +34,12 @@ def _parse_batch(value: str) -> int:
 DatasetArg = Annotated[
     str, typer.Argument(metavar="DATASET", help="A folder, a manifest (.jsonl .csv .tsv .parquet) or tars.")
 ]
-CodesArg = Annotated[
+LatentsArg = Annotated[
     Path | None,
-    typer.Argument(metavar="CODES", help="From `sample` or `encode-images`; read from the pipe if left out."),
+    typer.Argument(
+        metavar="LATENTS",
+        help="Codes or embeddings, from `sample` or `encode-images`; read from the pipe if left out.",
+    ),
 ]
 ImagesArg = Annotated[
     Path | None,
@@ -182,5 +185,59 @@ MaskFile = Annotated[
         metavar="FILE",
         help="Of --image, draw anew what is white in this picture (of any size, its middle square), and keep what is "
         "black. A code whose patch white touches anywhere is drawn anew.",
+    ),
+]
+ClipFile = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        metavar="CLIP",
+        help="Also embed the captions by this CLIP, for a prior over its embeddings.",
+    ),
+]
+SamplerName = Annotated[
+    str | None,
+    typer.Option("--sampler", metavar="NAME", help="Of a diffusion prior: ddpm (the default), ddim, dpm++ or heun."),
+]
+SamplerSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps", min=1, metavar="N", help="Of a diffusion prior: in how many steps; 64, the paper's, if left out."
+    ),
+]
+PaintSteps = Annotated[
+    int | None, typer.Option("--steps", min=1, metavar="N", help="Of embeddings: paint in so many steps; else in 20.")
+]
+PaintSampler = Annotated[
+    str | None,
+    typer.Option("--sampler", metavar="NAME", help="Of embeddings: ddpm, ddim, dpm++ (the default) or heun."),
+]
+PaintGuidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance",
+        min=0.0,
+        metavar="X",
+        help="Of embeddings: classifier-free guidance towards embedding and caption; 1 = off, the default.",
+    ),
+]
+PaintEta = Annotated[
+    float | None,
+    typer.Option(
+        "--eta", min=0.0, max=1.0, metavar="X", help="Of ddim: noise added on the way; 0 is none, 1 as much as ddpm."
+    ),
+]
+UpsamplerSteps = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Of embeddings: steps of each of the bundle's upsamplers; else 10."),
+]
+PaintSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        callback=lambda value: value if value is None else _check_seed(value),
+        help="Of embeddings: the noise is a function of it and of the row; else 0.",
     ),
 ]

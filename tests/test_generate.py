@@ -1,6 +1,7 @@
 """`generate` holds the best only; `sample --from` draws again; guided parts of the grid; batches as memory allows."""
 
 import contextlib
+import itertools
 import json
 import shutil
 import tracemalloc
@@ -17,6 +18,9 @@ from hypothesis import strategies as st
 from dalle_cli import console, load
 from dalle_cli.artifacts import open_artifact, write_artifact
 from dalle_cli.commands import drawing
+from dalle_cli.models.cache import FEW
+from dalle_cli.models.packed import pack
+from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.sampling import autoregressive, memory
 
 PROMPT, OTHER = "a red circle on white", "a blue bar on black"
@@ -283,10 +287,12 @@ def test_the_guided_part_is_written_down_and_matters(chain, tmp_path):
 # ---- batches as memory allows
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("own", [False, True])
-def test_bytes_of_a_candidate_cover_its_caches(chain, guided, own):
-    prior = load.prior(open_artifact(chain.prior), torch.device("cpu"))
+def test_bytes_of_a_candidate_cover_its_caches(guided, own, dtype):
+    sizes = {"n_layer": 6, "n_head": 4, "n_embd": 64, "n_text_vocab": 9, "n_text": 40, "n_image_vocab": 8, "grid": 16}
+    prior = pack(Prior(PriorConfig(**sizes)).eval().requires_grad_(False), 8, dtype)
 
     def held(candidates):
         rows = candidates if own else 1
@@ -297,17 +303,46 @@ def test_bytes_of_a_candidate_cover_its_caches(chain, guided, own):
         layers = [x for y in cache.layers for x in (y.keys, y.values, y.text_keys, y.text_values)]
         return sum(x.nbytes for x in (cache.logits, *layers))
 
-    more = (held(9) - held(1)) / 8
-    assert more < memory.candidate_bytes(prior, guided, own) < 40 * more  # activations count for much in a tiny model
+    more = (held(24) - held(16)) / 8
+    assert more < memory.candidate_bytes(prior, guided, own, dtype) < 2 * more
+    assert held(2) - held(1) < memory.candidate_bytes(prior, guided, own, torch.float32)  # which few are kept in
+
+
+def test_bytes_of_a_candidate_cover_the_reading_of_its_caption():
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_text_vocab": 9, "n_text": 64, "n_image_vocab": 8, "grid": 2}
+    prior = Prior(PriorConfig(**sizes)).eval().requires_grad_(False)
+
+    def held(captions):
+        tokens, lengths = torch.zeros(captions, 64, dtype=torch.int64), torch.ones(captions, dtype=torch.int64)
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            autoregressive._prefill(prior, tokens, lengths)
+        told = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        return max(itertools.accumulate(event.nbytes() for event in sorted(told, key=lambda event: event.start_ns())))
+
+    more = (held(24) - held(16)) / 8
+    assert more < memory.candidate_bytes(prior, False, True, torch.float32) < 2 * more
 
 
 def test_the_batch_is_as_large_as_fits(chain, monkeypatch):
     prior = load.prior(open_artifact(chain.prior), torch.device("cpu"))
-    each = memory.candidate_bytes(prior, True, False)
-    for free, n, expected in ((0, 9, 1), (20 * each, 99, 10), (20 * each, 4, 4), (10**15, 10**6, memory.CAP)):
-        monkeypatch.setattr(memory, "free_memory", lambda _, free=free: free)
-        assert memory.fitting_batch(prior, n, True, False) == expected
-    assert each > memory.candidate_bytes(prior, False, False)
+    for dtype, some in ((torch.float32, 10), (torch.bfloat16, 30)):
+        each = memory.candidate_bytes(prior, True, False, dtype)
+        cases = ((0, 9, 1), (2 * some * each, 99, some), (2 * some * each, 4, 4), (10**15, 10**6, memory.CAP))
+        for free, n, expected in cases:
+            monkeypatch.setattr(memory, "free_memory", lambda _, free=free: free)
+            assert memory.fitting_batch(prior, n, True, False, dtype) == expected
+        assert each > memory.candidate_bytes(prior, False, False, dtype)
+
+
+def test_so_few_that_their_caches_are_float32(chain, monkeypatch):
+    prior = load.prior(open_artifact(chain.prior), torch.device("cpu"))
+    few = (FEW - 1) // prior.config.n_head
+    half, whole = (memory.candidate_bytes(prior, False, False, dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert half < whole
+    monkeypatch.setattr(memory, "free_memory", lambda _: 2 * few * half)
+    assert memory.fitting_batch(prior, 99, False, False, torch.bfloat16) == few * half // whole
+    monkeypatch.setattr(memory, "free_memory", lambda _: 2 * (few + 1) * half)
+    assert memory.fitting_batch(prior, 99, False, False, torch.bfloat16) == few + 1
 
 
 def test_free_memory_is_what_the_machine_tells(tmp_path):

@@ -87,6 +87,16 @@ def test_precision_and_recall_match_the_definition(monkeypatch, block):
     assert 0 < recall.sum() < len(b)
 
 
+def test_no_more_distances_are_held_than_said(monkeypatch):
+    held, real = [], manifold.squared_distances
+    monkeypatch.setattr(manifold, "DISTANCES", 50)
+    monkeypatch.setattr(manifold, "squared_distances", lambda a, b: held.append(len(a) * len(b)) or real(a, b))
+    a, b = rng(3).standard_normal((23, 3)), 1.5 * rng(4).standard_normal((19, 3)) + 1.2
+    precision, recall = manifold.precision_recall(a, b, 3)
+    assert (precision.tolist(), recall.tolist()) == (reference.covered(a, b, 3), reference.covered(b, a, 3))
+    assert 1 < max(held) <= 50
+
+
 def test_equal_rows_are_at_no_distance_and_others_at_theirs():
     """Far from the origin, where the rounding of products would leave a copy outside of a ball of no radius."""
     rows = rng(5).standard_normal((9, 333)) + 100

@@ -49,7 +49,11 @@ KINDS = {
         Kind(
             "captions",
             "tokenized captions",
-            {"tokens": Column(_INDEX, 2), "lengths": Column(("U16",), 1)},
+            {
+                "tokens": Column(_INDEX, 2),
+                "lengths": Column(("U16",), 1),
+                "embeddings": Column(("F16", "F32"), 2, required=False),
+            },
             {"ids": True, "text": True},
         ),
         Kind(
@@ -59,13 +63,18 @@ KINDS = {
                 "codes": Column(_INDEX, 3),
                 "prompt": Column(("I32",), 1, required=False),
                 "seed": Column(("I64",), 1, required=False),
+                "score": Column(("F32",), 1, required=False),
             },
             {"ids": True, "text": False},
         ),
         Kind(
             "embeddings",
             "CLIP embeddings",
-            {"embeddings": Column(("F16", "F32"), 2)},
+            {
+                "embeddings": Column(("F16", "F32"), 2),
+                "prompt": Column(("I32",), 1, required=False),
+                "seed": Column(("I64",), 1, required=False),
+            },
             {"ids": True, "text": False},
         ),
         Kind(

@@ -136,7 +136,8 @@ class Drawer:
 
         if batch_size != AUTO:
             return batch_size
-        return fitting_batch(self.prior, len(self.rows), self.settings.guidance != 1, len(self.texts) > 1)
+        guided, several = self.settings.guidance != 1, len(self.texts) > 1
+        return fitting_batch(self.prior, len(self.rows), guided, several, self.machine.dtype)
 
     def batches(self, batch_size: int, progress: Callable[[int], None]) -> Iterator[Any]:
         """(B, H, W) codes as an artifact holds them, of `batch_size` candidates after another; the last may be fewer.
@@ -215,7 +216,6 @@ def decoder(weights: "Artifact", encoder: str, source: object, machine: "Arithme
         DalleError: the codes were made by another.
     """
     from dalle_cli import load
-
     from dalle_cli.models.packed import pack_pointwise
 
     bundle.check_digest("dVAE", weights.digest, encoder, source)

@@ -1,6 +1,8 @@
 """`dalle encode-images`."""
 
 import glob
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,13 +24,14 @@ from dalle_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from dalle_cli.artifacts import ShardWriter
+    from dalle_cli.artifacts import Artifact, ShardWriter
     from dalle_cli.data.skips import SkipLog
     from dalle_cli.devices import Arithmetic
     from dalle_cli.models.dvae import DVAE
 
 WAIT = 7 * 86_400  # seconds that a process which has no shards left waits for those that have
-EXAMPLE = "dalle encode-images photos/ -m dvae.safetensors -o codes/"
+EXAMPLE = """dalle encode-images photos/ -m dvae.safetensors -o codes/
+dalle encode-images photos/ -m clip.safetensors -o embeddings/"""
 
 
 def run(
@@ -49,13 +52,13 @@ def run(
     seed: Seed = 0,
     force: Force = False,
 ) -> None:
-    """Encode a data set's pictures to dVAE codes."""
+    """Encode a data set's pictures: by a dVAE to codes, by a CLIP to embeddings."""
     from contextlib import ExitStack, nullcontext
     from dataclasses import asdict
 
     import numpy as np
 
-    from dalle_cli import bundle, console, load
+    from dalle_cli import bundle, console
     from dalle_cli import config as recipes
     from dalle_cli.artifacts import ShardWriter, history
     from dalle_cli.data.augment import by_name
@@ -64,24 +67,21 @@ def run(
     from dalle_cli.data.loader import sequential
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
-    from dalle_cli.models.packed import pack_pointwise
     from dalle_cli.training.distributed import joined
 
     if repeats > 1 and augment == "center":
         raise DalleError(f"expected --augment prior or dvae with --repeats {repeats}, found center; all would be alike")
     (filters,) = recipes.section(recipes.read(config, sets), "data", Filters)
-    weights = bundle.weights(model, "weights.dvae")
     machine = arithmetic(device, dtype)
-    dvae = pack_pointwise(load.dvae(weights, machine.device), machine.dtype)
-    size, grid, n_vocab = dvae.config.image_size, dvae.config.grid, dvae.config.n_vocab
+    weights = bundle.weights(model, "weights.dvae", "weights.clip")
+    encoder = to_codes(weights, machine) if weights.kind == "weights.dvae" else to_embeddings(weights, machine)
     data = open_dataset(dataset, need_captions=False, filters=filters)
     options = {"data": asdict(filters), "augment": augment, "repeats": repeats, "dtype": machine.name}
     options |= {"seed": seed} if augment != "center" else {}
     made = history("encode-images", options, dataset=data.digest, model=weights)
-    header = {"n_vocab": n_vocab, "grid": grid, "encoder": weights.digest}
+    header = {**encoder.facts, "encoder": weights.digest}
     # Shard by shard, and pass by pass over the data: `repeats` passes, each cropped anew.
-    writer = ShardWriter(out, "codes", len(data) * repeats, shard_size, header, made, force)
-    small = np.uint16 if n_vocab <= 2**16 else np.int32
+    writer = ShardWriter(out, encoder.kind, len(data) * repeats, shard_size, header, made, force)
     crop = by_name(augment)
     written = 0
     with joined(machine.device, WAIT) as group, ExitStack() as stack:
@@ -90,14 +90,14 @@ def run(
         bar = console.progress("encode-images", rows_here, unit="pictures") if group.rank == 0 else nullcontext()
         advance = stack.enter_context(bar)
         for shard in missing[group.rank :: group.world]:
-            codes, ids = [np.zeros((0, grid, grid), small)], []
+            latents, ids = [encoder.none], []
             for rows, draw in passes(*writer.bounds(shard), len(data)):
-                for kept, images in sequential(data, size, rows, batch_size, workers, crop, seed, draw):
-                    codes.append(encode(dvae, images, machine).astype(small))
+                for kept, images in sequential(data, encoder.size, rows, batch_size, workers, crop, seed, draw):
+                    latents.append(encoder.encode(images))
                     ids += [data.ids[row] for row in kept]
                     if advance:
                         advance(len(images))
-            writer.write(shard, {"codes": np.concatenate(codes), "ids": ids})
+            writer.write(shard, {encoder.kind: np.concatenate(latents), "ids": ids})
             data.skipped.write(skipped_by(out, group.rank))
             written += len(ids)
         written = sum(group.gathered(written))
@@ -106,6 +106,54 @@ def run(
         finish(writer, data.skipped)
         found = {"pictures": written if missing else "all there already", "skipped": data.skipped.summary() or None}
         console.result(out, **found, shards=writer.total)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What pictures become: the kind of artifact, side of the pictures, what its header says, and no row at all.
+
+    `encode` takes (B, 3, S, S) uint8.
+    """
+
+    kind: str
+    size: int
+    facts: dict[str, Any]
+    none: Any
+    encode: Callable[[Any], Any]
+
+
+def to_codes(weights: "Artifact", machine: "Arithmetic") -> Encoder:
+    """By a dVAE: (B, H, W)."""
+    import numpy as np
+
+    from dalle_cli import load
+    from dalle_cli.models.packed import pack_pointwise
+
+    dvae = pack_pointwise(load.dvae(weights, machine.device), machine.dtype)
+    grid, n_vocab = dvae.config.grid, dvae.config.n_vocab
+    small = np.uint16 if n_vocab <= 2**16 else np.int32
+    facts, none = {"n_vocab": n_vocab, "grid": grid}, np.zeros((0, grid, grid), small)
+    return Encoder("codes", dvae.config.image_size, facts, none, lambda x: encode(dvae, x, machine).astype(small))
+
+
+def to_embeddings(weights: "Artifact", machine: "Arithmetic") -> Encoder:
+    """By a CLIP: (B, D) float32 of length 1."""
+    import numpy as np
+    import torch
+    from torch.nn import functional as F
+
+    from dalle_cli import load
+    from dalle_cli.models.pixels import from_uint8
+
+    clip = load.clip(weights, machine.device)
+
+    def embed(images: Any) -> Any:
+        with torch.inference_mode(), machine.autocast():
+            z = clip.encode_image(from_uint8(torch.from_numpy(images).to(machine.device)))
+        return F.normalize(z.float(), dim=-1).cpu().numpy()
+
+    none = np.zeros((0, clip.config.n_proj), np.float32)
+    return Encoder("embeddings", clip.config.image_size, {}, none, embed)
 
 
 def skipped_by(out: Path, rank: int) -> Path:

@@ -1,4 +1,8 @@
-"""`dalle survey`."""
+"""`dalle survey`.
+
+The page is blind: sides and order are random and differ from rater to rater. It needs no network, goes on where one
+stopped, and saves a rater's votes as a file.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +21,8 @@ def run(
         list[Path] | None,
         typer.Argument(
             metavar="A B | VOTES...",
-            help="Two images artifacts to compare, joined by prompt; with --tally, files that the page saved.",
+            help="Two images artifacts to compare, joined by prompt, of which the first of several pictures is shown; with "
+            "--tally, files that the page saved.",
         ),
     ] = None,
     out: Annotated[
@@ -31,19 +36,17 @@ def run(
     ] = None,
     prompts: PromptFile = None,
     votes: Annotated[
-        int, typer.Option(min=1, metavar="N", help="How many people are to judge each caption (the paper: 5).")
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Votes wanted for a caption (the paper: 5): give the page to so many people."
+        ),
     ] = 5,
     tally: Annotated[bool, typer.Option("--tally", help="Count votes instead of making a page.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
     force: Force = False,
 ) -> None:
-    """Let people judge two sets of pictures: one HTML page, and the tally of their votes.
-
-    The page is blind: sides and order are random and differ from rater to rater. It needs no network, goes on where one
-    stopped, and saves a rater's votes as a file. A rater judges each caption once, so give the same page to as many
-    people as --votes says. Of several pictures of a prompt the first is shown, which after `rerank` is the best.
-    """
+    """Let people judge two sets of pictures: one HTML page, and the tally of their votes."""
     given = files or []
     if tally:
         if prompts is not None:

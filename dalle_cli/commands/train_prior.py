@@ -1,11 +1,15 @@
 """`dalle train-prior`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dalle_cli.options import Device, Dtype, Force, Fresh, OutFile, Recipe, Seed, Sets, Without
+
+if TYPE_CHECKING:
+    from dalle_cli.commands.embedding_priors import Inputs
+    from dalle_cli.devices import Arithmetic
 
 EXAMPLE = """dalle train-prior captions.safetensors codes/ -t tokenizer.json --config recipe.toml -o prior.safetensors
 dalle train-prior captions.safetensors embeddings/ --config recipe.toml -o embedding-prior.safetensors"""
@@ -31,33 +35,50 @@ def run(
     force: Force = False,
 ) -> None:
     """Train a prior over codes, or over CLIP embeddings, given captions."""
-    from dataclasses import asdict
-
-    from dalle_cli import bundle, console
     from dalle_cli import config as recipes
-    from dalle_cli.artifacts import history, open_artifact
+    from dalle_cli import console
+    from dalle_cli.artifacts import open_artifact
     from dalle_cli.commands import embedding_priors
-    from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.data.pairs import Pairs
     from dalle_cli.data.without import leave_out, told
     from dalle_cli.devices import arithmetic, rank
+
+    texts, found = open_artifact(captions, "captions"), open_artifact(latents, "codes", "embeddings")
+    pairs, table, machine = Pairs(texts, found), recipes.read(config, sets), arithmetic(device, dtype)
+    gone = leave_out(without, pairs.ids)
+    if pairs.unmatched and rank() == 0:
+        both = f"{len(pairs)} pictures have captions and {found.kind}"
+        console.note(f"{both}; {pairs.unmatched} have only one and are left out")
+    given = embedding_priors.Inputs(texts, found, pairs.without(gone), told(gone), out)
+    if found.kind == "embeddings":
+        figures = embedding_priors.train_prior(table, given, machine, seed, fresh, force)
+    else:
+        figures = over_codes(table, given, tokenizer, machine, seed, fresh, force)
+    if rank() == 0:
+        console.result(out, **figures)
+
+
+def over_codes(
+    table: dict[str, Any], given: "Inputs", tokenizer: Path | None, machine: "Arithmetic", seed: int, fresh: bool,
+    force: bool,
+) -> dict[str, float]:  # fmt: skip
+    """Train a prior over codes; the last validation's figures.
+
+    Raises:
+        DalleError: a recipe that does not fit the inputs, no tokenizer for BPE dropout, and as `training.loop.train`.
+    """
+    from dataclasses import asdict
+
+    from dalle_cli import bundle
+    from dalle_cli import config as recipes
+    from dalle_cli.artifacts import history
+    from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.models.prior import PriorConfig
     from dalle_cli.training.loop import train
     from dalle_cli.training.prior import PriorTask, PriorTrain
     from dalle_cli.training.run import Run
 
-    texts, codes = open_artifact(captions, "captions"), open_artifact(latents, "codes", "embeddings")
-    table, machine, pairs = recipes.read(config, sets), arithmetic(device, dtype), Pairs(texts, codes)
-    if pairs.unmatched and rank() == 0:
-        found = f"{len(pairs)} pictures have captions and {codes.kind}"
-        console.note(f"{found}; {pairs.unmatched} have only one and are left out")
-    gone = leave_out(without, pairs.ids)
-    if codes.kind == "embeddings":
-        given = embedding_priors.Inputs(texts, codes, pairs.without(gone), told(gone), out)
-        figures = embedding_priors.train_prior(table, given, machine, seed, fresh, force)
-        if rank() == 0:
-            console.result(out, **figures)
-        return
+    texts, codes, pairs, out = given.captions, given.latents, given.pairs, given.out
     known = {
         "n_text_vocab": texts.fact("n_vocab", int),
         "n_text": texts.fact("n_text", int),
@@ -68,14 +89,10 @@ def run(
     model, options = recipes.section(table, "prior", PriorConfig, known, train=PriorTrain)
     bpe = None
     if options.bpe_dropout:
-        folders = (out.parent, captions.parent)
-        bpe = tokenizers.load(tokenizer or bundle.find_tokenizer(read_with, *folders))
-        bundle.check_digest("tokenizer", bpe.digest, read_with, captions)
+        bpe = tokenizers.load(tokenizer or bundle.find_tokenizer(read_with, out.parent, texts.path.parent))
+        bundle.check_digest("tokenizer", bpe.digest, read_with, texts.path)
     header = {"model": asdict(model), "train": asdict(options), "tokenizer": read_with, "encoder": encoder}
-    made = history("train-prior", {"seed": seed, "dtype": machine.name}, captions=texts, codes=codes, **told(gone))
+    made = history("train-prior", {"seed": seed, "dtype": machine.name}, captions=texts, codes=codes, **given.gone)
     run_ = Run(out, "weights.prior.codes", header, made, force)
-    pairs = pairs.without(gone)
-    dvae = bundle.find_weights(encoder, out.parent, latents.parent)
-    figures = train(lambda: PriorTask(model, options, pairs, bpe, seed, dvae), options, run_, machine, seed, fresh)
-    if rank() == 0:
-        console.result(out, **figures)
+    dvae = bundle.find_weights(encoder, out.parent, codes.path.parent)
+    return train(lambda: PriorTask(model, options, pairs, bpe, seed, dvae), options, run_, machine, seed, fresh)

@@ -1,6 +1,7 @@
-"""Captions and codes joined by id: what a prior is trained on.
+"""Captions and latents joined by id: what a prior is trained on.
 
-Shapes: B batch, T caption length, H W code grid. Both artifacts are memory maps; only a batch is ever copied.
+Shapes: B batch, T caption length, H W code grid, D embedding width. Both artifacts are memory maps; only a batch is
+ever copied.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dalle_cli.data.split import split
 from dalle_cli.errors import DalleError
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
 
 
 def _rows_by_id(ids: Sequence[str], place: dict[str, int]) -> tuple[Ints, Ints]:
@@ -53,9 +55,13 @@ class Pairs:
                 "make both from one data set"
             )
         self._sizes = {name: captions.fact(name, int) for name in ("n_text", "n_vocab")}
-        self._latent_sizes = {name: latents.fact(name, int) for name in ("grid", "n_vocab")}
         _check(captions, captions.array("tokens")[:0], (self._sizes["n_text"],), self._sizes["n_vocab"])
-        _check(latents, latents.array("codes")[:0], (self._latent_sizes["grid"],) * 2, self._latent_sizes["n_vocab"])
+        if latents.kind == "embeddings":
+            self._check_widths()
+        else:
+            self._latent_sizes = {name: latents.fact(name, int) for name in ("grid", "n_vocab")}
+            shape = (self._latent_sizes["grid"],) * 2
+            _check(latents, latents.array("codes")[:0], shape, self._latent_sizes["n_vocab"])
         place = {name: i for i, name in enumerate(self.ids)}
         self._captions = _rows_by_id(caption_ids, place)
         self._latents = _rows_by_id(latent_ids, place)
@@ -93,6 +99,43 @@ class Pairs:
         codes = np.asarray(self.latents.array("codes")[rows]).astype(np.int64)
         _check(self.latents, codes, (self._latent_sizes["grid"],) * 2, self._latent_sizes["n_vocab"])
         return codes
+
+    @property
+    def width(self) -> int:
+        """Of the embeddings: D."""
+        return int(self.latents.array("embeddings").shape[1])
+
+    def embeddings(self, rows: Ints) -> Floats:
+        """z_i of these rows, to length 1: (B, D) float32."""
+        return _normalized(self.latents, rows)
+
+    def text_embeddings(self, rows: Ints) -> Floats:
+        """z_t of these captions, to length 1: (B, D) float32."""
+        return _normalized(self.captions, rows)
+
+    def _check_widths(self) -> None:
+        """Raises: DalleError if captions have no embeddings, or those of another CLIP."""
+        if "embeddings" not in self.captions:
+            found = f"none in {self.captions.path}"
+            raise DalleError(
+                f"expected captions with embeddings of the CLIP that made the pictures' own, found {found}; "
+                "make them again with `tokenize -m CLIP`"
+            )
+        mine, theirs = self.captions.fact("encoder", str), self.latents.fact("encoder", str)
+        if mine != theirs or self.captions.array("embeddings").shape[1] != self.width:
+            found = f"{mine[:12]} and {theirs[:12]}"
+            raise DalleError(
+                f"expected captions and pictures embedded by one CLIP, found {found} (sha256); make one of them again"
+            )
+
+
+def _normalized(source: Artifact, rows: Ints) -> Floats:
+    """Raises: DalleError if an embedding is no number, or has no length."""
+    z = np.asarray(source.array("embeddings")[rows]).astype(np.float32)
+    length = np.linalg.norm(z, axis=-1, keepdims=True)
+    if not (np.isfinite(length) & (length > 0)).all():
+        raise DalleError(f"expected embeddings of finite length, found others in {source.path}; make it again")
+    return np.asarray(z / length)
 
 
 def _check(source: Artifact, rows: Ints, shape: tuple[int, ...], n_vocab: int) -> None:

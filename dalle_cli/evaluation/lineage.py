@@ -27,6 +27,7 @@ MAKERS: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
     "drawn": {"": (("sample",),)},
     "dvae": {"": (("train-dvae",),)},
     "clip": {"": (("train-clip",),)},
+    "prior": {"": (("train-prior",),)},
     "model": {
         "encode-images": (("train-dvae", "train-clip"),),
         "sample": (("train-prior",),),

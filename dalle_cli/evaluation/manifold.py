@@ -1,7 +1,7 @@
 """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1-2).
 
 A set's manifold is the union of balls about its rows, each reaching to the row's k-th nearest neighbor.
-Shapes: N M rows, D features. Distances are made block by block: memory is BLOCK x N.
+Shapes: N M rows, D features. Distances are made block by block: no more than DISTANCES are held, whatever N.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 NEIGHBORS = 3  # sec. 3
-BLOCK = 512
+BLOCK, DISTANCES = 512, 1 << 20  # rows of a block, at most, and distances in it
 SLACK = 1e-12  # of the squares, below which a squared distance is rounding
 
 
@@ -27,9 +27,9 @@ def precision_recall(
 
 def radii(rows: Floats, k: int) -> Floats:
     """Squared distance of each row to its k-th nearest neighbor, itself left out: (N, D) -> (N,)."""
-    out = np.empty(len(rows))
-    for start in range(0, len(rows), BLOCK):
-        part = slice(start, start + BLOCK)
+    out, block = np.empty(len(rows)), _block(len(rows))
+    for start in range(0, len(rows), block):
+        part = slice(start, start + block)
         distances = squared_distances(rows[part], rows)
         distances[np.arange(len(distances)), np.arange(start, start + len(distances))] = -1.0  # itself, first
         out[part] = np.partition(distances, k, axis=1)[:, k]
@@ -38,11 +38,17 @@ def radii(rows: Floats, k: int) -> Floats:
 
 def inside(points: Floats, centers: Floats, squared_radii: Floats) -> npt.NDArray[np.bool_]:
     """Whether each point lies in any ball: (N, D), (M, D), (M,) -> (N,)."""
+    block = _block(len(centers))
     parts = [
-        (squared_distances(points[start : start + BLOCK], centers) <= squared_radii).any(axis=1)
-        for start in range(0, len(points), BLOCK)
+        (squared_distances(points[start : start + block], centers) <= squared_radii).any(axis=1)
+        for start in range(0, len(points), block)
     ]
     return np.concatenate(parts)
+
+
+def _block(n: int) -> int:
+    """How many rows are held against n others at a time."""
+    return max(1, min(BLOCK, DISTANCES // n))
 
 
 def squared_distances(a: Floats, b: Floats) -> Floats:

@@ -3,9 +3,11 @@
 Shapes: N rows, S side in pixels.
 """
 
+import bisect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +25,25 @@ GENERATED, REFERENCE = "generated", "reference"
 
 
 class Stored:
-    """The pictures of an `images` artifact, as a data set gives its own."""
+    """The pictures of an `images` artifact, as a data set gives its own.
+
+    A shard is mapped for each picture anew: what was once looked at through a map counts as held while the map lives.
+    """
 
     def __init__(self, artifact: Artifact):
         self.ids: Sequence[str] = artifact.strings("ids")
         self.skipped = SkipLog()
-        self._images = artifact.array("images")
+        self._shards = artifact.headers
+        self._starts = [0, *accumulate(map(len, artifact.headers))]
 
     def __len__(self) -> int:
-        return len(self._images)
+        return self._starts[-1]
 
     def read(self, i: int) -> Image.Image:
         """Picture i in mode RGB."""
-        return Image.fromarray(np.ascontiguousarray(self._images[i].transpose(1, 2, 0)))
+        shard = bisect.bisect_right(self._starts, i) - 1
+        pixels = self._shards[shard].map("images")[i - self._starts[shard]]
+        return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 @dataclass(frozen=True)

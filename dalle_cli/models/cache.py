@@ -15,6 +15,11 @@ from dalle_cli.models.attention import Pattern
 FEW = 32  # rows R; products of fewer in float32 take less time on CPU than to convert them takes
 
 
+def kept_in(dtype: torch.dtype, n_rows: int, on_cpu: bool) -> torch.dtype:
+    """What the keys and values of so many rows R are kept in where the arithmetic is in `dtype`."""
+    return torch.float32 if on_cpu and n_rows < FEW and dtype.itemsize < 4 else dtype
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Captions that were read once: logits of the first code (P, V), and keys and values (P, N, 1 + T, D) by layer."""
@@ -55,7 +60,7 @@ class LayerCache:
         self.n_prompts, self.n_head, _, width = text_keys.shape
         self.candidates = candidates
         n_rows = self.n_prompts * self.n_head * candidates
-        self.dtype = torch.float32 if text_keys.is_cpu and n_rows < FEW and text_keys.itemsize < 4 else text_keys.dtype
+        self.dtype = kept_in(text_keys.dtype, n_rows, text_keys.is_cpu)
         self.text_keys, self.text_values = (x.flatten(0, 1).to(self.dtype) for x in (text_keys, text_values))
         self.keys = self.text_keys.new_zeros(self.n_blocks, n_rows, self.block_size, width)
         self.values = torch.zeros_like(self.keys)
@@ -160,19 +165,44 @@ class Cache:
     """State of P*K candidates being drawn: `logits` (P*K, V) of the first code, buffers by layer, the position."""
 
     def __init__(
-        self, prompt: Prompt, patterns: Sequence[Pattern], candidates: int, places: Tensor, static: bool = False
+        self,
+        prompt: Prompt,
+        patterns: Sequence[Pattern],
+        candidates: int,
+        places: Tensor,
+        static: bool = False,
+        turns: Tensor | None = None,
     ) -> None:
-        """`places` (W*W, C) are the summed row and column embeddings; `static` keeps the position in a tensor."""
-        self.places = places
+        """`places` (W*W, C) are the summed row and column embeddings, `turns` (W*W - 1, 2, D) the codes' rotations.
+
+        `static` keeps the position in a tensor.
+        """
+        self.places, self.turns = places, turns
         self.position: Any = torch.zeros((), dtype=torch.int64, device=places.device) if static else 0
         self.logits = prompt.logits.repeat_interleave(candidates, 0)
         kind = StaticLayerCache if static else LayerCache
         layers = zip(patterns, prompt.keys, prompt.values, strict=True)
         self.layers: list[Layer] = [kind(pattern, k, v, candidates) for pattern, k, v in layers]
+        if static:
+            self._stay()
+
+    def _stay(self) -> None:
+        """Have the compiler know that all tensors stay where they are.
+
+        CUDA graphs would otherwise copy what they read at each step, and are not made at all of what they write.
+        """
+        for holder in (self, *self.layers):
+            for tensor in vars(holder).values():
+                if isinstance(tensor, Tensor):
+                    torch._dynamo.mark_static_address(tensor)
+
+    def advance(self) -> None:
+        """Go to the next position; a tensor is changed in place."""
+        self.position += 1
 
     def restart(self) -> None:
         """Begin again after the caption, in the same buffers."""
-        self.position = self.position * 0
+        self.position *= 0
 
     def row(self, table: Tensor, offset: int = 0) -> Tensor:
         """The row of a table (M, ...) that belongs to the position: (1, ...)."""

@@ -34,7 +34,7 @@ def column_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int) 
 
 
 def batched_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Dense attention as batched products, (B, N, L, D) thrice and bias (L, L) or () -> (B, N, L, D).
+    """Dense attention as batched products, (B, N, L, D), twice (B, N, M, D) and bias (L, M) or () -> (B, N, L, D).
 
     On CPU the fused kernel's backward is its slow half: for short streams this is several times as fast
     (docs/results.md), at the price of holding the (L, L) weights of every head.
@@ -55,13 +55,14 @@ class _Dense(torch.autograd.Function):
         flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
         weights, y = _weigh(flat[0], flat[1], flat[2], bias)
         ctx.save_for_backward(*flat, weights, y)
+        ctx.shapes = (q.shape, k.shape, v.shape)
         return y.view(q.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights, y = ctx.saved_tensors
         grads = _weigh_backward(grad.reshape(y.shape), q, k, v, weights, y)
-        return (*(x.view(grad.shape) for x in grads), None)
+        return (*(x.view(shape) for x, shape in zip(grads, ctx.shapes, strict=True)), None)
 
 
 class _Causal(torch.autograd.Function):

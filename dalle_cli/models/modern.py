@@ -115,9 +115,9 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _crossed(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The matrix that takes (a, b) to (-b, a): as a product it is faster than moving halves about."""
     with torch.inference_mode(False):
-        half = torch.eye(width // 2)
+        half = torch.eye(width // 2, device=device)
         none = torch.zeros_like(half)
-        return torch.cat([torch.cat([none, half], 1), torch.cat([-half, none], 1)]).to(device, dtype)
+        return torch.cat([torch.cat([none, half], 1), torch.cat([-half, none], 1)]).to(dtype)
 
 
 @lru_cache(maxsize=16)

@@ -56,6 +56,8 @@ class Int8Linear(nn.Module):
         if x.is_cpu and x.dtype == torch.bfloat16 and all(size % LANES == 0 for size in self.weight.shape):
             y: Tensor = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
             y = y.view(*x.shape[:-1], -1)
+        elif x.dtype == torch.float16:  # sums of whole numbers up to 127 soon exceed its range
+            y = F.linear(x, self.weight * self.scale[:, None])
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
@@ -69,7 +71,7 @@ class PackedPointwise(nn.Module):
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
-        linear = nn.Linear(convolution.in_channels, convolution.out_channels, convolution.bias is not None)
+        linear = nn.Linear(convolution.in_channels, convolution.out_channels, device="meta")
         linear.weight = nn.Parameter(convolution.weight.detach().flatten(1), requires_grad=False)
         linear.bias = cast(nn.Parameter, convolution.bias)
         self.linear = PackedLinear(linear, POSITIONS, torch.float32)

@@ -237,15 +237,17 @@ class Prior(nn.Module):
 
     def cache(self, prompt: Prompt, candidates: int = 1, static: bool = False) -> Cache:
         """Buffers to draw `candidates` grids for each caption of a prompt; `static` for a compiled `step`."""
-        return Cache(prompt, self.patterns, candidates, self._places(), static)
+        turns = self._turns(self.start)[:, 1 + self.config.n_text :].transpose(0, 1)
+        modern = self.config.block == "modern"
+        return Cache(prompt, self.patterns, candidates, self._places(), static, turns if modern else None)
 
     def step(self, codes: Tensor, cache: Cache) -> Tensor:
         """Take the codes at the cache's position, advance it, and give the logits of the next: (P*K,) -> (P*K, V)."""
         x = self.dropout((self.code(codes) + cache.row(cache.places))[:, None])
-        turns = cache.row(self._turns(x).transpose(0, 1), 1 + self.config.n_text).transpose(0, 1)
+        turns = None if cache.turns is None else cache.row(cache.turns).transpose(0, 1)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block(x, partial(layer.attend, cache.position), turns)
-        cache.position = cache.position + 1
+        cache.advance()
         return head_logits(self.image_head, self.norm(x[:, 0]))
 
     def _written(self, lengths: Tensor) -> Tensor:

@@ -99,7 +99,8 @@ def sample_batches(
     is read once for all its candidates that follow one another in whole batches, the null caption once a call.
     Where `kept` (W, W) bool is true, the code of `given`, (W, W) or (N, W, W) int64, stands instead of a drawn one, and
     is seen by what is drawn after it. The noise of the others stays theirs.
-    `compiled` has torch.compile make one program of a step, on a GPU as CUDA graphs; the prior is then not `packed`.
+    `compiled` has torch.compile make one program of a step, on a GPU as CUDA graphs; the prior is then not `packed`,
+    or `plain`. What is left for the last batch is drawn in one as large as the others, for which the program is.
     `progress` is told the number of codes drawn since it was last called.
 
     Raises: DalleError where a setting is out of its range.
@@ -125,15 +126,18 @@ def sample_batches(
     null = _prefill(prior, tokens[:1], torch.zeros_like(lengths[:1])) if span else None
     cache, held = None, ([-1], 0)  # and the captions, and the candidates of each, that the cache is of
     for begin in range(0, len(indices), batch_size):
-        batch, own = indices[begin : begin + batch_size], list(captions[begin : begin + batch_size])
+        rows = list(range(begin, min(begin + batch_size, len(indices))))
+        n = len(rows)
+        rows += rows[-1:] * (min(batch_size, len(indices)) - n) if compiled else []
+        own = [captions[row] for row in rows]
         wanted = (own[:1], len(own)) if len(set(own)) == 1 else (own, 1)
         if cache is None or wanted != held:
             cache = None  # before the next one takes as much memory again
             cache = _open(prior, _prefill(prior, tokens[wanted[0]], lengths[wanted[0]]), null, wanted[1], compiled)
             held = wanted
-        noise = torch.stack([uniforms(seed, index, prior.config.grid**2) for index in batch]).to(device)
-        own_codes = grids[begin : begin + batch_size].to(device)
-        yield _draw_grids(prior, step, cache, noise, 2 if span else 1, choose, own_codes, fixed, progress).clone()
+        noise = torch.stack([uniforms(seed, indices[row], prior.config.grid**2) for row in rows]).to(device)
+        own_codes = grids[rows].to(device)
+        yield _draw_grids(prior, step, cache, noise, 2 if span else 1, choose, own_codes, fixed, n, progress).clone()
 
 
 def guided_positions(span: tuple[float, float], n_positions: int) -> range:
@@ -215,9 +219,10 @@ def _draw_grids(
     choose: Callable[[Tensor, Tensor, int], Tensor],
     codes: Tensor,
     fixed: Sequence[bool],
+    n_wanted: int,
     progress: Callable[[int], None] | None,
 ) -> Tensor:
-    """Draw what is not fixed of one batch (B, W*W), code by code, with noise (B, W*W, 3) -> (B, W, W).
+    """Draw what is not fixed of one batch (B, W*W), code by code, with noise (B, W*W, 3) -> (n_wanted, W, W).
 
     A null half is fed the codes of the other.
     """
@@ -232,9 +237,9 @@ def _draw_grids(
         if not fixed[position]:
             codes[:, position] = choose(logits, noise[:, position], position)
         if progress is not None:
-            progress(len(codes))
+            progress(n_wanted)
     prior.train(training)
-    return codes.view(-1, prior.config.grid, prior.config.grid)
+    return codes[:n_wanted].view(-1, prior.config.grid, prior.config.grid)
 
 
 def _kept_codes(prior: Prior, given: Tensor | None, kept: Tensor | None, n: int) -> tuple[Tensor, list[bool]]:

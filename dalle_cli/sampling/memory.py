@@ -1,6 +1,6 @@
 """How many candidates fit into memory at once.
 
-V image vocabulary, C width, T caption length.
+V image vocabulary, C width, T caption length, N heads.
 """
 
 import os
@@ -8,24 +8,32 @@ from pathlib import Path
 
 import torch
 
+from dalle_cli.models.cache import kept_in
 from dalle_cli.models.prior import Prior
 
 CAP = 256  # candidates at once: more are hardly faster, and progress would come in large steps
 SHARE = 0.5  # of the free memory that is taken; other programs and the allocator's gaps need some, too
 UNKNOWN = 2**30  # bytes taken to be free where the machine does not tell
+_WIDTHS_OF_READING = 14  # numbers of a layer, its MLP's for the most part, alive for each position of a caption
 _ROWS_OF_LOGITS = 12  # logits, their halves, sorted values, places in 64 bits, shares and sums, alive together
 
 
-def fitting_batch(prior: Prior, n_candidates: int, guided: bool, own_captions: bool) -> int:
-    """How many of `n_candidates` to draw at once on the prior's device; never less than 1 or more than CAP."""
-    fits = int(free_memory(prior.start.device) * SHARE) // candidate_bytes(prior, guided, own_captions)
+def fitting_batch(prior: Prior, n_candidates: int, guided: bool, own_captions: bool, dtype: torch.dtype) -> int:
+    """How many of `n_candidates` to draw at once in `dtype` on the prior's device; at least 1, at most CAP."""
+    device = prior.start.device
+    free = int(free_memory(device) * SHARE)
+    fits = free // candidate_bytes(prior, guided, own_captions, dtype)
+    rows = (2 if guided else 1) * prior.config.n_head * fits
+    if (kept := kept_in(dtype, rows, device.type == "cpu")) != dtype:
+        fits = free // candidate_bytes(prior, guided, own_captions, kept)
     return max(1, min(fits, CAP, n_candidates))
 
 
-def candidate_bytes(prior: Prior, guided: bool, own_captions: bool) -> int:
+def candidate_bytes(prior: Prior, guided: bool, own_captions: bool, dtype: torch.dtype) -> int:
     """Bytes that one more candidate takes while it is drawn: caches of all layers, logits, one position's activations.
 
-    `guided` counts null rows, too; `own_captions` counts a caption's keys and values for every candidate.
+    The caches are in `dtype`. `guided` counts null rows, too; `own_captions` counts a caption's keys and values for
+    every candidate, or what reading it takes, should that be more.
     """
     config = prior.config
     slots = sum(pattern.n_slots for pattern in prior.patterns)
@@ -34,8 +42,11 @@ def candidate_bytes(prior: Prior, guided: bool, own_captions: bool) -> int:
     caches = 2 * slots * config.n_embd  # keys and values
     seen = config.n_text + 1 + max(pattern.n_slots for pattern in prior.patterns)
     activations = 16 * config.n_embd + 4 * config.n_head * seen + _ROWS_OF_LOGITS * config.n_image_vocab
-    item = prior.start.element_size()  # autocast may halve the caches: then fewer are drawn at once than could be
-    return (2 if guided else 1) * (item * caches + 4 * activations)
+    drawn = (2 if guided else 1) * (dtype.itemsize * caches + 4 * activations)
+    if not own_captions:
+        return drawn
+    kept = dtype.itemsize * (2 * config.n_layer + _WIDTHS_OF_READING)
+    return max(drawn, (config.n_text + 1) * config.n_embd * (kept + 4 * 5))  # the sums along the path have 32 bits
 
 
 def free_memory(device: torch.device) -> int:

@@ -158,7 +158,8 @@ class Trainer:
             self.scales = BlockScales(self.model)
             self.scales.attach()
         if c.compile:
-            vars(self.model)["loss"] = compiled(getattr(self.model, "loss"))  # noqa: B009  (no submodule)
+            name = "loss" if hasattr(self.model, "loss") else "forward"  # a denoiser's loss is no part of its model
+            vars(self.model)[name] = compiled(getattr(self.model, name))
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""

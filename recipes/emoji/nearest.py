@@ -7,11 +7,10 @@ import importlib
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from withheld import Asked, Entry, Pixels, Prompt, one_each, pick
+from withheld import Asked, Entry, Pixels, one_each, pick, twin
 
 from dalle_cli.artifacts.container import replace_file
 from dalle_cli.errors import DalleError
@@ -191,9 +190,3 @@ class Gallery:
             for i in rows:
                 out[i] += found[i]
         return out
-
-
-def twin(prompt: Prompt, train: Sequence[Entry], style: str) -> Entry | None:
-    """The training picture of a prompt's concept in another style: of the same variant, else without a skin tone."""
-    same = [e for e in train if e.base == prompt.base and e.style == style]
-    return min(same, key=lambda e: (e.code != prompt.code, e.code != e.base, e.key), default=None)

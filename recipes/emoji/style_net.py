@@ -102,7 +102,7 @@ def train(entries: Sequence[Entry], epochs: int, seed: int, say: Callable[[str],
         seen = augment(images[rows], torch.Generator().manual_seed(seed * 10**6 + step))
         loss = F.cross_entropy(net(seen), targets[rows], label_smoothing=0.05)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         if say and place == per_epoch - 1:

@@ -184,7 +184,9 @@ def read_list(path: Path) -> Asked:
         told = json.loads(path.read_text(encoding="utf-8"))
         return Asked(tuple(Prompt(**row) for row in told["prompts"]), dict(told["among"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DalleError(f"expected a list of `measure.py prompts`, found {error!r} in {path}; name the .json") from None
+        raise DalleError(
+            f"expected a list of `measure.py prompts`, found {error!r} in {path}; name the .json"
+        ) from None
 
 
 def pick(entries: Sequence[Entry], keys: Iterable[str | None], source: object) -> list[Entry]:
@@ -197,8 +199,16 @@ def pick(entries: Sequence[Entry], keys: Iterable[str | None], source: object) -
     keys = list(keys)
     for key in keys:
         if key not in table:
-            raise DalleError(f"expected the true picture {key}, found none in {source}; make list and tar of one data set")
+            raise DalleError(
+                f"expected the true picture {key}, found none in {source}; make list and tar of one data set"
+            )
     return [table[str(key)] for key in keys]
+
+
+def twin(prompt: Prompt, train: Sequence[Entry], style: str) -> Entry | None:
+    """The training picture of a prompt's concept in another style: of the same variant, else without a skin tone."""
+    same = [e for e in train if e.base == prompt.base and e.style == style]
+    return min(same, key=lambda e: (e.code != prompt.code, e.code != e.base, e.key), default=None)
 
 
 # What was drawn

@@ -138,7 +138,7 @@ def scores(quick: bool) -> list[Case]:
     """Cases that score pictures: their features, the arithmetic on those, and a pass over few and over many."""
     peer, width = "bench.peers.torchmetrics", 64 if quick else 2048
     looked = {"pictures": 4 if quick else 64, "batch": 2 if quick else 32, "size": 64, "width": width}
-    given = {"rows": 200 if quick else 10_000, "width": width}
+    given = {"rows": 200 if quick else 5_000, "width": width}
     made = [
         Case("scores/ours", "bench.scores", "ours", "pictures", looked),
         Case("scores/torchmetrics", peer, "pictures", "pictures", looked),

@@ -113,6 +113,25 @@ def benchmark(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def doses(options: argparse.Namespace) -> int:
+    """What harm does to scores, as a table: to stdout, or to -o."""
+    from bench.doses import report
+    from dalle_cli.errors import DalleError
+
+    try:
+        text = report(options.doses, options.features, options.limit)
+    except DalleError as error:
+        say(f"bench: error: {error}")
+        return 1
+    if options.out is None:
+        print(text)
+        return 0
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text + "\n", encoding="utf-8")
+    print(options.out)
+    return 0
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="bench", description="Speed and memory beside other implementations.")
@@ -137,8 +156,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     equal("--held-out", type=int, default=256, metavar="N", help="pictures in a validation, at most; %(default)s")
     few = parser.add_argument_group("what fewer bits cost, instead of the benchmark").add_argument
     few("--precision", type=Path, metavar="BUILD", help="a recipe's build folder: captions, codes and model/")
+    dose = parser.add_argument_group("what harm to pictures does to scores, instead of the benchmark").add_argument
+    dose("--doses", metavar="DATASET", help="real pictures, with captions, as `dalle evaluate` takes them")
+    dose("--features", metavar="FILE", help="what they are compared by, as `dalle evaluate` has it")
+    dose("--limit", type=int, metavar="N", help="look at N pictures at most, spread over all")
     add("--job", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.doses is not None and options.features is None:
+        parser.error("expected --features with --doses; name a CLIP, or what else dalle evaluate takes")
     if options.equal_time is not None and not (options.captions and options.codes):
         parser.error(
             "expected --captions and --codes with --equal-time; make them with dalle tokenize and encode-images"
@@ -148,9 +173,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Exit status: 1 if a case failed."""
-    options = parse()
+    options = parse(arguments)
     if options.job:
         print(json.dumps(timing.work(json.loads(options.job))))
         return 0
@@ -163,4 +188,6 @@ def main() -> int:
 
         print(precision.report(options.precision))
         return 0
+    if options.doses is not None:
+        return doses(options)
     return benchmark(options)

@@ -24,6 +24,7 @@ class Subject:
     flops: float = 0.0  # or bytes, of what is measured by what it reads
     parameters: int = 0
     warmup: int = WARMUP
+    once: bool = False  # timed once, as what is held by a single update is asked for
 
 
 def peak_memory() -> int:
@@ -63,7 +64,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     subject = getattr(module, job["function"])(**job["settings"])
     if not isinstance(subject, Subject):
         return dict(subject)
-    taken = times(subject.update, subject.warmup, job["updates"], job["seconds"])
+    updates, seconds = (1, 0.0) if subject.once else (job["updates"], job["seconds"])
+    taken = times(subject.update, subject.warmup, updates, seconds)
     return {
         "seconds": statistics.median(taken),
         "updates": len(taken),

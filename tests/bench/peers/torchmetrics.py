@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.peers import count
 from bench.scores import Made, blocks, features, inception
 from bench.timing import Subject
 from dalle_cli.models.inception import InceptionV3
@@ -62,7 +61,7 @@ def pictures(pictures: int, batch: int, size: int, width: int) -> Subject:
         return found
 
     looking = Looking(network)
-    return Subject(run, pictures, parameters=count(looking), warmup=1)
+    return Subject(run, pictures, warmup=1)
 
 
 def statistics(rows: int, width: int, block: int) -> Subject:

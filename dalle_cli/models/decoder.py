@@ -1,0 +1,130 @@
+"""Diffusion decoder: a CLIP image embedding, and a caption, to a picture (Ramesh et al. 2022, sec. 2.1).
+
+Shapes: B batch, S side in pixels, D width of an embedding z_i, T caption length, K context width, E width of the
+timestep's embedding; pixels are in [-1, 1].
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dalle_cli.errors import DalleError
+from dalle_cli.models.clip import Encoder
+from dalle_cli.models.unet import UNet, UNetConfig
+
+
+@dataclass(frozen=True)
+class DecoderConfig(UNetConfig):
+    """Sizes of a decoder; the defaults are the paper's (table 3), of which the text transformer is GLIDE's.
+
+    Raises: DalleError where sizes do not fit together.
+    """
+
+    n_embedding: int = 1024  # D
+    unit_variance: bool = True  # of the entries of z_i, which is scaled to that; else it is taken as it comes
+    n_extra: int = 4  # tokens that z_i becomes
+    context_width: int = 2048  # K
+    n_text: int = 256  # T; 0 for a decoder that reads no captions
+    n_text_vocab: int = 16384
+    text_layers: int = 24
+    text_heads: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_embedding", "n_extra", "context_width", "text_layers", "text_heads"):
+            if getattr(self, name) < 1:
+                raise DalleError(f"expected {name} of at least 1, found {getattr(self, name)}; raise it")
+        if self.n_text < 0 or (self.n_text and self.n_text_vocab < 1):
+            raise DalleError(f"expected captions of a vocabulary, found {self.n_text} tokens of {self.n_text_vocab}")
+        if self.n_text and self.context_width % self.text_heads:
+            found = f"{self.context_width} and {self.text_heads}"
+            raise DalleError(f"expected text_heads to divide context_width, found {found}; change one of them")
+
+
+class Conditioning(NamedTuple):
+    """What a U-Net is told of a batch of pictures beside the timestep: (B, E) and (B, n_extra + T, K)."""
+
+    added: Tensor
+    context: Tensor
+
+    def first(self, n: int) -> "Conditioning":
+        """That of the first n rows."""
+        return Conditioning(self.added[:n], self.context[:n])
+
+
+class TextEncoder(nn.Module):
+    """A transformer over captions, every position seeing all (GLIDE, sec. 4); past a caption's end are learned pads.
+
+    A caption of no tokens is all pads: that is the null caption.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width = config.context_width
+        self.n_text = config.n_text
+        self.tokens = nn.Embedding(config.n_text_vocab, width)
+        self.positions = nn.Embedding(config.n_text, width)
+        self.pads = nn.Embedding(config.n_text, width)
+        for table in (self.tokens, self.positions, self.pads):
+            nn.init.normal_(table.weight, std=0.02)
+        self.encoder = Encoder(config.text_layers, width, config.text_heads, "gelu", causal=False)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T) int64, (B,) int64 -> (B, T, K).
+
+        Raises: DalleError for captions of another length.
+        """
+        if tokens.shape[1] != self.n_text:
+            raise DalleError(f"expected captions of {self.n_text} tokens, found {tokens.shape[1]}; tokenize them anew")
+        written = torch.arange(self.n_text, device=tokens.device) < lengths[:, None]
+        x = torch.where(written[..., None], self.tokens(tokens), self.pads.weight)
+        return self.norm(self.encoder(x + self.positions.weight))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """z_i is added to the timestep's embedding, and becomes tokens beside the caption's; either may be null."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.unet = UNet(config, context=config.context_width)
+        self.null_embedding = nn.Parameter(torch.randn(config.n_embedding))
+        self.embedding_time = nn.Linear(config.n_embedding, config.time_width)
+        self.embedding_tokens = nn.Linear(config.n_embedding, config.n_extra * config.context_width)
+        self.text = TextEncoder(config) if config.n_text else None
+        self.text_time = nn.Linear(config.context_width, config.time_width) if config.n_text else None
+
+    def condition(self, embeddings: Tensor, given: Tensor, tokens: Tensor, lengths: Tensor) -> Conditioning:
+        """What the U-Net is told: (B, D) z_i, (B,) bool whether it counts or is null, (B, T) and (B,) int64 captions.
+
+        A caption of length 0 is null. A decoder that reads no captions does not look at them.
+
+        Raises: DalleError for embeddings or captions of another size.
+        """
+        c = self.config
+        if embeddings.shape[1] != c.n_embedding:
+            raise DalleError(f"expected embeddings of {c.n_embedding} numbers, found {embeddings.shape[1]}")
+        if c.unit_variance:
+            embeddings = F.normalize(embeddings, dim=1) * math.sqrt(c.n_embedding)
+        z = torch.where(given[:, None], embeddings.to(self.null_embedding.dtype), self.null_embedding)
+        added, context = self.embedding_time(z), self.embedding_tokens(z).unflatten(1, (c.n_extra, -1))
+        if self.text is None or self.text_time is None:
+            return Conditioning(added, context)
+        states = self.text(tokens, lengths)
+        # GLIDE adds what its last position knows to the timestep's embedding, too
+        return Conditioning(added + self.text_time(states[:, -1]), torch.cat([context, states], dim=1))
+
+    def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """(B, 3, S, S) at timesteps (B,) -> (B, 3 or 6, S, S): the prediction, and the place of its variance."""
+        return self.unet(x, t, *conditioning)  # type: ignore[no-any-return]
+
+    def denoise(
+        self, x: Tensor, t: Tensor, embeddings: Tensor, given: Tensor, tokens: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """`forward` told of a batch by `condition`."""
+        return self(x, t, self.condition(embeddings, given, tokens, lengths))  # type: ignore[no-any-return]

@@ -1,0 +1,137 @@
+"""Pictures from CLIP embeddings: the decoder, then upsamplers, each by a sampler of diffusion (2022, sec. 2.1).
+
+Shapes: B batch, D width of an embedding, T caption length, S side in pixels. Between models pictures are stored ones:
+uint8.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dalle_cli.diffusion.denoiser import Guidance, Network, Threshold, denoiser
+from dalle_cli.diffusion.noise import Noise
+from dalle_cli.diffusion.process import Process
+from dalle_cli.diffusion.samplers import SAMPLERS, ddim_invert, sample
+from dalle_cli.diffusion.schedules import named, spaced
+from dalle_cli.errors import DalleError
+from dalle_cli.models.decoder import Decoder
+from dalle_cli.models.pixels import from_uint8, to_uint8
+from dalle_cli.models.unet import UNetConfig
+from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge
+
+
+@dataclass(frozen=True)
+class Brush:
+    """How to paint: steps, sampler, classifier-free guidance (1 = off), and DDIM's eta.
+
+    Raises: DalleError where a value is out of its range.
+    """
+
+    steps: int = 20
+    sampler: str = "dpm++"
+    guidance: float = 1.0
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            known = ", ".join(SAMPLERS)
+            raise DalleError(f"expected a sampler among {known}, found {self.sampler!r}; take one of them")
+        if self.steps < 1:
+            raise DalleError(f"expected 1 step or more, found {self.steps}; try 20")
+        if self.eta and self.sampler != "ddim":
+            raise DalleError(f"expected eta with the sampler ddim alone, found it with {self.sampler}; leave one out")
+
+
+def process(config: UNetConfig) -> Process:
+    """The diffusion that a U-Net was trained to denoise.
+
+    Raises: DalleError for one that does not exist.
+    """
+    schedule = named(config.schedule, config.n_timestep, config.zero_snr)
+    return Process(schedule, config.prediction, config.learned_variance)
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """Stored pixels to those of diffusion: uint8 -> [-1, 1] float32."""
+    return 2 * from_uint8(images) - 1
+
+
+def to_stored(x: Tensor) -> Tensor:
+    """The way back: [-1, 1] -> uint8."""
+    return to_uint8((x.float() + 1) / 2)
+
+
+def network(
+    decoder: Decoder, embeddings: Tensor, tokens: Tensor, lengths: Tensor, given: Tensor | None, guided: bool
+) -> Network:
+    """A decoder told of a batch once for all timesteps; guided, a second half of it is null."""
+    device, n = decoder.null_embedding.device, len(embeddings)
+    given = torch.ones(n, dtype=torch.bool, device=device) if given is None else given.to(device)
+    rows = [embeddings.to(device), given, tokens.to(device), lengths.to(device)]
+    if guided:
+        nulls = [rows[0], torch.zeros_like(given), rows[2], torch.zeros_like(rows[3])]
+        rows = [torch.cat(pair) for pair in zip(rows, nulls, strict=True)]
+    told = decoder.condition(*rows)
+    return lambda x, t: decoder(x, t, told.first(len(x)))
+
+
+@torch.inference_mode()
+def paint(
+    decoder: Decoder, embeddings: Tensor, tokens: Tensor, lengths: Tensor, brush: Brush, noise: Noise,
+    given: Tensor | None = None, start: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Pictures of embeddings and captions: (B, D), (B, T) and (B,) int64 -> (B, 3, S, S) uint8.
+
+    A caption of length 0 is null, and so is an embedding that is not `given` (B,). Guidance goes from both being null,
+    in the same batch. `start` (B, 3, S, S), in place of the noise of the first step, is what `invert` found.
+    """
+    model, side = process(decoder.config), decoder.config.image_size
+    told = network(decoder, embeddings, tokens, lengths, given, brush.guidance != 1)
+    denoise = denoiser(told, model, Guidance(brush.guidance), Threshold(1.0))
+    x = (noise(0, (3, side, side)) if start is None else start).to(decoder.null_embedding.device)
+    return to_stored(sample(brush.sampler, denoise, model.schedule, x, brush.steps, noise, eta=brush.eta))
+
+
+@torch.inference_mode()
+def invert(
+    decoder: Decoder, pictures: Tensor, embeddings: Tensor, tokens: Tensor, lengths: Tensor, steps: int,
+    iterations: int = 1, given: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The noise from which `paint`, by ddim in as many steps, paints pictures (2022, sec. 3): uint8 -> (B, 3, S, S)."""
+    model = process(decoder.config)
+    told = network(decoder, embeddings, tokens, lengths, given, False)
+    x = to_signed(pictures.to(decoder.null_embedding.device))
+    return ddim_invert(denoiser(told, model), x, spaced(model.schedule, steps), iterations)
+
+
+@torch.inference_mode()
+def upsample(upsampler: Upsampler, low: Tensor, brush: Brush, noise: Noise) -> Tensor:
+    """Larger pictures of small ones, whatever their size: (B, 3, s, s) uint8 -> (B, 3, f s, f s) uint8, unguided."""
+    c, device = upsampler.config, next(upsampler.parameters()).device
+    beside = enlarge(to_signed(low.to(device)), c.factor)
+    model = process(c)
+    denoise = denoiser(lambda x, t: upsampler(x, t, beside), model, threshold=Threshold(1.0))
+    x = noise(0, beside.shape[1:]).to(device)
+    return to_stored(sample(brush.sampler, denoise, model.schedule, x, brush.steps, noise, eta=brush.eta))
+
+
+def chained(configs: Sequence[UpsamplerConfig], size: int) -> list[int]:
+    """In which order upsamplers follow a picture of a size, by their numbers.
+
+    Raises: DalleError where one of them does not fit.
+    """
+    order: list[int] = []
+    while True:
+        fitting = [i for i, c in enumerate(configs) if c.low_size == size and i not in order]
+        if not fitting:
+            break
+        if len(fitting) > 1:
+            raise DalleError(f"expected one upsampler from {size} pixels, found {len(fitting)}; take one out")
+        order.append(fitting[0])
+        size = configs[fitting[0]].image_size
+    for i, c in enumerate(configs):
+        if i not in order:
+            raise DalleError(f"expected upsamplers from {size} pixels on, found one from {c.low_size}; take it out")
+    return order

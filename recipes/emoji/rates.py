@@ -1,0 +1,134 @@
+"""Bits of a picture: as codes by a prior, and as PNG and WebP of the same picture.
+
+Shapes: N pictures, H W code grid, T caption length; pictures are (S, S, 3) uint8.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from withheld import Pixels
+
+from dalle_cli import bundle, load
+from dalle_cli.artifacts import Artifact
+from dalle_cli.commands import drawing
+from dalle_cli.commands.encode_images import encode
+from dalle_cli.data import tokenizer as tokenizers
+from dalle_cli.devices import Arithmetic
+from dalle_cli.errors import DalleError
+from dalle_cli.evaluation.likelihood import nats
+from dalle_cli.evaluation.reconstruction import psnr, squared_error
+
+AT_ONCE = 32
+METHOD = 6  # of WebP: the slowest, smallest
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A form of N pictures: bits of each, and PSNR of each where it loses something."""
+
+    bits: npt.NDArray[np.float64]
+    psnr: npt.NDArray[np.float64] | None = None
+
+
+def dvae_codes(weights: Artifact, pictures: Sequence[Pixels], machine: Arithmetic) -> tuple[torch.Tensor, list[Pixels]]:
+    """Codes of pictures, (N, H, W) int64, and what the decoder makes of them.
+
+    Raises:
+        DalleError: pictures of another size than the dVAE's.
+    """
+    dvae = load.dvae(weights, machine.device)
+    if (side := pictures[0].shape[0]) != (wanted := dvae.config.image_size):
+        raise DalleError(f"expected pictures of {wanted} pixels for {weights.path.name}, found {side}; make data again")
+    codes, shown = [], []
+    for at in range(0, len(pictures), AT_ONCE):
+        lot = np.stack(pictures[at : at + AT_ONCE]).transpose(0, 3, 1, 2)
+        grid = encode(dvae, np.ascontiguousarray(lot), machine)
+        codes.append(torch.from_numpy(grid.astype(np.int64)))
+        shown += list(drawing.decode(dvae, grid, machine).transpose(0, 2, 3, 1))
+    return torch.cat(codes), shown
+
+
+def decibels(pictures: Sequence[Pixels], shown: Sequence[Pixels]) -> npt.NDArray[np.float64]:
+    """PSNR of each picture: (N,) dB."""
+    first, second = (torch.from_numpy(np.stack(side)).permute(0, 3, 1, 2) for side in (pictures, shown))
+    return psnr(squared_error(first, second)).numpy()
+
+
+def prior_bits(
+    weights: Artifact, encoder: Artifact, codes: torch.Tensor, captions: Sequence[str], machine: Arithmetic
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Bits of each picture's codes given its caption, given none, and of the caption itself: (N,) each.
+
+    Raises:
+        DalleError: the prior was trained on another dVAE's codes.
+    """
+    bundle.check_digest("dVAE", encoder.digest, weights.fact("encoder", str), weights.path)
+    prior = load.prior(weights, machine.device)
+    rows, n, _ = tokenizers.load(bundle.tokenizer(weights)).encode_batch(list(captions), prior.config.n_text)
+    tokens, lengths = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(n.astype(np.int64))
+    parts = []
+    for at in range(0, len(codes), AT_ONCE):
+        here = slice(at, at + AT_ONCE)
+        given = [x[here].to(machine.device) for x in (tokens, lengths, codes)]
+        with machine.autocast():
+            text, image = nats(prior, *given)
+            _, alone = nats(prior, given[0], torch.zeros_like(given[1]), given[2])
+        parts.append(torch.stack([x.sum(1) for x in (image, alone, text)]))
+    given_caption, without, caption = (torch.cat(parts, dim=1) / math.log(2)).numpy()
+    return {"caption": given_caption, "none": without, "text": caption}
+
+
+# Other formats
+
+
+def png(picture: Pixels) -> int:
+    """Bytes of the smallest PNG that Pillow writes: in true color, or with a palette where there are few colors."""
+    sizes = [_size(Image.fromarray(picture), "PNG", optimize=True)[0]]
+    colors, place = np.unique(picture.reshape(-1, 3), axis=0, return_inverse=True)
+    if len(colors) <= 256:
+        indexed = Image.fromarray(place.reshape(picture.shape[:2]).astype(np.uint8))
+        indexed.putpalette(colors.tobytes())
+        sizes.append(_size(indexed, "PNG", optimize=True)[0])
+    return min(sizes)
+
+
+def webp(picture: Pixels) -> int:
+    """Bytes as lossless WebP."""
+    return _size(Image.fromarray(picture), "WEBP", lossless=True, quality=100, method=METHOD)[0]
+
+
+def lossy_webp(picture: Pixels, wanted: float) -> tuple[int, float]:
+    """Fewest bytes of lossy WebP that reach a PSNR, and the PSNR; those of the highest quality, where none does.
+
+    Every quality is tried: neither bytes nor PSNR of so small a picture only grow with it.
+    """
+    every = [_lossy(picture, quality) for quality in range(101)]
+    return min((found for found in every if found[1] >= wanted), default=every[100])
+
+
+def _lossy(picture: Pixels, quality: int) -> tuple[int, float]:
+    size, data = _size(Image.fromarray(picture), "WEBP", quality=quality, method=METHOD)
+    shown = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    return size, float(decibels([picture], [shown])[0])
+
+
+def _size(image: Image.Image, format_: str, **options: bool | int) -> tuple[int, bytes]:
+    buffer = io.BytesIO()
+    image.save(buffer, format_, **options)
+    return buffer.tell(), buffer.getvalue()
+
+
+def others(pictures: Sequence[Pixels], wanted: npt.NDArray[np.float64]) -> dict[str, Kept]:
+    """The pictures as PNG, lossless WebP, and lossy WebP of at least these PSNR, each picture by itself."""
+    lossy = np.array([lossy_webp(own, float(least)) for own, least in zip(pictures, wanted, strict=True)])
+    return {
+        "PNG": Kept(8.0 * np.array([png(own) for own in pictures])),
+        "WebP, lossless": Kept(8.0 * np.array([webp(own) for own in pictures])),
+        "WebP, lossy, of the same PSNR or just above": Kept(8.0 * lossy[:, 0], lossy[:, 1]),
+    }

@@ -1,0 +1,124 @@
+"""Scores of what is drawn beside those of real pictures: the steps of `make -C recipes/emoji scores` that are no stage.
+
+`python recipes/emoji/scores.py STEP --help` tells of each step.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dalle_cli.artifacts import history, open_artifact, write_artifact
+from dalle_cli.errors import DalleError
+from dalle_cli.evaluation.sides import REFERENCE, Side, open_side
+
+
+def titles(side: Side) -> dict[str, str]:
+    """A caption of each picture by id, none twice: the first of its own that no picture before it took.
+
+    Raises:
+        DalleError: a picture without one.
+    """
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for row in side.rows.tolist():
+        own = side.pictures.ids[row]
+        text = next((text for text in side.captions.get(own, ()) if text not in taken), None)
+        if text is None:
+            raise DalleError(f"expected a caption of its own for each picture, found none for {own}; give others")
+        found[own] = text
+        taken.add(text)
+    return found
+
+
+def write_prompts(args: argparse.Namespace) -> None:
+    """Write the captions of so many pictures, evenly spread as `evaluate --limit` has them, one a line."""
+    side = open_side(REFERENCE, str(args.dataset), args.count)
+    args.out.write_text("\n".join(titles(side).values()) + "\n", encoding="utf-8")
+
+
+def write_rebuilt(args: argparse.Namespace) -> None:
+    """Write what a dVAE makes of the same pictures, with their captions."""
+    from dalle_cli import bundle, load
+    from dalle_cli.commands import drawing
+    from dalle_cli.commands.encode_images import encode
+    from dalle_cli.data.loader import sequential
+    from dalle_cli.devices import arithmetic
+
+    side, machine = open_side(REFERENCE, str(args.dataset), args.count), arithmetic("auto", "float32")
+    weights, texts = bundle.weights(args.model, "weights.dvae"), titles(side)
+    dvae = load.dvae(weights, machine.device)
+    pixels, ids = [], []
+    for rows, images in sequential(side.pictures, dvae.config.image_size, side.rows.tolist(), 64):
+        pixels.append(drawing.decode(dvae, encode(dvae, images, machine), machine))
+        ids += [side.pictures.ids[row] for row in rows.tolist()]
+    columns = {"images": np.concatenate(pixels), "ids": ids, "text": [texts[own] for own in ids]}
+    write_artifact(args.out, "images", columns, {}, history("rebuilt", {}, pictures=side.digest, model=weights))
+
+
+def write_mistitled(args: argparse.Namespace) -> None:
+    """Write the same pictures, each with the caption of another."""
+    from dalle_cli.evaluation.matches import shuffled
+
+    drawn = open_artifact(args.images, "images")
+    names = sorted(set(texts := list(drawn.strings("text"))))
+    other = shuffled(np.array([names.index(text) for text in texts], np.int64), args.seed)
+    if other is None:
+        raise DalleError(f"expected captions that differ, found none in {args.images}; draw for more prompts")
+    columns = {"images": np.asarray(drawn.array("images")), "ids": list(drawn.strings("ids"))}
+    columns["text"] = [names[i] for i in other.tolist()]
+    write_artifact(args.out, "images", columns, {}, history("mistitled", {"seed": args.seed}, images=drawn))
+
+
+def print_table(args: argparse.Namespace) -> None:
+    """Print a row for each NAME=FILE that `evaluate` wrote, a column for each score, as Markdown."""
+    from dalle_cli.evaluation.tabled import picture_rows
+
+    names, files = zip(*(row.rsplit("=", 1) for row in args.rows), strict=True)
+    told = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
+    columns = [["pictures", *names], *picture_rows([one["scores"][0] for one in told])]
+    columns.insert(1, ["number", *(f"{one['counts']['generated']['pictures']:,}" for one in told)])
+    lines = [[cell.strip() for cell in line] for line in zip(*columns, strict=True)]
+    for line in (lines[0], ["---"] * len(columns), *lines[1:]):
+        print(f"| {' | '.join(line)} |")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one step. Exit status: 0, or 1 after one line on stderr that says what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = parser.add_subparsers(metavar="STEP", required=True)
+    made = steps.add_parser("prompts", help=write_prompts.__doc__)
+    made.set_defaults(run=write_prompts)
+    _pictures(made)
+    made = steps.add_parser("rebuilt", help=write_rebuilt.__doc__)
+    made.set_defaults(run=write_rebuilt)
+    _pictures(made)
+    made.add_argument("-m", "--model", required=True, help="a bundle with the dVAE")
+    made = steps.add_parser("mistitled", help=write_mistitled.__doc__)
+    made.set_defaults(run=write_mistitled)
+    made.add_argument("images", type=Path)
+    made.add_argument("out", type=Path)
+    made.add_argument("--seed", type=int, default=0, help="%(default)s")
+    made = steps.add_parser("table", help=print_table.__doc__)
+    made.set_defaults(run=print_table)
+    made.add_argument("rows", nargs="+", metavar="NAME=FILE")
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except DalleError as error:
+        print(f"scores: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _pictures(made: argparse.ArgumentParser) -> None:
+    made.add_argument("dataset", type=Path)
+    made.add_argument("count", type=int)
+    made.add_argument("out", type=Path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
