@@ -122,7 +122,7 @@ def arithmetic(device: str, dtype: str) -> Arithmetic:
 def compiled(function: Callable[..., Any], graphs: bool = False) -> Callable[..., Any]:
     """A function by torch.compile, with CUDA graphs if asked for; what goes wrong with the compiler is one line."""
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
-    fast = torch.compile(function, mode="reduce-overhead" if graphs else None)
+    fast = torch.compile(function, mode="reduce-overhead") if graphs else torch.compile(function)
 
     def call(*args: Any, **named: Any) -> Any:
         # numbers that change with the call go in as tensors: as constants each would be compiled for itself

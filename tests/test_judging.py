@@ -283,3 +283,14 @@ def test_evaluate_tells_by_kind(chain, tmp_path):
     scores = json.loads((tmp_path / "p.json").read_text())["scores"]
     assert scores["image_nats"] == pytest.approx(of_prior(chain, tmp_path)["image_nats"], rel=1e-5)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_features_reach_the_judge_of_a_dvae(chain, tmp_path):
+    told = {}
+    for name, more in (("with", ("--features", chain.clip)), ("without", ())):
+        out = tmp_path / f"{name}.json"
+        run_ok("evaluate", chain.dvae, "--reference", chain.data, "-o", out, "--device", "cpu", *more)
+        told[name] = json.loads(out.read_text())["scores"]
+    assert "frechet" not in told["without"]
+    expected = of_dvae(chain, tmp_path, features=str(chain.clip))["frechet"]
+    assert told["with"]["frechet"] == {**expected, "value": pytest.approx(expected["value"], rel=1e-5)}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from dalle_cli import devices
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.packed import Int8Linear, PackedLinear, PackedPointwise, pack, pack_pointwise, packs
 from dalle_cli.models.prior import Prior, PriorConfig
@@ -166,6 +167,21 @@ def test_a_step_is_one_program_that_is_given_codes_only(block, int8):
     assert cache.position is position  # an output of one step would be overwritten by the next
     assert len(graphs) == 1
     assert [tuple(node.meta["example_value"].shape) for node in given_to] == [(3,)]
+
+
+def test_what_is_compiled_is_for_one_size_of_batch(monkeypatch):
+    model, sizes, told = build(), set(), []
+
+    def compiled(step, *_):
+        return lambda codes, cache: sizes.add(len(codes)) or step(codes, cache)
+
+    options = {"batch_size": 3, "given": torch.arange(7)[:, None, None].expand(-1, 6, 6), "kept": torch.eye(6) > 0}
+    plain = sample_codes(model, TOKENS, LENGTHS, range(7), 0, **options)
+    monkeypatch.setattr(devices, "compiled", compiled)
+    options |= {"compiled": True, "progress": told.append}
+    assert sample_codes(model, TOKENS, LENGTHS, range(7), 0, **options).equal(plain)
+    assert sizes == {3}  # the last one's, too, of which one candidate was wanted
+    assert sum(told) == 7 * 36
 
 
 @pytest.mark.slow  # a minute of the compiler's time

@@ -10,7 +10,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from dalle_cli import devices
 from dalle_cli.errors import DalleError
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.sampling import autoregressive
@@ -129,20 +128,6 @@ def test_batches_come_as_they_are_drawn_and_progress_is_told():
     assert sum(told) == 5 * 25
     assert torch.equal(grids, sample(model, range(5)))
     assert sample(model, []).shape == (0, 5, 5)
-
-
-def test_what_is_compiled_is_for_one_size_of_batch(monkeypatch):
-    model, sizes, told = build(), set(), []
-
-    def compiled(step, *_):
-        return lambda codes, cache: sizes.add(len(codes)) or step(codes, cache)
-
-    options = {"batch_size": 3, "given": torch.arange(7)[:, None, None].expand(-1, 5, 5), "kept": torch.eye(5) > 0}
-    plain = sample(model, range(7), **options)
-    monkeypatch.setattr(devices, "compiled", compiled)
-    assert sample(model, range(7), **options, compiled=True, progress=told.append).equal(plain)
-    assert sizes == {3}  # the last one's, too, of which one candidate was wanted
-    assert sum(told) == 7 * 25
 
 
 def test_model_in_training_is_sampled_without_dropout_and_trains_on():

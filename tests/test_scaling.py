@@ -60,6 +60,7 @@ def similar(ours, theirs):
 
 def test_no_one_scale_fits_all_blocks_but_one_for_each_does(monkeypatch):
     monkeypatch.setattr(scaling, "WINDOW", 0)
+    torch.manual_seed(0)
     x = torch.randn(4, WIDTH)
     exact = Deep()
     exact.loss(x).backward()

@@ -99,8 +99,8 @@ def sample_batches(
     is read once for all its candidates that follow one another in whole batches, the null caption once a call.
     Where `kept` (W, W) bool is true, the code of `given`, (W, W) or (N, W, W) int64, stands instead of a drawn one, and
     is seen by what is drawn after it. The noise of the others stays theirs.
-    `compiled` has torch.compile make one program of a step, on a GPU as CUDA graphs; the prior is then not `packed`,
-    or `plain`. What is left for the last batch is drawn in one as large as the others, for which the program is.
+    `compiled` has torch.compile make one program of a step, on a GPU as CUDA graphs; the prior is then not packed, or
+    packed `plain`. The last batch is filled up to the size of the others, for which the program is.
     `progress` is told the number of codes drawn since it was last called.
 
     Raises: DalleError where a setting is out of its range.
