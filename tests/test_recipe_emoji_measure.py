@@ -271,24 +271,6 @@ def test_the_network_is_cut_before_its_last_layer_and_takes_rgb(tmp_path):
 # Style
 
 
-def test_the_classifier_learns_the_style_not_the_concept(tars, tmp_path, capsys, lists):
-    net = tmp_path / "style.safetensors"
-    table = run(capsys, "classifier", tars[1], tars[0], net, "--epochs", "3")
-    assert table[2][:2] == ["all", "340"]
-    assert float(table[2][2].strip("%")) > 95
-    asked = lists / "withheld-en.json"
-    shares = {}
-    for by in ("true", "other-style"):
-        drawn = tmp_path / f"{by}.images.safetensors"
-        assert measure.main(["stand-ins", *map(str, (asked, *tars, drawn)), "--by", by]) == 0
-        shares[by] = float(run(capsys, "style", drawn, asked, net)[2][1].split("%")[0])
-    assert shares["true"] > 95
-    assert shares["other-style"] < 5
-    again = tmp_path / "again.safetensors"
-    style_net.save(style_net.train(withheld.read_tar(tars[1]), 3, 0), again)
-    assert again.read_bytes() == net.read_bytes()
-
-
 # Bits
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 NEIGHBORS = 3  # sec. 3
-BLOCK, DISTANCES = 512, 1 << 20  # rows of a block, at most, and distances in it
+BLOCK, DISTANCES = 512, 1 << 19  # rows of a block, at most, and distances in it
 SLACK = 1e-12  # of the squares, below which a squared distance is rounding
 
 
