@@ -21,8 +21,8 @@ def run(
         list[Path] | None,
         typer.Argument(
             metavar="A B | VOTES...",
-            help="Two images artifacts to compare, joined by prompt, of which the first of several pictures is shown; with "
-            "--tally, files that the page saved.",
+            help="Two images artifacts to compare, joined by prompt, of which the first of several pictures is shown; "
+            "with --tally, files that the page saved.",
         ),
     ] = None,
     out: Annotated[

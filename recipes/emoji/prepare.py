@@ -1,8 +1,8 @@
 """Turn the emoji pictures of three npm packages, and the captions of a fourth, into WebDataset tars.
 
 Run `python recipes/emoji/prepare.py CACHE OUT`, CACHE being a folder into which `npm pack` fetched PACKAGES. OUT then
-holds train.tar and test.tar; nothing withheld (see `split`) is in train.tar. surplus.txt lists the skin tones that prior
-and CLIP are trained without. `--small` writes small.tar instead, the pairs that lie in the repository.
+holds train.tar and test.tar; nothing withheld (see `split`) is in train.tar. surplus.txt lists the skin tones that
+prior and CLIP are trained without. `--small` writes small.tar instead, the pairs that lie in the repository.
 """
 
 import argparse
