@@ -271,6 +271,35 @@ def test_the_network_is_cut_before_its_last_layer_and_takes_rgb(tmp_path):
 # Style
 
 
+def textured(concept, style, number):
+    """64 x 64: the concept is a disc's color and place, the style how the disc is filled: flat, striped or dotted."""
+    x, y = np.meshgrid(np.arange(64), np.arange(64))
+    inside = (x - 24 - concept % 16) ** 2 + (y - 24 - number % 16) ** 2 < 20**2
+    fill = {0: x < 0, 1: (x + number) % 8 < 3, 2: ((x % 8 - 4) ** 2 + ((y + number) % 8 - 4) ** 2 < 6)}[style]
+    image = np.full((64, 64, 3), 255, np.uint8)
+    image[inside] = [concept * 37 % 200, concept * 91 % 200, concept * 53 % 200]
+    image[inside & fill] = 220
+    return image
+
+
+def test_the_classifier_learns_the_style_not_the_concept(tmp_path):
+    def some(concepts):
+        return [
+            withheld.Entry(f"{STYLES[style]}-{c}-{n}", STYLES[style], "", "", "", "", "", (), textured(c, style, n))
+            for c in concepts for style in range(3) for n in range(3)
+        ]  # fmt: skip
+
+    seen, unseen = some(range(20)), some(range(20, 40))
+    net = style_net.train(seen, 24, 0)
+    right = style_net.numbers(unseen).numpy()
+    assert np.mean(style_net.named(net, [e.picture for e in unseen]) == right) > 0.9
+    style_net.save(net, tmp_path / "style.safetensors")
+    again = style_net.load(tmp_path / "style.safetensors")
+    assert (style_net.named(again, [unseen[0].picture]) == style_net.named(net, [unseen[0].picture])).all()
+    plain = [np.full_like(e.picture, 255) for e in unseen]  # it looks at the picture
+    assert np.mean(style_net.named(net, plain) == right) < 0.5
+
+
 # Bits
 
 

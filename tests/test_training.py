@@ -158,7 +158,8 @@ def test_weights_from_before_a_setting_came_count_as_its_default(chain, tmp_path
     assert "resuming from update 12" in run_cli(*training(chain, "clip", out)).stderr
     assert out.read_bytes() == chain.clip.read_bytes()
     half = ("--set", "clip.train.save_dtype=bfloat16")
-    assert "starting over" in run_cli(*training(chain, "clip", out, *half)).stderr
+    assert "resuming from update 12" in run_cli(*training(chain, "clip", out, *half)).stderr
+    assert {info.dtype for info in open_artifact(out).headers[0].tensors.values()} == {"BF16"}
 
 
 def test_another_config(chain, tmp_path):
@@ -178,6 +179,24 @@ def test_another_config(chain, tmp_path):
     assert checkpoints(tmp_path / "c.safetensors") == before
     run_ok(*training(chain, "dvae", tmp_path / "c.safetensors", *other, "--fresh"))
     assert (tmp_path / "c.safetensors").read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize("schedule", ["trapezoid", "constant", "cosine"])
+def test_a_run_is_prolonged_or_cut_short_before_its_rate_comes_down(chain, tmp_path, schedule):
+    def command(steps, out):
+        more = ("--set", f"clip.train.schedule={schedule}", "--set", f"clip.train.steps={steps}")
+        return training(chain, "clip", out, *more)
+
+    for first, then in ((20, 6), (6, 20)):
+        out, whole = tmp_path / f"from-{first}.safetensors", tmp_path / f"{then}.safetensors"
+        with after_update(5), pytest.raises(Crash):
+            run_cli(*command(first, out))
+        if schedule == "cosine":
+            assert "--fresh" in run_bad(*command(then, out))
+            continue
+        assert "resuming from update 4" in run_cli(*command(then, out)).stderr
+        run_ok(*command(then, whole))
+        assert out.read_bytes() == whole.read_bytes()
 
 
 def test_other_inputs(chain, tmp_path):

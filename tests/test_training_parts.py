@@ -14,7 +14,7 @@ from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.dvae import DVAETrain
 from dalle_cli.training.loop import mix
 from dalle_cli.training.optim import EMA, optimizers
-from dalle_cli.training.schedules import cosine, learning_rate
+from dalle_cli.training.schedules import cosine, learning_rate, same_until
 
 
 def test_cosine():
@@ -32,6 +32,19 @@ def test_learning_rates():
     assert rates("cosine") == pytest.approx([0.5, 1, *falling])
     with pytest.raises(DalleError, match="schedule"):
         learning_rate(0, "linear", 1.0, 0.0, 0, 1)
+
+
+def test_two_lengths_of_a_run_agree_until_either_comes_down():
+    told = {"schedule": "trapezoid", "lr": 1.0, "final_lr": 0.0, "warmup": 2, "steps": 10, "batch_size": 2}
+    longer = {**told, "steps": 20}
+    assert [same_until(step, told, longer) for step in (0, 8, 9, 10)] == [True, True, True, False]
+    assert [same_until(step, longer, told) for step in (9, 10)] == [True, False]
+    assert not same_until(1, told, {**longer, "batch_size": 3})
+    constant, cosines = ({**told, "schedule": kind} for kind in ("constant", "cosine"))
+    assert same_until(10, constant, {**constant, "steps": 20})
+    assert not same_until(11, {**constant, "steps": 20}, constant)
+    assert [same_until(step, cosines, {**cosines, "steps": 20}) for step in (3, 4)] == [True, False]
+    assert same_until(9, {**cosines, "lr_steps": 5, "warmup": 0}, {**cosines, "lr_steps": 5, "warmup": 0, "steps": 20})
 
 
 def test_the_dvae_learning_rate_comes_down_by_lr_steps():

@@ -20,6 +20,7 @@ from dalle_cli.artifacts import Artifact, open_artifact
 from dalle_cli.artifacts.container import check_replaceable
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
+from dalle_cli.training.schedules import same_until
 
 # Settings of TrainConfig that the first weights did not name, and what they did.
 LATER = {
@@ -79,6 +80,15 @@ class Run:
         """
         mine, history = json.loads(json.dumps([self.config, self.history]))
         return bool([_compared(config), artifact.history] == [_compared(mine), history])
+
+    def _same_so_far(self, artifact: Artifact, config: dict[str, Any], step: int) -> bool:
+        """Whether this run would have come to a checkpoint as well: its end may be another, and what it writes then."""
+        mine, told = json.loads(json.dumps(self.config)).get("train"), _compared(config).get("train")
+        if not isinstance(mine, dict) or not isinstance(told, dict):
+            return False
+        end = {name: mine[name] for name in ("steps", "save_dtype") if name in mine}
+        theirs = {**told, **end, "steps": told["steps"]}
+        return self._same(artifact, {**config, "train": {**told, **end}}) and same_until(step, theirs, {**told, **end})
 
     def check(self) -> None:
         """Raises: DalleError if something else lies where the weights are to be written."""
@@ -143,7 +153,7 @@ class Run:
                 continue
             config, step = dict(found.config), found.fact("step", int)
             config.pop("step")
-            if not self._same(found, config):
+            if not self._same(found, config) and not self._same_so_far(found, config, step):
                 if step == found.fact("train", dict).get("steps"):  # that run reached its end: nothing is lost
                     console.note(f"{self.out.name}: another config or other inputs than last time, so starting over")
                     self.start_over()

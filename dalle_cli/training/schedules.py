@@ -5,6 +5,7 @@ But for the plateau, which is a function of what the run has seen so far: its st
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,24 @@ def learning_rate(
         left = (steps - step) / max(cooldown * steps, 1.0)
         return final + (peak - final) * min(left, 1.0)
     return peak
+
+
+def same_until(step: int, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two settings of training, which differ in their number of updates, agree on the first `step` of them.
+
+    That number enters an update only by its learning rate; so a run may be prolonged or cut short for as long as its
+    schedule has not begun to come down.
+    """
+    if {**one, "steps": other["steps"]} != dict(other) or step > min(one["steps"], other["steps"]):
+        return False
+
+    def rates(told: Mapping[str, Any]) -> list[float]:
+        steps = min(told.get("lr_steps", told["steps"]), told["steps"])
+        return [
+            learning_rate(n, told["schedule"], told["lr"], told["final_lr"], told["warmup"], steps) for n in range(step)
+        ]
+
+    return rates(one) == rates(other)
 
 
 class Plateau:

@@ -21,6 +21,7 @@ from dalle_cli.errors import DalleError
 
 SIDE = 64
 WIDTHS = (24, 48, 96)
+GROUPS = 8
 BATCH = 64
 PEAK = 4e-3
 SHIFT = 6  # pixels
@@ -33,7 +34,7 @@ class StyleNet(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for before, after in zip((3, *WIDTHS[:-1]), WIDTHS, strict=True):
-            layers += [nn.Conv2d(before, after, 5, 2, 2, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+            layers += [nn.Conv2d(before, after, 5, 2, 2, bias=False), nn.GroupNorm(GROUPS, after), nn.ReLU()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(2 * WIDTHS[-1], len(STYLES))
 

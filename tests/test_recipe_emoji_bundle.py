@@ -1,0 +1,57 @@
+"""The step of the emoji recipe that puts its weights into one folder, on the tiny chain."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import run_ok
+from PIL import Image
+
+from dalle_cli import bundle as bundles
+from dalle_cli import card
+
+FOLDER = Path(__file__).parent.parent / "recipes" / "emoji"
+sys.path.insert(0, str(FOLDER))
+bundle = importlib.import_module("bundle")
+
+
+@pytest.fixture
+def model(chain, tmp_path):
+    out = tmp_path / "model"
+    out.mkdir()
+    for name in bundle.PARTS:
+        shutil.copy(chain.model / name, out / name)
+    return out
+
+
+def test_a_bundle_draws_by_itself_and_says_what_it_is(model, tmp_path):
+    out = tmp_path / "bundle"
+    (model / "prior.run").mkdir()
+    assert bundle.main([str(model), str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {*bundle.PARTS, "NOTICE", "README.md"}
+    run_ok("generate", "a red circle", "-n", 2, "--keep", 1, "-m", out, "-o", tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size[0] > 8
+    text = card.read(out)
+    assert card.license_of(text) == "mit"
+    for owner in ("Noto", "Twemoji", "Fluent", "CC-BY 4.0"):
+        assert owner in text
+    assert bundles.weights(str(out), "weights.dvae").digest[:12] in text
+
+
+def test_what_does_not_fit_is_not_shipped(model, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "bundle"
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3))
+    assert bundle.main([str(model), str(out)]) == 1
+    assert "tokenizer" in capsys.readouterr().err
+    (model / "tokenizer.json").unlink()
+    assert bundle.main([str(model), str(out)]) == 1
+    assert "found no tokenizer.json; train it first" in capsys.readouterr().err
+    monkeypatch.setattr(bundle, "MOST", 100)
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert bundle.main([str(model), str(out)]) == 1
+    assert "bfloat16" in capsys.readouterr().err
+    assert not out.exists()
