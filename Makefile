@@ -1,4 +1,4 @@
-# make pipelines   the main job: train, draw and look, on data in the repository; about ten minutes on two cores
+# make pipelines   the main job: train, draw and look, on data in the repository; about fifteen minutes on two cores
 # make test        the tests; make test-all also runs the slow ones
 # PYTHON=python3.12 make ...   picks the interpreter that the virtual environment is made with
 
@@ -19,11 +19,11 @@ SHARE := $(shell $(PYTHON) -c "import os; print(max(1, (os.cpu_count() or 1) // 
 # Up to three stages run side by side, no more than there are cores: models this small use more threads badly.
 pipelines: $(READY)
 	OMP_NUM_THREADS=$(SHARE) $(MAKE) --no-print-directory -j$(JOBS) pipeline-shapes pipeline-emoji
-	@echo && cat recipes/shapes/build/accuracy.txt
-	@echo "Look at recipes/shapes/build/sheet.png and recipes/emoji/build/small/sheet.png"
+	@echo && cat recipes/shapes/build/unclip-small/accuracy.txt
+	@echo "Look at recipes/shapes/build/sheet.png, recipes/shapes/build/unclip-small/sheet.png, recipes/emoji/build/small/sheet.png"
 
 pipeline-shapes: $(READY)
-	$(MAKE) --no-print-directory -C recipes/shapes $(TOOLS)
+	$(MAKE) --no-print-directory -C recipes/shapes $(TOOLS) small
 
 pipeline-emoji: $(READY)
 	$(MAKE) --no-print-directory -C recipes/emoji $(TOOLS) small
@@ -63,7 +63,7 @@ $(PEERS)/.ready: pyproject.toml constraints.txt tests/bench/constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install -q $(PINS) -e . transformers matplotlib setuptools \
 		attrs requests einops axial-positional-embedding rotary-embedding-torch torchmetrics
-	$(PEERS)/bin/python -m pip install -q $(PINS) --no-deps DALLE-pytorch DALL-E
+	$(PEERS)/bin/python -m pip install -q $(PINS) --no-deps DALLE-pytorch DALL-E dalle2-pytorch
 	touch $@
 
 clean:

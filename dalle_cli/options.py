@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from dalle_cli.errors import DalleError
+
 MAX_SEED = 2**63 - 1  # the largest that every generator takes
 
 
@@ -29,6 +31,19 @@ def _parse_batch(value: str) -> int:
     if size < 1:
         raise typer.BadParameter(f"{value} is neither auto nor a number of 1 or more")
     return size
+
+
+def is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line itself, by the name of its parameter."""
+    return getattr(ctx.get_parameter_source(name), "name", "DEFAULT") == "COMMANDLINE"
+
+
+def refuse(ctx: typer.Context, model: str, *names: str) -> None:
+    """Raises: DalleError if one of these options, which `model` has no use for, stands on the command line."""
+    for name in names:
+        if is_given(ctx, name):
+            said = f"--{'compile' if name == 'compiled' else name.replace('_', '-')}"
+            raise DalleError(f"expected no {said} for {model}, found one; leave it out")
 
 
 DatasetArg = Annotated[

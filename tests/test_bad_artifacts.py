@@ -44,7 +44,7 @@ KINDS = {
     "train-prior codes": ("codes or embeddings", "captions"),
     "encode-images": ("weights.dvae or weights.clip", "prior"),
     "sample": ("weights.prior.codes or weights.prior.embeddings", "dvae"),
-    "generate": ("weights.prior.codes", "images"),
+    "generate": ("weights.prior.codes or weights.prior.embeddings", "images"),
 }
 
 

@@ -60,6 +60,21 @@ def test_generate_is_the_four_stages(chain, piped, tmp_path, monkeypatch, batch_
         assert (tmp_path / "a.png").read_bytes() == (piped / "best.png").read_bytes()
 
 
+def test_without_options_the_best_four_of_eight_are_kept_and_a_terminal_shows_them(chain, tmp_path, monkeypatch):
+    common = ("generate", PROMPT, "-m", chain.model)
+    run_ok(*common, "-o", tmp_path / "a.png", "--images", tmp_path / "a.safetensors")
+    run_ok(*common, "-n", 8, "--keep", 4, "-o", tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert len(strings(tmp_path / "a.safetensors", "ids")) == 4
+    assert "kept 2, of 2" in run_cli(*common, "-n", 2, "-o", tmp_path / "c.png").stderr
+    shown = {}
+    for terminal in (False, True):
+        monkeypatch.setattr("os.isatty", lambda _, terminal=terminal: terminal)
+        for more in ((), ("--terminal",), ("--no-terminal",)):
+            shown[terminal, more] = "▀" in run_cli(*common, "-n", 2, *more, "-o", tmp_path / "d.png", "--force").stderr
+    assert shown == {(t, m): m == ("--terminal",) or (t and m == ()) for t, m in shown}
+
+
 def test_nothing_of_the_others_is_alive(chain, tmp_path, monkeypatch):
     """Codes and pictures of whole batches: no more are alive of 60 candidates than of 12."""
 

@@ -20,22 +20,37 @@ from dalle_cli.artifacts.container import replace_file
 from dalle_cli.errors import DalleError
 
 SIDE = 64
-WIDTHS = (24, 48, 96)
+WIDTHS = (32, 64, 128)
 GROUPS = 8
 BATCH = 64
-PEAK = 4e-3
+PEAK = 2e-3
 SHIFT = 6  # pixels
 
 
+class Residual(nn.Module):
+    """Two convolutions beside the identity: (B, C, H, W) -> the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, width) for _ in range(2))
+        self.layers = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            found = layer(F.relu(norm(found)))
+        return x + found
+
+
 class StyleNet(nn.Module):
-    """Three strided convolutions, then the mean and the largest of each channel over places."""
+    """Three strided convolutions with a residual each, then the mean and the largest of each channel over places."""
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for before, after in zip((3, *WIDTHS[:-1]), WIDTHS, strict=True):
-            layers += [nn.Conv2d(before, after, 5, 2, 2, bias=False), nn.GroupNorm(GROUPS, after), nn.ReLU()]
-        self.body = nn.Sequential(*layers)
+            layers += [nn.Conv2d(before, after, 5, 2, 2), Residual(after)]
+        self.body = nn.Sequential(*layers, nn.GroupNorm(GROUPS, WIDTHS[-1]), nn.ReLU())
         self.head = nn.Linear(2 * WIDTHS[-1], len(STYLES))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -76,15 +91,15 @@ def augment(images: Tensor, g: torch.Generator) -> Tensor:
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     images = 1 - F.grid_sample(1 - images, grid, align_corners=False)  # what comes in at the border is white
     turned = images[:, torch.randperm(3, generator=g)]
-    images = torch.where(some(0.3), turned, images)
-    images = torch.where(some(0.1), images.mean(1, keepdim=True).expand_as(images), images)
+    images = torch.where(some(0.1), turned, images)
+    images = torch.where(some(0.05), images.mean(1, keepdim=True).expand_as(images), images)
     images = (images - 0.5) * (1 + 0.2 * torch.randn(n, 1, 1, 1, generator=g)) + 0.5
     half = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2.0, mode="bilinear")
-    images = torch.where(some(0.3), half, images)
+    images = torch.where(some(0.15), half, images)
     blurred = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
-    images = torch.where(some(0.3), blurred, images)
+    images = torch.where(some(0.15), blurred, images)
     noise = 0.04 * torch.randn(images.shape, generator=g)
-    return torch.where(some(0.3), images + noise, images).clamp(0, 1)
+    return torch.where(some(0.2), images + noise, images).clamp(0, 1)
 
 
 def train(entries: Sequence[Entry], epochs: int, seed: int, say: Callable[[str], None] | None = None) -> StyleNet:

@@ -20,6 +20,18 @@ DVAE_SIZES = {"image_size": 64, "n_hid": 64, "n_vocab": 2048, "batch": 32}
 QUICK_DVAE_SIZES = {**DVAE_SIZES, "n_hid": 16, "batch": 2}
 GRIDS = (16, 32, 64)  # of one layer's attention by itself
 SIDE = 2048  # of the matrices whose product gives the machine's rate
+# Of the models over CLIP embeddings, names as their configs have them; captions as CLIP reads them.
+EMBEDDING_SIZES = {
+    **{"n_layer": 6, "n_head": 8, "n_embd": 512, "n_text_vocab": 16384, "n_text": 77, "n_embedding": 512},
+}
+QUICK_EMBEDDING_SIZES = {**EMBEDDING_SIZES, "n_layer": 2, "n_head": 2, "n_embd": 64, "n_text": 8, "n_embedding": 64}
+UNET_SIZES = {
+    **{"image_size": 64, "width": 64, "multipliers": [1, 2, 3, 4], "depth": 2, "attention": [32, 16, 8]},
+    **{"head_width": 32, "groups": 32, "context_width": 256, "text_heads": 1, "n_embedding": 512},
+}
+QUICK_UNET_SIZES = {**UNET_SIZES, "image_size": 16, "multipliers": [1, 2], "attention": [8], "n_embedding": 64}
+PEER_WIDTH = 64  # of dalle2-pytorch's U-Net: then it has as many parameters
+STEPS = 16  # in which embeddings are drawn: each of the peer's reads all captions again, and takes seconds
 PASSES = (3_000, 30_000)  # pictures on each side, whose scores are to take the same memory
 LEAST_SHARE = {2: 0.33, 8: 0.45}  # of the machine's rate, by batch
 ARITHMETICS = ("float32", "bfloat16")
@@ -73,7 +85,7 @@ def measured(quick: bool = False, dvae_batch: int | None = None) -> list[Case]:
             Case(f"attention-{grid}/{kind}", "bench.attention", "layer", "positions", {**settings, "kind": kind})
             for kind in ("full", "row", "column", "conv")
         ]
-    return cases + sampling(sizes, quick) + scores(quick)
+    return cases + sampling(sizes, quick) + scores(quick) + unclip(quick)
 
 
 def _sparse(group: str, settings: dict[str, Any]) -> list[Case]:
@@ -153,6 +165,30 @@ def scores(quick: bool) -> list[Case]:
     return made
 
 
+def unclip(quick: bool) -> list[Case]:
+    """Cases over CLIP embeddings: updates of the diffusion prior and of the decoder, and drawing embeddings."""
+    peer = "bench.peers.dalle2_pytorch"
+    pairs = {"sizes": QUICK_EMBEDDING_SIZES if quick else EMBEDDING_SIZES, "batch": 4 if quick else 32}
+    drawn = {**pairs, "batch": 4 if quick else 64, "steps": 4 if quick else STEPS}
+    painted = {"sizes": QUICK_UNET_SIZES if quick else UNET_SIZES, "batch": 2 if quick else 8}
+    made = [
+        Case("diffusion-prior/ours", "bench.unclip", "prior", "pairs", pairs),
+        Case("unet/ours", "bench.unclip", "unet", "pictures", painted),
+        Case("embeddings/ours", "bench.unclip", "embeddings", "embeddings", drawn),
+        Case("embeddings/ours-float32", "bench.unclip", "embeddings", "embeddings", {**drawn, "dtype": "float32"}),
+        Case("embeddings/one-caption", "bench.unclip", "embeddings", "embeddings", {**drawn, "one_caption": True}),
+    ]
+    for dtype in ARITHMETICS:
+        end = f"dalle2-pytorch-{dtype}"
+        wide = {**painted, "width": PEER_WIDTH, "dtype": dtype}
+        made += [
+            Case(f"diffusion-prior/{end}", peer, "prior", "pairs", {**pairs, "dtype": dtype}),
+            Case(f"unet/{end}", peer, "unet", "pictures", wide),
+            Case(f"embeddings/{end}", peer, "embeddings", "embeddings", {**drawn, "dtype": dtype}),
+        ]
+    return made
+
+
 def _draw(name: str, given: dict[str, Any], **settings: Any) -> Case:
     """`one_caption`: candidates of one caption, which each peer reads again for every candidate."""
     return Case(name, "bench.sampling", "ours", "codes", {"attention": "sparse", **given, **settings})
@@ -194,7 +230,7 @@ def ratios() -> list[Ratio]:
             Ratio(f"{what}: share of the machine's bfloat16 rate", "share", f"{group}/ours", ("machine",), None),
         ]
     rows.append(Ratio("dVAE, 64 pixels: pictures/s over a plain module", "rate", "dvae/ours", ("dvae/plain",), 2.0))
-    return rows + drawing_ratios() + score_ratios()
+    return rows + drawing_ratios() + score_ratios() + unclip_ratios()
 
 
 def drawing_ratios() -> list[Ratio]:
@@ -235,4 +271,21 @@ def score_ratios() -> list[Ratio]:
         ),
         Ratio(f"{what}, 2,048 features given: pictures/s over torchmetrics", "rate", "statistics/ours", blocks, 1.0),
         Ratio(f"all scores: memory for {PASSES[1]:,} pictures a side over {PASSES[0]:,}", "memory", many, (few,), 1.1),
+    ]
+
+
+def unclip_ratios() -> list[Ratio]:
+    """The same for the models over CLIP embeddings."""
+
+    def against(group: str, what: str, ours: str = "ours") -> Ratio:
+        peers = tuple(f"{group}/dalle2-pytorch-{dtype}" for dtype in ARITHMETICS)
+        return Ratio(f"{what} over dalle2-pytorch", "rate", f"{group}/{ours}", peers, 3.0 if ours == "ours" else None)
+
+    share = "diffusion prior, batch 32: share of the machine's bfloat16 rate"
+    return [
+        against("diffusion-prior", "diffusion prior, batch 32: pairs/s"),
+        Ratio(share, "share", "diffusion-prior/ours", ("machine",), None),
+        against("unet", "decoder at 64 pixels, batch 8: pictures/s"),
+        against("embeddings", "drawing 64 embeddings, 64 captions: embeddings/s"),
+        against("embeddings", "drawing 64 embeddings of one caption: embeddings/s", "one-caption"),
     ]

@@ -128,5 +128,7 @@ An update is forward, backward, clipping, optimizer. "Slowest round" says how mu
 Peak memory is what the process held at most, less what it held after its imports; the least of the rounds. Captions
 fill all their positions. Share: 6 FLOPs for each matrix parameter and position it is used at, and those of the pairs
 that attend to each other, over the rate of a 2048 x 2048 x 2048 bfloat16 product in this same run. DALLE-pytorch's
-defaults have blocks a third larger than ours (a gated MLP), and no average of the weights is kept by any peer.
+defaults have blocks a third larger than ours (a gated MLP), and no average of the weights is kept by any peer. Width of
+MLP and U-Net of dalle2-pytorch are such that each has as many parameters as ours. Its prior has a table of tokens, as
+ours has, in the place of a CLIP's encodings; both decoders are told of embeddings alone.
 """

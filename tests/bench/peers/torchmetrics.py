@@ -47,7 +47,7 @@ def metric(network: nn.Module) -> Any:
 
 
 def pictures(pictures: int, batch: int, size: int, width: int) -> Subject:
-    """Features and moments of one side, read and looked at by the batch."""
+    """Features and moments of one side, looked at by the batch: pixels as they are made, without any file."""
     network = InceptionV3(width)
     with tempfile.TemporaryDirectory() as folder:
         network.load_state_dict(torch.load(inception(Path(folder) / "random.pth"), weights_only=True))
