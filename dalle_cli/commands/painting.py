@@ -91,10 +91,12 @@ class Painter:
         theirs, ours = embeddings.fact("encoder", str), self.weights.fact("encoder", str)
         bundle.check_digest("CLIP", theirs, ours, self.weights.path)
 
-    def paint(self, embeddings: Any, numbers: Sequence[int], texts: Sequence[str] | None = None) -> Any:
+    def paint(
+        self, embeddings: Any, numbers: Sequence[int], texts: Sequence[str] | None = None, start: Any = None
+    ) -> Any:
         """(B, D), the rows' numbers, of which with the seed the noise is a function, B captions -> (B, 3, S, S) uint8.
 
-        Without captions, and where one is empty, it is null.
+        Without captions, and where one is empty, it is null. `start` is what `invert` found, in place of noise.
         """
         import numpy as np
         import torch
@@ -106,11 +108,28 @@ class Painter:
         rows = torch.from_numpy(np.asarray(embeddings).astype(np.float32))
         with self.machine.autocast():
             noise = row_noise(self.seed, numbers, "decoder")
-            pictures = paint(self.decoder, rows, tokens, lengths, self.brush, noise)
+            pictures = paint(self.decoder, rows, tokens, lengths, self.brush, noise, start=start)
             for _, upsampler in self.upsamplers:
                 noise = row_noise(self.seed, numbers, f"upsampler {upsampler.config.image_size}")
                 pictures = upsample(upsampler, pictures, self.upsampler_brush, noise)
         return pictures.cpu().numpy()
+
+    def invert(self, pictures: Any, embeddings: Any, iterations: int) -> Any:
+        """The noise from which pictures are painted again, without captions: (B, 3, S, S) uint8, (B, D) -> the same.
+
+        S is the decoder's. It is on the CPU, and no function of the seed.
+        """
+        import numpy as np
+        import torch
+
+        from dalle_cli.sampling.painting import invert
+
+        tokens, lengths = self._tokens([""] * len(pictures))
+        rows, pixels = torch.from_numpy(np.asarray(embeddings).astype(np.float32)), torch.from_numpy(pictures)
+        steps, guidance = self.brush.steps, self.brush.guidance
+        with self.machine.autocast():
+            found = invert(self.decoder, pixels, rows, tokens, lengths, steps, iterations, guidance=guidance)
+        return found.cpu()
 
     def _tokens(self, texts: list[str]) -> Any:
         """Tokens (B, T) and lengths (B,), int64."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dalle_cli.diffusion.denoiser import Guidance, Network, Threshold, denoiser
+from dalle_cli.diffusion.denoiser import Denoiser, Guidance, Network, Threshold, denoiser
 from dalle_cli.diffusion.noise import Noise
 from dalle_cli.diffusion.process import Process
 from dalle_cli.diffusion.samplers import SAMPLERS, ddim_invert, sample
-from dalle_cli.diffusion.schedules import named, spaced
+from dalle_cli.diffusion.schedules import Steps, named, spaced
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder
 from dalle_cli.models.pixels import from_uint8, to_uint8
@@ -97,13 +97,35 @@ def paint(
 @torch.inference_mode()
 def invert(
     decoder: Decoder, pictures: Tensor, embeddings: Tensor, tokens: Tensor, lengths: Tensor, steps: int,
-    iterations: int = 1, given: Tensor | None = None,
+    iterations: int = 1, given: Tensor | None = None, guidance: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """The noise from which `paint`, by ddim in as many steps, paints pictures (2022, sec. 3): uint8 -> (B, 3, S, S)."""
+    """The noise from which `paint`, by ddim in as many steps, paints pictures (2022, sec. 3): uint8 -> (B, 3, S, S).
+
+    Guidance and threshold are those of painting: it is that way which is gone back.
+    """
     model = process(decoder.config)
-    told = network(decoder, embeddings, tokens, lengths, given, False)
-    x = to_signed(pictures.to(decoder.null_embedding.device))
-    return ddim_invert(denoiser(told, model), x, spaced(model.schedule, steps), iterations)
+    told = network(decoder, embeddings, tokens, lengths, given, guidance != 1)
+    denoise = denoiser(told, model, Guidance(guidance), Threshold(1.0))
+    x, way = to_signed(pictures.to(decoder.null_embedding.device)), spaced(model.schedule, steps)
+    if steps == 1:
+        return ddim_invert(denoise, x, way, iterations)
+    x = ddim_invert(denoise, x, Steps(way.timesteps[1:], way.levels[1:]), iterations)
+    return _into_noise(denoise, x, way, iterations)
+
+
+def _into_noise(denoise: Denoiser, x: Tensor, way: Steps, iterations: int) -> Tensor:
+    """The first step of DDIM read backwards, x_start being taken at the point known rather than epsilon.
+
+    Where hardly any data is left epsilon is x itself: however often it is taken anew it does not tell x_start, which a
+    picture's brightness depends on.
+    """
+    level, following = way.levels[:2]
+    found = x
+    for _ in range(iterations):
+        x_start = denoise(found, way.timesteps[0]).x_start
+        epsilon = (x - following**0.5 * x_start) / (1 - following) ** 0.5
+        found = level**0.5 * x_start + (1 - level) ** 0.5 * epsilon
+    return found
 
 
 @torch.inference_mode()
