@@ -6,13 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import run_bad, run_ok
+from conftest import run_bad, run_cli, run_ok
 from PIL import Image
 
 from dalle_cli.artifacts import open_artifact, write_artifact
 from dalle_cli.evaluation.cache import caption_embeddings
 from dalle_cli.evaluation.frechet import Moments, between
 from dalle_cli.evaluation.manifold import precision_recall
+from dalle_cli.evaluation.tabled import plain_rows
 
 NAMES = {"frechet", "kernel", "precision", "recall", "clip", "retrieval"}
 
@@ -202,11 +203,22 @@ def test_ids_are_left_out_with_the_pictures_drawn_for_them(evaluate, chain, rebu
     assert part["inputs"]["without"] != whole["inputs"].get("without")
 
 
+def test_what_a_list_names_in_vain_is_warned_of(chain, rebuilt, tmp_path):
+    ids = tmp_path / "ids.txt"
+    ids.write_text("03\n17\nnobody\n")
+    fixed = ("--reference", chain.data, "-m", chain.model, "--bootstrap", 0, "--scores", "kernel")
+    result = run_cli("evaluate", rebuilt, *fixed, "--without", ids, "-o", tmp_path / "s.json")
+    assert result.status == 0
+    assert "2 of 24 pictures are left out, as ids.txt says" in result.stderr
+    assert "found 1 of no picture: nobody" in result.stderr
+
+
 def test_too_few_pictures_are_refused_with_the_number_needed(chain, rebuilt, tmp_path):
     fixed = (rebuilt, "--reference", chain.data, "-m", chain.model, "-o", tmp_path / "s.json", "--bootstrap", 0)
     line = run_bad("evaluate", *fixed, "--limit", 16)
     assert "expected at least 17 pictures on each side for the covariance of 16 features" in line
     assert "found 16 generated" in line
+    assert not (tmp_path / "s.features").exists()  # refused before any picture is looked at
     run_ok("evaluate", *fixed, "--limit", 17)
     run_ok("evaluate", *fixed, "--limit", 4, "--scores", "kernel,precision,recall")
     line = run_bad("evaluate", *fixed, "--limit", 3, "--scores", "precision")
@@ -224,12 +236,13 @@ def test_scores_that_cannot_be_had_are_named_or_refused(chain, rebuilt, tmp_path
     assert set(json.loads((tmp_path / "s.json").read_text())["left_out"]) == {"clip", "inception", "retrieval"}
     for name in ("clip", "inception", "retrieval"):
         assert f"expected what {name} needs" in run_bad("evaluate", bare, *fixed, "-m", chain.model, "--scores", name)
-    assert "-k" not in run_ok("evaluate", rebuilt, *fixed, "-m", chain.model, "-k", 24)
+    run_ok("evaluate", rebuilt, *fixed, "-m", chain.model, "-k", 24)
+    assert json.loads((tmp_path / "s.json").read_text())["scores"][0]["retrieval"]["k"] == 24
     assert "choose 25 among" in run_bad(
         "evaluate", rebuilt, *fixed, "-m", chain.model, "--scores", "retrieval", "-k", 25
     )
     alone = shutil.copy(chain.clip, tmp_path / "clip.safetensors")  # its tokenizer stays behind
-    run_ok("evaluate", rebuilt, *fixed, "-m", alone)
+    assert "warning: no CLIP score: expected the tokenizer" in run_cli("evaluate", rebuilt, *fixed, "-m", alone).stderr
     assert "clip" in json.loads((tmp_path / "s.json").read_text())["left_out"]
     assert "tokenizer" in run_bad("evaluate", rebuilt, *fixed, "-m", alone, "--scores", "clip")
 
@@ -299,6 +312,9 @@ def test_only_scores_are_replaced(chain, rebuilt, tmp_path):
         (("--reference", "DATA", "--blur", "1,x"), "radii of blur such as 0,1,2"),
         (("--reference", "DATA", "--blur", "-1"), "radii of blur"),
         (("--reference", "DATA", "--blur", "17"), "radii of blur below 16 pixels"),
+        (("--reference", "DATA", "--blur", "16"), "radii of blur below 16 pixels"),
+        (("--reference", "DATA", "--sheet", "x.png"), "expected no --sheet for pictures"),
+        (("--reference", "DATA", "--everything"), "expected no --everything for pictures"),
         (("--reference", "DATA", "--scores", "fid"), "expected scores of frechet"),
         (("--reference", "DATA", "--without", "nowhere.txt"), "found"),
         (("more", "--reference", "DATA"), "found more after them"),
@@ -325,3 +341,11 @@ def test_weights_go_to_their_judges(chain, tmp_path):
     assert (told["kind"], told["inputs"]["codes"]) == ("weights.prior.codes", open_artifact(chain.codes).digest)
     assert "give --reference" in run_bad("evaluate", chain.dvae, "-o", out)
     assert "give PRIOR CAPTIONS CODES" in run_bad("evaluate", chain.prior, chain.captions, "-o", out)
+
+
+def test_figures_are_told_with_their_errors():
+    told = {"psnr": 21.789, "psnr_error": 0.1786, "pairs": 1472, "held_out": True, "of": {"nats": 1.0}, "by": [[1.0]]}
+    assert plain_rows({**told, "one": 2.0, "one_error": None, "lone_error": 0.5, "none": None}) == [
+        ["psnr", "21.79 ± 0.18"], ["pairs", "1,472"], ["held out", "yes"], ["of: nats", "1"], ["one", "2"],
+        ["lone error", "0.5"],
+    ]  # fmt: skip

@@ -6,17 +6,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import run_ok
+from conftest import run_bad, run_cli, run_ok
 from PIL import Image
+from stage_runs import rows, training
 
 from dalle_cli import load
-from dalle_cli.artifacts import open_artifact, write_artifact
+from dalle_cli.artifacts import digest_file, open_artifact, write_artifact
 from dalle_cli.commands import judging
 from dalle_cli.data.augment import center
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.data.split import held_out
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.reconstruction import psnr, squared_error, ssim
+from dalle_cli.evaluation.sides import open_pictures
 from dalle_cli.models.pixels import from_uint8, to_uint8
 
 CPU = torch.device("cpu")
@@ -28,8 +30,9 @@ def of_dvae(chain, out, data=None, **changes):
         "batch_size": 5, "device": "cpu", "dtype": "float32", "workers": 0, "limit": None, "sheet": None,
         "force": False, "features": None,
     }  # fmt: skip
-    weights = open_artifact(chain.dvae)
-    return judging.judge_dvae(weights, str(data or chain.data), out / "scores.json", **{**options, **changes})
+    weights = changes.pop("weights", open_artifact(chain.dvae))
+    pictures = open_pictures(str(data or chain.data))
+    return judging.judge_dvae(weights, *pictures, out / "scores.json", **{**options, **changes})
 
 
 def of_prior(chain, out, weights=None, captions=None, codes=None, **changes):
@@ -90,10 +93,10 @@ def test_neither_batches_nor_workers_change_a_dvaes_scores(chain, tmp_path, chan
 
 def test_a_limit_is_spread_over_the_data(chain, tmp_path):
     images, shown, _ = rebuilt(chain)
-    rows = [0, 4, 9, 14, 19]
+    some = [0, 4, 9, 14, 19]
     told = of_dvae(chain, tmp_path, limit=5)
     assert told["pictures"] == 5
-    assert told["psnr"] == pytest.approx(psnr(squared_error(images[rows], shown[rows])).mean().item(), abs=1e-9)
+    assert told["psnr"] == pytest.approx(psnr(squared_error(images[some], shown[some])).mean().item(), abs=1e-9)
 
 
 def test_broken_pictures_are_left_out_and_listed(chain, tmp_path):
@@ -103,7 +106,7 @@ def test_broken_pictures_are_left_out_and_listed(chain, tmp_path):
     told = of_dvae(chain, tmp_path / "new", data)
     assert (told["pictures"], told["skipped"], told["trained_on"]) == (23, 1, False)
     assert "held_out" not in told
-    (row,) = map(json.loads, (tmp_path / "new" / "scores.json.skipped.jsonl").read_text().splitlines())
+    (row,) = map(json.loads, (tmp_path / "new" / "scores.skipped.jsonl").read_text().splitlines())
     assert row["id"] == "03"
     shutil.rmtree(data)
     data.mkdir()
@@ -150,8 +153,7 @@ def test_the_frechet_distance_is_between_originals_and_reconstructions(chain, tm
 
 def test_a_prior_is_judged_on_what_training_held_out(chain, tmp_path):
     """The figures are those of the loop's last validation, which is of the same average of the weights."""
-    rows = [json.loads(line) for line in (chain.model / "prior.run" / "metrics.jsonl").read_text().splitlines()]
-    last = [row["validation"] for row in rows if "validation" in row][-1]
+    last = [row["validation"] for row in rows(chain.prior) if "validation" in row][-1]
     told = of_prior(chain, tmp_path)
     assert told["image_nats"] == pytest.approx(last["image_nats"], rel=1e-5)
     assert told["text_nats"] == pytest.approx(last["text_nats"], rel=1e-5)
@@ -268,6 +270,142 @@ def test_the_heat_maps_colors_stand_for_the_values():
     assert shown[1].get_clim() == (-3, 3)  # 0 in the middle
     assert [panel.get_title(loc="left") for panel in picture.axes if panel.images] == ["a", "b"]
     assert [text.get_text() for text in picture.texts] == ["two"]
+
+
+def test_a_stored_picture_is_rebuilt_as_one_of_a_data_set(chain, tmp_path):
+    images, _, ids = rebuilt(chain)
+    path = write_artifact(tmp_path / "x.safetensors", "images", {"images": images.numpy(), "ids": ids}, {}, [])
+    told = of_dvae(chain, tmp_path, path)
+    assert told == {**{k: v for k, v in of_dvae(chain, tmp_path).items() if k != "held_out"}, "trained_on": False}
+
+
+# Without some ids
+
+
+@pytest.fixture(scope="module")
+def lacking(chain, tmp_path_factory):
+    """Ids, some of which would have been held out, and some seen; their list; a dVAE and a prior trained without."""
+    folder = tmp_path_factory.mktemp("lacking")
+    ids = open_dataset(str(chain.data), need_captions=False).ids
+    held = [name for name in ids if held_out(name, SHARE)]
+    assert len(held) > 2
+    gone = {*held[:2], *[n for n in ids if n not in held][:3]}
+    listed = folder / "gone.txt"
+    listed.write_text("".join(f"{name}\n" for name in gone))
+    for name in ("dvae", "prior"):
+        run_ok(*training(chain, name, folder / f"{name}.safetensors", "--without", listed))
+    return gone, listed, folder
+
+
+def grids(chain):
+    """The codes of the chain's pictures, (24, 16), which of them are held out, and their ids."""
+    artifact = open_artifact(chain.codes)
+    ids = list(artifact.strings("ids"))
+    return np.asarray(artifact.array("codes")).reshape(24, -1), np.array([held_out(n, SHARE) for n in ids]), ids
+
+
+def unigram(codes, seen, judged):
+    """What the counts of some rows give for others, in nats."""
+    counts = np.bincount(codes[seen].ravel(), minlength=20) + 1
+    return -np.log(counts / counts.sum())[codes[judged]].mean()
+
+
+def test_a_prior_trained_without_some_is_judged_on_what_it_held_out_of_the_others(chain, lacking, tmp_path):
+    gone, listed, folder = lacking
+    out, prior = tmp_path / "p.json", folder / "prior.safetensors"
+    inputs = ("evaluate", prior, chain.captions, chain.codes, "--device", "cpu", "-o", out)
+    result = run_cli(*inputs, "--without", listed)
+    assert result.status == 0, result.stderr
+    assert "5 of 24 pictures are left out, as gone.txt says" in result.stderr
+    document = json.loads(out.read_text())
+    told, last = document["scores"], [row["validation"] for row in rows(prior) if "validation" in row][-1]
+    assert told["image_nats"] == pytest.approx(last["image_nats"], rel=1e-5)
+    assert told["text_nats"] == pytest.approx(last["text_nats"], rel=1e-5)
+    codes, mask, ids = grids(chain)
+    left = np.array([name not in gone for name in ids])
+    assert (told["pairs"], told["without"], told["held_out"]) == ((mask & left).sum(), 5, True)
+    assert told["image_nats_unigram"] == pytest.approx(unigram(codes, ~mask & left, mask & left))
+    assert document["inputs"]["without"] == digest_file(listed)
+
+
+def test_another_list_than_that_of_training_is_refused(chain, lacking, tmp_path):
+    gone, listed, folder = lacking
+    inputs = ("evaluate", folder / "prior.safetensors", chain.captions, chain.codes, "-o", tmp_path / "p.json")
+    digest = open_artifact(folder / "prior.safetensors").history[-1]["inputs"]["without"]
+    line = run_bad(*inputs)
+    assert f"the ids that training left out (sha256 {digest[:12]}), found none; give that list" in line
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"{name}\n" for name in sorted(gone)[1:]))
+    assert "found 4 others (sha256 " in run_bad(*inputs, "--without", other)
+    assert not (tmp_path / "p.json").exists()
+    run_ok(*inputs, "--everything")
+    assert json.loads((tmp_path / "p.json").read_text())["scores"]["pairs"] == 24
+    run_ok(*inputs, "--everything", "--without", listed)
+    assert json.loads((tmp_path / "p.json").read_text())["scores"]["pairs"] == 19
+
+
+def test_ids_that_training_saw_are_left_out_of_what_is_judged_alone(chain, lacking, tmp_path):
+    gone, listed, _ = lacking
+    codes, mask, ids = grids(chain)
+    left = np.array([name not in gone for name in ids])
+    told = of_prior(chain, tmp_path, without=listed)
+    assert told["pairs"] == (mask & left).sum() < mask.sum()
+    assert told["image_nats_unigram"] == pytest.approx(unigram(codes, ~mask, mask & left))
+
+
+def test_a_dvae_is_judged_without_them(chain, lacking, tmp_path, capsys):
+    gone, listed, folder = lacking
+    images, shown, ids = rebuilt(chain)
+    left = torch.tensor([name not in gone for name in ids])
+    mask = torch.tensor([held_out(name, SHARE) for name in ids])
+    told = of_dvae(chain, tmp_path, without=listed)
+    assert (told["pictures"], told["without"]) == (19, 5)
+    assert told["psnr"] == pytest.approx(psnr(squared_error(images[left], shown[left])).mean().item(), abs=1e-9)
+    assert told["held_out"]["pictures"] == int((left & mask).sum()) < int(mask.sum())
+    weights = open_artifact(folder / "dvae.safetensors")
+    capsys.readouterr()
+    told = of_dvae(chain, tmp_path, weights=weights, without=listed)
+    assert told["held_out"]["pictures"] == int((left & mask).sum())
+    assert "warning" not in capsys.readouterr().err
+    told = of_dvae(chain, tmp_path, weights=weights)
+    assert (told["pictures"], told["trained_on"], "held_out" in told) == (24, True, False)
+    assert "warning: expected --without with the ids that training left out" in capsys.readouterr().err
+
+
+def test_pairs_that_were_all_held_out_are_said_to_be(chain, tmp_path):
+    """Captions of the held-out pictures alone, as of a test set cut off beforehand."""
+    codes, mask, _ = grids(chain)
+    old = open_artifact(chain.captions)
+    kept = [i for i, name in enumerate(old.strings("ids")) if held_out(name, SHARE)]
+    columns = {name: np.asarray(old.array(name))[kept] for name in old.columns}
+    strings = {name: [old.strings(name)[i] for i in kept] for name in ("ids", "text")}
+    told = of_prior(chain, tmp_path, captions=changed(chain.captions, tmp_path / "c.safetensors", **columns, **strings))
+    expected = of_prior(chain, tmp_path)
+    assert (told["held_out"], told["pairs"], told["image_nats"]) == (True, mask.sum(), expected["image_nats"])
+    own = [np.delete(np.flatnonzero(mask), i) for i in range(mask.sum())]  # nothing else is there to count
+    each = [unigram(codes, seen, row) for seen, row in zip(own, np.flatnonzero(mask), strict=True)]
+    assert told["image_nats_unigram"] == pytest.approx(np.mean(each))
+
+
+def test_scores_that_are_no_numbers_are_refused_in_a_line(chain, tmp_path):
+    from safetensors.torch import load_file
+
+    old = open_artifact(chain.prior)
+    tensors = {name: np.full_like(tensor.numpy(), np.nan) for name, tensor in load_file(chain.prior).items()}
+    write_artifact(tmp_path / "nan.safetensors", old.kind, tensors, old.config, old.history)
+    inputs = ("evaluate", tmp_path / "nan.safetensors", chain.captions, chain.codes, "-o", tmp_path / "p.json")
+    assert "found NaN or infinity" in run_bad(*inputs)
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_options_of_something_else_are_refused(chain, tmp_path):
+    dvae = ("evaluate", chain.dvae, "--reference", chain.data, "-o", tmp_path / "s.json")
+    prior = ("evaluate", chain.prior, chain.captions, chain.codes, "-o", tmp_path / "s.json")
+    for option in (("--blur", "0,1"), ("--scores", "clip"), ("-k", 3), ("--size", 8), ("--plot", "x.png")):
+        assert "for a dVAE, found it; leave it out" in run_bad(*dvae, *option)
+    for option in (("--reference", chain.data), ("--features", chain.clip), ("--sheet", "x.png"), ("--blur", "1")):
+        assert "for a prior, found it; leave it out" in run_bad(*prior, *option)
+    assert "expected no --everything for a dVAE" in run_bad(*dvae, "--everything")
 
 
 # The command

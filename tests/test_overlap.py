@@ -255,7 +255,7 @@ def test_neighbors_limit_what_is_looked_at(small, tmp_path):
         f"{row:02d}" for row in range(0, 60, 10)
     }
     result = run_cli("overlap", small / "test", small / "train", "-o", tmp_path / "o.txt", "-k", 1)
-    assert "found as many of 2; raise --neighbors" in result.stderr
+    assert "found 1 of 2 in TEST, which may have more; raise --neighbors" in result.stderr
     result = run_cli("overlap", small / "test", small / "train", "-o", tmp_path / "o.txt", "-k", 3)
     assert "warning" not in result.stderr
 
@@ -304,12 +304,12 @@ def test_features_of_a_network(chain, small, tmp_path):
 def test_a_broken_picture_is_counted_and_stops_nothing(small, tmp_path):
     test = shutil.copytree(small / "test", tmp_path / "test")
     (test / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
-    out = tmp_path / "o.txt"
+    out = tmp_path / "new" / "o.txt"
     result = run_cli("overlap", small / "train", test, "-o", out)
     assert (result.status, read_ids(out)) == (0, {"a1", "a2", "b"})
     assert "test skipped 1" in result.stderr
-    assert "broken" in (tmp_path / "o.test.skipped.jsonl").read_text()
-    assert not (tmp_path / "o.train.skipped.jsonl").exists()
+    assert "broken" in (out.parent / "o.test.skipped.jsonl").read_text()
+    assert not (out.parent / "o.train.skipped.jsonl").exists()
     for other in test.glob("*.png"):
         other.write_bytes(b"nothing")
     for both in ((small / "train", test), (test, small / "train")):

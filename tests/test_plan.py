@@ -11,17 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RECIPE, run_bad, run_cli, run_ok
-from plan_subjects import HERE, PAPER, ROOT, SMALL, subject_of
+from plan_subjects import HERE, PAPER, ROOT, SECTIONS_UNCLIP, SMALL, SMALL_UNCLIP, UNCLIP, subject_of
 
 from dalle_cli import config
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
+from dalle_cli.models import clip, embeddings, unet
+from dalle_cli.models.unet import Attention
 from dalle_cli.training import machines, plan
 from dalle_cli.training.loop import Trainer
 from dalle_cli.training.rehearsal import rehearse
 from dalle_cli.training.run import Run
-from dalle_cli.training.standin import stand_in, subjects
+from dalle_cli.training.standin import stand_in
+from dalle_cli.training.subjects import subjects
 
 
 def test_a_large_batch_follows_from_smaller_ones(tmp_path):
@@ -261,6 +264,175 @@ def test_the_data_sheets_are_in_order():
         machines.machine("h1000")
 
 
+# The models of DALL-E 2.
+
+NAMES = ("diffusion_prior", "autoregressive_prior", "decoder", "upsampler_1")
+ROWS, WIDTH, TEXT, EMBEDDING = 8, 64, 24, 16
+
+
+def test_a_recipe_of_both_systems_names_all_its_models(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE + SECTIONS_UNCLIP)
+    assert [s.name for s in subjects(config.read(path))] == ["dvae", "clip", "prior", *NAMES]
+    path.write_text('[embedding_prior]\nkind = "autoregressive"\n')
+    (only,) = subjects(config.read(path))
+    assert only.name == "autoregressive_prior"
+
+
+def test_captions_and_clip_decide_what_they_decide_in_training(tmp_path):
+    more = ("embedding_prior.autoregressive.n_component=0",)
+    for name in NAMES[:3]:
+        with torch.device("meta"):
+            made = subject_of(SMALL_UNCLIP, name, tmp_path, *more).build().config
+        assert (made.n_text, made.n_text_vocab, made.n_embedding) == (TEXT, 300, EMBEDDING)
+    assert subjects(config.read(tmp_path / "recipe.toml", more))[2].build().config.n_component == EMBEDDING
+    plain = subject_of(SMALL_UNCLIP, "decoder", tmp_path, "decoder.n_text=0")
+    assert plain.build().text is None
+    with pytest.raises(DalleError, match="n_embedding"):
+        subject_of(SMALL_UNCLIP, "decoder", tmp_path, "decoder.n_embedding=17")
+
+
+def test_the_arithmetic_of_the_diffusion_prior_is_that_of_its_products(tmp_path):
+    subject = subject_of(SMALL_UNCLIP, "diffusion_prior", tmp_path)
+    length = TEXT + 4
+    blocks, pairs = 3 * ROWS * length * 12 * WIDTH**2, 3 * ROWS * length**2 * 2 * WIDTH
+    inner = ROWS * (WIDTH * WIDTH + WIDTH * EMBEDDING)  # of the timestep's second layer, and the answer
+    first = ROWS * (WIDTH * WIDTH + 2 * WIDTH * EMBEDDING)  # whose inputs want no gradient
+    assert rehearse(subject, subject.train, torch.float32).flops == 6 * (blocks + pairs + inner) + 4 * first
+
+
+def test_the_arithmetic_of_the_autoregressive_prior_is_that_of_its_products(tmp_path):
+    subject = subject_of(SMALL_UNCLIP, "autoregressive_prior", tmp_path)
+    length, components, buckets = TEXT + 1 + 12, 12, 40
+    blocks, pairs = 3 * ROWS * length * 12 * WIDTH**2, 3 * ROWS * length**2 * 2 * WIDTH
+    head, first, projected = (
+        ROWS * n for n in (components * buckets * WIDTH, WIDTH * EMBEDDING, EMBEDDING * components)
+    )
+    told = rehearse(subject, subject.train, torch.float32).flops
+    assert told == 6 * (blocks + pairs + head) + 4 * first + 2 * projected
+
+
+def multiplied(model, call):
+    """Multiply-adds of a forward pass by hooks: of layers, of attention, and of the layers that begin a path."""
+    sums = {"layers": 0, "attention": 0, "first": 0}
+    begins = ("conv_in", "time_embedding.linear_1", "low_level.linear_1")
+
+    def hook(name):
+        def count(module, args, out):
+            if isinstance(module, Attention):
+                places, context = out.shape[2] * out.shape[3], 0 if args[1] is None else args[1].shape[1]
+                sums["attention"] += 2 * len(out) * places * (places + context) * out.shape[1]
+            elif isinstance(module, clip.Layer):
+                sums["attention"] += 2 * len(out) * out.shape[1] ** 2 * out.shape[2]
+            else:
+                n = out.numel() * module.weight[0].numel()
+                sums["first" if name.endswith(begins) else "layers"] += n
+
+        return count
+
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear, Attention, clip.Layer)):
+            module.register_forward_hook(hook(name))
+    call(model)
+    return sums
+
+
+@pytest.mark.parametrize("name", ["decoder", "upsampler_1"])
+def test_the_arithmetic_of_a_unet_is_that_of_its_layers(tmp_path, name):
+    subject = subject_of(SMALL_UNCLIP, name, tmp_path)
+    sums = multiplied(subject.build(), lambda model: subject.loss(model, subject.batch(ROWS), torch.Generator()))
+    assert (sums["attention"] > 0) == (name == "decoder")
+    told = rehearse(subject, subject.train, torch.float32)
+    assert told.flops == 6 * (sums["layers"] + sums["attention"]) + 4 * sums["first"]
+
+
+def test_attention_over_many_places_is_counted_on_a_cpu_too(tmp_path):
+    """Beyond 512 places torch's own kernel takes over, of which torch counts nothing."""
+    sets = ("decoder.image_size=64", "decoder.attention=[32]", "decoder.train.batch_size=1")
+    subject = subject_of(SMALL_UNCLIP, "decoder", tmp_path, *sets)
+    sums = multiplied(subject.build(), lambda model: subject.loss(model, subject.batch(1), torch.Generator()))
+    told = rehearse(subject, subject.train, torch.float32).flops
+    assert told >= 6 * (sums["layers"] + sums["attention"]) + 4 * sums["first"]
+    assert told <= 7 * sums["attention"] + 6 * sums["layers"] + 4 * sums["first"]  # scores made again
+
+
+@pytest.mark.parametrize("name", ["decoder", "diffusion_prior"])
+def test_a_gpu_keeps_no_weights_of_attention(tmp_path, name):
+    subject = subject_of(SMALL_UNCLIP, name, tmp_path)
+    before = unet.batched_attention, embeddings.batched_attention, unet.trains_on_cpu, embeddings.trains_on_cpu
+    gpu = plan.Needs(subject, replace(HERE, accelerator=True)).update(ROWS)
+    cpu = plan.Needs(subject, HERE).update(ROWS)
+    assert gpu.activations < cpu.activations
+    assert cpu.flops < gpu.flops < 1.2 * cpu.flops
+    after = unet.batched_attention, embeddings.batched_attention, unet.trains_on_cpu, embeddings.trains_on_cpu
+    assert before == after
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_are_those_that_torchs_allocator_counts(tmp_path, name):
+    """As for the other models in test_rehearsal.py: the profiler's own records are the oracle."""
+    subject = subject_of(SMALL_UNCLIP, name, tmp_path)
+    train = replace(subject.train, batch_size=32)
+    told = rehearse(subject, train, torch.float32)
+    machine = Arithmetic(torch.device("cpu"), torch.float32)
+    trainer = Trainer(stand_in(subject, subject.build()), train, Run(Path(), "", {}, []), machine, 0)
+    trainer.update(subject.batch(32))
+    trainer.model.zero_grad()
+    for optimizer in trainer.optimizers:
+        optimizer.step = lambda: None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        trainer.update(subject.batch(32))
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert told.peak == pytest.approx(peak, rel=0.12)
+
+
+def test_standing_memory_of_a_decoder_is_that_of_a_real_trainer(tmp_path):
+    subject = subject_of(SMALL_UNCLIP, "decoder", tmp_path)
+    needs = plan.Needs(subject, HERE)
+    machine = Arithmetic(torch.device("cpu"), torch.float32)
+    trainer = Trainer(stand_in(subject, subject.build()), subject.train, Run(Path(), "", {}, []), machine, 0)
+    trainer.update(subject.batch(2))
+    states = [s for o in trainer.optimizers for state in o.state.values() for k, s in state.items() if k != "step"]
+    assert needs.moments == sum(t.nbytes for t in states)
+    assert needs.weights == sum(p.nbytes for p in trainer.model.parameters())
+
+
+def test_parts_of_the_papers_decoder():
+    """Its text transformer, attention and convolutions, by the sizes of the table (2022, app. C)."""
+    subject = next(s for s in subjects(config.read(UNCLIP)) if s.name == "decoder")
+    with torch.device("meta"):
+        model = subject.build()
+    parts = plan.count_parts(model)
+    assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
+    width, context = 2048, 2048
+    tables = (16384 + 2 * 256) * width
+    assert parts["text transformer"] == 24 * (12 * width**2 + 13 * width) + tables + 2 * width
+    attends = [1024] * 7 + [1536] * 7 + [2048] * 8  # down and up at sides 32, 16, 8, and one in the middle
+    assert parts["attention"] == sum(4 * c**2 + 4 * c + 2 * c * (context + 1) for c in attends)
+    assert parts["embeddings"] == 1024 + (1024 + 1) * 4 * context
+    assert parts["convolutions"] > 1e9
+
+
+def test_the_page_of_dalle_2(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE + SECTIONS_UNCLIP)
+    lines = run_ok("plan", path, "--device", "a100-40gb", "--pairs", 1000).splitlines()
+    heads = [line.split() for line in lines if "clip" in line.split() or "upsampler_1" in line.split()]
+    assert heads[:2] == [["dvae", "clip", "prior"], list(NAMES)]
+    assert max(map(len, lines)) < 160
+    assert any(line.startswith("  convolutions") for line in lines)
+    for name in NAMES:
+        assert any(line.startswith(f"{name} fits") for line in lines), name
+    assert "embeddings 128 kB" in "\n".join(lines)  # of 1000 pictures and as many captions, 16 numbers of 4 bytes
+    assert "n_layer" in run_bad("plan", path, "--set", "embedding_prior.diffusion.n_layers=3")
+    assert "kind" in run_bad("plan", path, "--set", "embedding_prior.kind=both")
+    assert "[decoder]" in run_bad("plan", path, "--set", "decoder=3")
+
+
 CHECK = """
 import gc, json, sys
 from pathlib import Path
@@ -269,7 +441,8 @@ from dalle_cli import config
 from dalle_cli.devices import Arithmetic
 from dalle_cli.training.loop import Trainer
 from dalle_cli.training.run import Run
-from dalle_cli.training.standin import stand_in, subjects
+from dalle_cli.training.subjects import subjects
+from dalle_cli.training.standin import stand_in
 
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
@@ -282,9 +455,9 @@ def updates(path, sets, name, count):
     for _ in range(count):
         trainer.update(batch)
 
-tiny, path, name, *sets = sys.argv[1:]
+tiny, path, name, section, *sets = sys.argv[1:]
 for optimizer in ("adamw", "muon"):  # what libraries take when they are first used
-    updates(tiny, [f"{name}.train.optimizer={optimizer}"], name, 1)
+    updates(tiny, [f"{section}.train.optimizer={optimizer}"], name, 1)
 gc.collect()
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # forgets the highest so far
@@ -318,19 +491,40 @@ print(json.dumps(status("VmHWM") - before))
                 "prior.train.batch_size=16", "prior.train.accumulate=2", "prior.train.checkpoint_activations=true",
             ),
         ),
+        (
+            "decoder",
+            None,
+            (
+                "decoder.image_size=32", "decoder.width=64", "decoder.attention=[16,8]", "decoder.multipliers=[1,2,3]",
+                "decoder.depth=2", "decoder.context_width=256", "decoder.text_layers=2", "decoder.text_heads=4",
+                "decoder.n_text=32", "decoder.n_text_vocab=512", "decoder.n_embedding=256",
+                "decoder.train.batch_size=16",
+            ),
+        ),
+        (
+            "diffusion_prior",
+            None,
+            (
+                "embedding_prior.diffusion.n_layer=6", "embedding_prior.diffusion.n_head=8",
+                "embedding_prior.diffusion.n_embd=512", "embedding_prior.diffusion.n_text=32",
+                "embedding_prior.diffusion.n_text_vocab=4096",
+                "embedding_prior.diffusion.n_embedding=256", "embedding_prior.diffusion.train.batch_size=64",
+            ),
+        ),
     ],
-    ids=["shapes-prior", "emoji-prior", "emoji-dvae", "shapes-clip", "8x512", "checkpointed"],
+    ids=["shapes-prior", "emoji-prior", "emoji-dvae", "shapes-clip", "8x512", "checkpointed", "decoder", "diffusion"],
 )  # fmt: skip
 def test_memory_is_what_an_update_takes_of_this_machine(tmp_path, name, recipe, sets):
     """`python -m pytest tests/test_plan.py -m slow -rP`: the plan's fullest moment against the process's."""
     tiny, path = tmp_path / "tiny.toml", ROOT / recipe if recipe else tmp_path / "empty.toml"
-    tiny.write_text(RECIPE)
+    tiny.write_text(RECIPE + SECTIONS_UNCLIP)
     if not recipe:
         path.write_text("[prior]\n")
     subject = next(s for s in subjects(config.read(path, sets)) if s.name == name)
     machine = machines.Machine("cpu", 10**12, None, "bfloat16", False, torch.bfloat16)
     planned = plan.Needs(subject, machine).whole(subject.train.batch_size).peak
-    run = [sys.executable, "-c", CHECK, str(tiny), str(path), name, *sets]
+    section = name.replace("diffusion_prior", "embedding_prior.diffusion")
+    run = [sys.executable, "-c", CHECK, str(tiny), str(path), name, section, *sets]
     taken = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
     print(f"planned {planned / 1e6:.0f} MB, taken {taken / 1e6:.0f} MB, ratio {planned / taken:.3f}")
     # blocks that are computed again leave more holes in the heap than the share that is allowed for

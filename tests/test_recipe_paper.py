@@ -1,4 +1,4 @@
-"""The paper's recipe: it loads, its models have the published sizes, and its numbers are the paper's."""
+"""The papers' recipes: they load, their models have the published sizes, and their numbers are the papers'."""
 
 import math
 from dataclasses import fields
@@ -17,6 +17,7 @@ from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.training.clip import CLIPTrain
 from dalle_cli.training.dvae import DVAETrain
 from dalle_cli.training.prior import PriorTrain
+from dalle_cli.training.subjects import subjects
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "paper" / "recipe.toml"
 PUBLISHED_CLIP_VOCAB = 49408
@@ -134,3 +135,101 @@ def test_layers_are_those_of_the_figure(table):
     assert kinds[:5] == ["row", "column", "row", "row", "row"]
     assert kinds[-1] == "conv"
     assert kinds.count("column") == 16
+
+
+# DALL-E 2: the numbers of table 3 (2022, app. C) and of sec. 2, written down once more by hand.
+
+UNCLIP = RECIPE.parent / "unclip.toml"
+COUNTS = {  # what the paper says
+    "diffusion_prior": 1e9, "autoregressive_prior": 1e9, "decoder": 3.5e9, "upsampler_1": 700e6, "upsampler_2": 300e6,
+}  # fmt: skip
+PARTS = {
+    "decoder": {
+        "image_size": 64, "width": 512, "multipliers": (1, 2, 3, 4), "depth": 3, "attention": (32, 16, 8),
+        "head_width": 64, "dropout": 0.1, "schedule": "cosine", "n_timestep": 1000, "prediction": "epsilon",
+        "learned_variance": True, "n_extra": 4, "context_width": 2048, "text_layers": 24, "text_heads": 32,
+        "n_embedding": 1024, "n_text": 256,
+    },
+    "upsampler_1": {
+        "image_size": 256, "low_size": 64, "width": 320, "multipliers": (1, 2, 3, 4), "depth": 3, "attention": (),
+        "schedule": "cosine", "n_timestep": 1000,
+    },
+    "upsampler_2": {
+        "image_size": 1024, "low_size": 256, "width": 192, "multipliers": (1, 1, 2, 2, 4, 4), "depth": 2,
+        "attention": (), "schedule": "linear", "n_timestep": 1000,
+    },
+    "diffusion_prior": {
+        "n_head": 32, "n_embd": 2048, "n_text": 256, "n_embedding": 1024, "schedule": "cosine", "n_timestep": 1000,
+    },
+    "autoregressive_prior": {
+        "n_head": 32, "n_embd": 2048, "n_text": 256, "n_component": 319, "n_bucket": 1024, "n_embedding": 1024,
+    },
+}  # fmt: skip
+TRAINS = {
+    "decoder": {
+        "steps": 800_000, "batch_size": 2048, "lr": 1.2e-4, "beta2": 0.999, "eps": 1e-8, "ema": 0.9999,
+        "embedding_dropout": 0.1, "caption_dropout": 0.5,
+    },
+    "upsampler_1": {
+        "steps": 1_000_000, "batch_size": 1024, "lr": 1.2e-4, "beta2": 0.999, "eps": 1e-8, "ema": 0.9999, "crop": 4,
+        "corruption": "blur", "blur_sigma": 0.6,
+    },
+    "upsampler_2": {
+        "steps": 1_000_000, "batch_size": 512, "lr": 1e-4, "beta2": 0.999, "eps": 1e-8, "ema": 0.9999, "crop": 4,
+        "corruption": "bsr",
+    },
+    "diffusion_prior": {
+        "steps": 600_000, "batch_size": 4096, "lr": 1.1e-4, "beta2": 0.96, "eps": 1e-6, "weight_decay": 6e-2,
+        "ema": 0.9999, "caption_dropout": 0.1,
+    },
+    "autoregressive_prior": {
+        "steps": 1_000_000, "batch_size": 4096, "lr": 1.6e-4, "beta2": 0.91, "eps": 1e-10, "weight_decay": 4e-2,
+        "ema": 0.999, "caption_dropout": 0.1,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unclip():
+    """The models of the second recipe on the meta device, and how they are trained."""
+    with torch.device("meta"):
+        return {s.name: (s.build(), s.train) for s in subjects(config.read(UNCLIP))}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_dalle_2_has_its_published_sizes_and_numbers(unclip, name):
+    model, train = unclip[name]
+    assert count(model) == pytest.approx(COUNTS[name], rel=0.1)
+    assert not differing(model.config, PARTS[name])
+    assert not differing(train, TRAINS[name])
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_the_layers_of_table_3_are_not_1_billion(unclip):
+    """Why the priors have 20 and not 24."""
+    model, _ = unclip["diffusion_prior"]
+    assert model.config.n_layer == 20
+    of_a_layer = count(model.blocks[0])
+    assert of_a_layer == 12 * 2048**2 + 13 * 2048
+    assert count(model) + 4 * of_a_layer > 1.1e9
+    assert 24 * of_a_layer > 1.2e9
+
+
+def test_the_clip_is_a_vit_h(unclip):
+    """632 million parameters in its encoder of images, as the ViT-H of the paper that named it."""
+    model, _ = unclip["clip"]
+    assert (model.config.n_proj, model.config.patch_size, model.config.image_size) == (1024, 16, 256)
+    vision = sum(p.numel() for name, p in model.named_parameters() if name.startswith("vis"))
+    assert vision == pytest.approx(632e6, rel=0.02)
+
+
+def test_what_dalle_2s_recipe_says_of_the_table_is_written_out(unclip):
+    """Defaults may move; a recipe that is read on its own should not."""
+    table = config.read(UNCLIP)
+    inputs = {"n_embedding", "n_text"}
+    bodies = {"diffusion_prior": table["embedding_prior"]["diffusion"]}
+    bodies["autoregressive_prior"] = table["embedding_prior"]["autoregressive"]
+    for name in COUNTS:
+        body = bodies.get(name) or table[name]
+        assert not PARTS[name].keys() - inputs - body.keys(), name
+        assert not TRAINS[name].keys() - body["train"].keys(), name

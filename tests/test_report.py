@@ -369,7 +369,7 @@ def test_scores_of_any_form_are_told():
     }  # fmt: skip
     page = Page(json_tables.render(value))
     told = [text for texts in page.texts.values() for text in texts]
-    for expected in ("12.5 (11 to 14)", "1,200", "0.5 ± 0.0125", "true", "none", "seen", "fid", "3.5", "a" * 12):
+    for expected in ("12.5 (11\xa0to\xa014)", "1,200", "0.5 ± 0.0125", "true", "none", "seen", "fid", "3.5", "a" * 12):
         assert expected in told, expected
     assert [float(a["opacity"]) for a in page.of("rect")] == [0.04, 1.0, 0.28, 0.52]
     assert any("40 values, 1 to 2" in text for text in told)
@@ -378,12 +378,38 @@ def test_scores_of_any_form_are_told():
         Page(json_tables.render(odd))
 
 
+def test_a_figure_stands_with_its_error_or_interval_and_a_strange_one_by_itself():
+    value = {"psnr": 21.75, "psnr_error": 0.5, "share": 0.5, "share_interval": [0.25, 0.75], "x": 1.5, "x_error": "big"}
+    page = Page(json_tables.render({**value, "none": 2.5, "none_error": None, "lone_error": 3.5}))
+    assert page.texts["th"] == ["psnr", "share", "x", "x error", "none", "none error", "lone error"]
+    assert page.texts["span"] == ["21.75 ± 0.5", "0.5 (0.25\xa0to\xa00.75)"]
+    assert page.texts["td"] == ["1.5", "big", "2.5", "none", "3.5"]
+
+
+def test_what_survey_and_overlap_write_are_tables(tmp_path):
+    votes = [{"caption": f"c{i}", "realistic": {"A": i, "B": 2}, "matches": {"A": 3, "B": 4}} for i in range(20)]
+    about = {"majority": 0.5, "majority_interval": [0.25, 0.75], "votes": {"A": 3, "B": 5}}
+    page = Page(json_tables.render({"questions": {"realistic": about, "matches": about}, "by_caption": votes}))
+    heads = [["", "realistic", "matches"], ["caption", "realistic A", "realistic B", "matches A", "matches B"]]
+    assert [text for text in page.texts["th"] if text in heads[0] + heads[1]] == heads[0][1:] + heads[1]
+    assert {"majority", "votes A", "votes B"} <= set(page.texts["th"])
+    assert not page.of("li")
+    page = Page(json_tables.render({"ids": [f"id{i}" for i in range(100)]}))
+    assert not page.of("li")
+    assert "and 76 more, which are not shown" in page.texts["p"]
+    log(tmp_path, rows=[{"step": 1, "loss": 1}])
+    (tmp_path / "long.txt").write_text("".join(f"line {i}\n" for i in range(100)))
+    _, page = make(tmp_path)
+    assert page.texts["pre"][0].splitlines()[-2:] == ["line 59", "... and 40 lines more"]
+
+
 def test_scores_at_several_radii_stand_side_by_side(tmp_path):
     def score(value):
         return {"value": value, "low": value - 1, "high": value + 1}
 
     scores = [
-        {"blur": b, "frechet": {"called": "FID", **score(10.0 + b)}, "retrieval": {"r1": score(2.5)}} for b in (0, 2)
+        {"blur": b, "frechet": {"called": "FID", **score(10.0 + b)}, "retrieval": {"r1": score(2.5)}}
+        for b in (0.0, 2.0)
     ]
     path = images(tmp_path / "x.images.safetensors", 2, ["a", "b"])
     inputs = {"generated": digest_file(path), "reference": "f" * 64}
@@ -393,7 +419,7 @@ def test_scores_at_several_radii_stand_side_by_side(tmp_path):
     _, page = make(tmp_path)
     assert page.texts["th"][page.texts["th"].index("blur 0") :][:2] == ["blur 0", "blur 2"]
     assert {"FID", "retrieval r1", "options.seed"} <= set(page.texts["th"])
-    assert {"10 (9 to 11)", "12 (11 to 13)"} <= set(page.texts["span"])
+    assert {"10 (9\xa0to\xa011)", "12 (11\xa0to\xa013)"} <= set(page.texts["span"])
     assert "x.images.safetensors" in page.texts["a"]
     assert any(a.get("alt") == "x.scores.png" for a in page.of("img"))
     assert "x.scores.png" not in page.texts.get("summary", [])
@@ -515,6 +541,8 @@ def test_in_a_browser(browser, chain, tmp_path):
     samples.mkdir()
     for step in (1, 2):
         Image.new("RGB", (40, 20), (step, 0, 0)).save(samples / f"{step:08d}.png")
+    (root / "wide.json").write_text('{"stage": "evaluate", "scores": {"psnr": 1.5}}')
+    Image.new("RGB", (1800, 600)).save(root / "wide.png")
     out = run_ok("report", root, "--title", EVIL, "-o", tmp_path / "x.html")
     for width, scheme in ((1280, "light"), (390, "dark")):
         page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -526,6 +554,9 @@ def test_in_a_browser(browser, chain, tmp_path):
         page.goto(f"file://{out}")
         assert page.locator("h1").inner_text() == EVIL
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        shown = "images => images.map(i => [i.width, i.height, i.naturalWidth / i.naturalHeight])"
+        for wide, high, ratio in page.locator("img:visible").evaluate_all(shown):
+            assert wide == pytest.approx(high * ratio, abs=1 + ratio)  # made smaller, not squeezed
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (max(map(int, re.findall(r"\d+", paper))) < 90) == (scheme == "dark")
         panel = page.locator("section#curves svg.panel").last

@@ -296,13 +296,17 @@ def test_faults_of_votes_are_told_in_a_line(sides, page, tmp_path):
         {"votes": [{**value["votes"][0], "caption": 3}]},
     ):  # fmt: skip
         broken.write_text(json.dumps({**value, **change}))
-        assert "broken.json" in bad(broken)
+        line = bad(broken)
+        assert "broken.json" in line
+        assert not {"unpack", "indices", "subscriptable", "iterable", "sequence"} & set(line.split())  # Python's words
     for missing in value:
         broken.write_text(json.dumps({k: v for k, v in value.items() if k != missing}))
         assert "broken.json" in bad(broken)
     for text in ("", "{", "[]", "3", "\udcff", "[" * 100_000):
         broken.write_text(text, errors="surrogateescape")
-        assert "broken.json" in bad(broken)
+        line = bad(broken)
+        assert "broken.json; save them anew" in line
+        assert "no JSON" in line or text in ("[]", "3")
     assert "absent.json" in bad(tmp_path / "absent.json")
     assert "found none" in bad()
     assert "--prompts" in run_bad("survey", "--tally", good, "--prompts", good)

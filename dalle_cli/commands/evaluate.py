@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 EXAMPLE = """dalle evaluate drawn.images.safetensors --reference photos/ --blur 0,1,2,4,8 -o scores.json --plot blur.png
 dalle evaluate dvae.safetensors --reference photos/ --sheet worst.png
 dalle evaluate prior.safetensors captions.safetensors codes/ --plot places.png"""
+# What is judged: in words, and which of the options that are not for all of them are for it.
+TAKES = {
+    "images": ("pictures", ("reference", "features", "blur", "scores", "candidates", "size", "plot")),
+    "weights.dvae": ("a dVAE", ("reference", "features", "sheet")),
+    "weights.prior.codes": ("a prior", ("plot", "everything")),
+}
 
 
 class Machine(NamedTuple):
@@ -102,29 +108,32 @@ def run(
 ) -> None:
     """Score pictures against real ones, or a dVAE or a prior on data."""
     from dalle_cli import console
-    from dalle_cli.artifacts.container import replace_file
     from dalle_cli.errors import DalleError
     from dalle_cli.evaluation.pictures import Settings
+    from dalle_cli.evaluation.plain import check_ours, json_fact, write_text
     from dalle_cli.paths import given_or_piped
 
     given = inputs or [str(given_or_piped(None))]
     weights = weights_of(given[0])
+    special: dict[str, Any] = {"reference": reference, "features": features, "blur": blur != "0", "scores": scores}
+    special |= {"size": size, "candidates": candidates, "plot": plot, "sheet": sheet, "everything": everything}
+    check_taken("images" if weights is None else weights.kind, special)
     machine = Machine(batch_size, workers, device, dtype)
     target = out or named_after(given[0])
-    check_replaceable(target, force)
+    check_ours(target, "scores", lambda path: json_fact(path, "stage") == "evaluate", force)
     if weights is None:
         if len(given) > 1:
             raise DalleError(f"expected pictures alone, found {given[1]} after them; real ones go to --reference")
-        settings = Settings(words(scores), seed, bootstrap, candidates, read_ids(without))
+        settings = Settings(words(scores), seed, bootstrap, candidates, frozenset())
         settings.check()
         asked = Asked(reference, features, model, radii(blur), size, limit, without, plot)
         told = judge_pictures(given[0], target, settings, asked, machine, force)
     elif weights.kind == "weights.dvae":
-        told = judge_dvae(weights, given, target, reference, machine, limit, sheet, features, force)
+        told = judge_dvae(weights, given, target, reference, machine, limit, without, sheet, features, force)
     else:
-        told = judge_prior(weights, given, target, machine, limit, plot, everything, force)
+        told = judge_prior(weights, given, target, machine, limit, without, plot, everything, force)
     text = as_text(told)
-    replace_file(target, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(target, text)
     if as_json:
         console.emit(text.rstrip("\n"))
         return
@@ -167,20 +176,14 @@ def named_after(first: str) -> Path:
     return beside(Path(first), ".scores.json")
 
 
-def check_replaceable(path: Path, force: bool) -> None:
-    """Raises: DalleError if anything but scores lies there."""
-    import json
-
+def check_taken(kind: str, special: dict[str, Any]) -> None:
+    """Raises: DalleError for an option that was given and is not for what is judged."""
     from dalle_cli.errors import DalleError
 
-    if not path.exists() or (force and not path.is_dir()):
-        return
-    try:
-        ours = json.loads(path.read_text(encoding="utf-8")).get("stage") == "evaluate"
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
-        raise DalleError(f"expected to write scores to {path}, found something else; choose another -o or give --force")
+    called, takes = TAKES[kind]
+    for name, value in special.items():
+        if value and name not in takes:
+            raise DalleError(f"expected no --{name} for {called}, found it; leave it out")
 
 
 def words(text: str) -> list[str]:
@@ -207,21 +210,16 @@ def radii(text: str) -> list[float]:
     return list(dict.fromkeys(found))
 
 
-def read_ids(path: Path | None) -> frozenset[str]:
-    """The ids that `overlap` wrote."""
-    if path is None:
-        return frozenset()
-    from dalle_cli.data.without import read_ids as read
-
-    return frozenset(read(path))
-
-
 def judge_pictures(
     generated: str, out: Path, settings: "Settings", asked: Asked, machine: Machine, force: bool
 ) -> dict[str, Any]:
     """All scores of pictures against a reference."""
+    import itertools
+    from dataclasses import replace
+
     from dalle_cli.artifacts.container import replace_file
     from dalle_cli.data import charts
+    from dalle_cli.data.without import leave_out
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
     from dalle_cli.evaluation import chart
@@ -237,8 +235,9 @@ def judge_pictures(
         charts.check_drawable()
     where = arithmetic(machine.device, machine.dtype)
     sides = (open_side(GENERATED, generated, asked.limit), open_side(REFERENCE, asked.reference, asked.limit))
+    gone = leave_out(asked.without, itertools.chain.from_iterable(one.pictures.ids for one in sides))
     side = asked.size or sides[0].size()
-    if max(asked.radii) > side:
+    if max(asked.radii) >= side:
         raise DalleError(f"expected radii of blur below {side} pixels, found {max(asked.radii):g}; mend --blur")
     network = load_features(asked.features, asked.model, where)
     clip = caption_judge(network, asked, settings, where)
@@ -246,7 +245,7 @@ def judge_pictures(
     folder = out.with_name(out.name.removesuffix(".json") + ".features")
     comparison = Comparison(
         sides, network, clip, Pass(folder, networks, asked.radii, side, where, machine.batch_size, machine.workers),
-        settings,
+        replace(settings, without=gone),
     )  # fmt: skip
     scores, left_out = score(comparison)
     if asked.plot is not None:
@@ -257,7 +256,7 @@ def judge_pictures(
 
 def caption_judge(network: Any, asked: Asked, settings: "Settings", where: "Arithmetic") -> "ClipFeatures | None":
     """The CLIP that pictures are held against captions with: that of -m, else that of --features; None without one."""
-    from dalle_cli import bundle
+    from dalle_cli import bundle, console
     from dalle_cli.errors import DalleError
     from dalle_cli.evaluation.features import ClipFeatures
 
@@ -273,21 +272,21 @@ def caption_judge(network: Any, asked: Asked, settings: "Settings", where: "Arit
         if found is not None:
             bundle.tokenizer(found.weights)  # before a long pass over pictures
         return found
-    except DalleError:
+    except DalleError as error:
         if settings.scores:
             raise
+        console.warn(f"no CLIP score: {error}")
         return None
 
 
 def facts(c: "Comparison", asked: Asked) -> dict[str, Any]:
     """What was compared, by what, and with which settings: digests, no paths."""
-    from dalle_cli.artifacts import digest_file
     from dalle_cli.evaluation.features import title
 
     sides, s = c.sides, c.settings
     digests = {name: side.digest for name, side in sides.items()} | {"features": c.features.digest}
     digests |= {} if c.clip is None else {"clip": c.clip.digest}
-    digests |= {} if asked.without is None else {"without": digest_file(asked.without)}
+    digests |= digest_of(asked.without)
     networks = {"name": c.features.name, "width": c.features.width, "classes": c.features.classes}
     return {
         "stage": "evaluate",
@@ -309,27 +308,28 @@ def facts(c: "Comparison", asked: Asked) -> dict[str, Any]:
 
 def judge_dvae(
     weights: "Artifact", given: list[str], out: Path, reference: str | None, machine: Machine, limit: int | None,
-    sheet: Path | None, features: str | None, force: bool,
+    without: Path | None, sheet: Path | None, features: str | None, force: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores of a dVAE's reconstructions of a data set."""
+    """Scores of a dVAE's reconstructions of pictures."""
     from dalle_cli.commands import judging
-    from dalle_cli.data.datasets import open_dataset
     from dalle_cli.errors import DalleError
+    from dalle_cli.evaluation.sides import open_pictures
 
     if len(given) > 1 or reference is None:
         found = f"{given[1]} after them" if len(given) > 1 else "none"
         raise DalleError(f"expected pictures for a dVAE to rebuild, found {found}; give --reference DATASET")
+    pictures, digest = open_pictures(reference)
     told = judging.judge_dvae(
-        weights, reference, out, batch_size=machine.batch_size, device=machine.device, dtype=machine.dtype,
-        workers=machine.workers, limit=limit, sheet=sheet, force=force, features=features,
+        weights, pictures, digest, out, batch_size=machine.batch_size, device=machine.device, dtype=machine.dtype,
+        workers=machine.workers, limit=limit, sheet=sheet, force=force, features=features, without=without,
     )  # fmt: skip
-    digests = {"model": weights.digest, "reference": open_dataset(reference, need_captions=False).digest}
+    digests = {"model": weights.digest, "reference": digest, **digest_of(without)}
     return {"stage": "evaluate", "kind": weights.kind, "inputs": digests, "scores": told}
 
 
 def judge_prior(
-    weights: "Artifact", given: list[str], out: Path, machine: Machine, limit: int | None, plot: Path | None,
-    everything: bool, force: bool,
+    weights: "Artifact", given: list[str], out: Path, machine: Machine, limit: int | None, without: Path | None,
+    plot: Path | None, everything: bool, force: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores of a prior on captions and codes."""
     from dalle_cli.artifacts import open_artifact
@@ -337,25 +337,44 @@ def judge_prior(
     from dalle_cli.errors import DalleError
 
     if len(given) != 3:
-        raise DalleError(f"expected a prior, captions and codes, found {len(given)} inputs; give PRIOR CAPTIONS CODES")
+        raise DalleError(f"expected a prior, captions and codes, found {', '.join(given)}; give PRIOR CAPTIONS CODES")
     captions, codes = map(Path, given[1:])
     told = judging.judge_prior(
         weights, captions, codes, out, batch_size=machine.batch_size, device=machine.device, dtype=machine.dtype,
-        limit=limit, plot=plot, force=force, everything=everything,
+        limit=limit, plot=plot, force=force, everything=everything, without=without,
     )  # fmt: skip
     digests = {
         "model": weights.digest,
         "captions": open_artifact(captions).digest,
         "codes": open_artifact(codes).digest,
+        **digest_of(without),
     }
     return {"stage": "evaluate", "kind": weights.kind, "inputs": digests, "scores": told}
 
 
+def digest_of(without: Path | None) -> dict[str, str]:
+    """What the inputs say of a list of ids that were left out."""
+    from dalle_cli.artifacts import digest_file
+
+    return {} if without is None else {"without": digest_file(without)}
+
+
 def as_text(told: dict[str, Any]) -> str:
-    """Sorted JSON: the same scores are the same bytes."""
+    """Sorted JSON: the same scores are the same bytes.
+
+    Raises:
+        DalleError: a score is no number.
+    """
     import json
 
-    return json.dumps(told, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    from dalle_cli.errors import DalleError
+
+    try:
+        return json.dumps(told, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    except ValueError:
+        raise DalleError(
+            "expected scores that are numbers, found NaN or infinity; give --dtype float32, or other weights"
+        ) from None
 
 
 def table(told: dict[str, Any]) -> str:

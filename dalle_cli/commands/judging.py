@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from dalle_cli.artifacts import Artifact
     from dalle_cli.data.augment import Pixels
-    from dalle_cli.data.datasets import Dataset
+    from dalle_cli.data.loader import Pictures
     from dalle_cli.data.pairs import Ints, Pairs
     from dalle_cli.devices import Arithmetic
     from dalle_cli.evaluation.likelihood import Counts, Judge, Trial
@@ -23,21 +23,23 @@ SEED = 0  # of whose caption stands in for a pair's own
 
 
 def judge_dvae(
-    weights: "Artifact", dataset: str, out: Path, *, batch_size: int, device: str, dtype: str, workers: int,
-    limit: int | None, sheet: Path | None, force: bool, features: str | None,
+    weights: "Artifact", data: "Pictures", digest: str, out: Path, *, batch_size: int, device: str, dtype: str,
+    workers: int, limit: int | None, sheet: Path | None, force: bool, features: str | None,
+    without: Path | None = None,
 ) -> dict[str, object]:  # fmt: skip
-    """How well a dVAE rebuilds a data set's pictures, center-cropped, from its codes, and what the codes cost.
+    """How well a dVAE rebuilds pictures, center-cropped, from its codes, and what the codes cost.
 
-    What cannot be read is listed beside `out`. Of a data set that the dVAE was trained on, the pictures that training
-    held out are told of by themselves, too. `features` names what the Frechet distance is taken by, as --features does.
+    What cannot be read is listed beside `out`, and what `without` lists is left out. Where `digest` is that of the data
+    set that the dVAE was trained on, the pictures that training held out are told of by themselves, too. `features`
+    names what the Frechet distance is taken by, as --features does.
 
     Raises:
         DalleError: no picture can be read, too few for the features, or no PNG lies where the sheet goes.
     """
     from dalle_cli import load
     from dalle_cli.commands.drawing import check_png
-    from dalle_cli.data.datasets import open_dataset
     from dalle_cli.data.loader import sequential
+    from dalle_cli.data.without import leave_out
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
     from dalle_cli.evaluation.features import load_features
@@ -48,8 +50,9 @@ def judge_dvae(
         check_png(sheet, force)
     machine = arithmetic(device, dtype)
     dvae = load.dvae(weights, machine.device)
-    data = open_dataset(dataset, need_captions=False)
-    rows = some(len(data), limit).tolist()
+    gone, skips = leave_out(without, data.ids), skip_list(out.with_name(out.name.removesuffix(".json")))
+    left = [row for row, name in enumerate(data.ids) if name not in gone]
+    rows = [left[place] for place in some(len(left), limit).tolist()]
     scores = Reconstructions(dvae.config.n_vocab, WORST if sheet is not None else 0)
     shift = Shift(load_features(features, None, machine)) if features else None
     if shift is not None:
@@ -58,14 +61,15 @@ def judge_dvae(
         dvae, sequential(data, dvae.config.image_size, rows, batch_size, workers), len(rows), machine, scores, shift
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    data.skipped.write(skip_list(out))
+    data.skipped.write(skips)
     if not scores.rows:
-        raise DalleError(f"expected pictures that can be read, found none of {len(rows):,}; see {skip_list(out)}")
+        raise DalleError(f"expected pictures that can be read, found none of {len(rows):,}; see {skips}")
     told = {**scores.pictures(), "skipped": len(rows) - len(scores.rows), **scores.codes()}
+    told |= {"without": len(gone)} if without is not None else {}
     told |= {"frechet": shift.figures()} if shift is not None else {}
     if sheet is not None:
         draw_worst(sheet, scores, data.ids, dvae.config.image_size)
-    return told | held_out_scores(weights, data, scores)
+    return told | held_out_scores(weights, digest, data.ids, gone, scores)
 
 
 def some(n: int, limit: int | None) -> "Ints":
@@ -98,17 +102,40 @@ def rebuild(
             advance(len(images))
 
 
-def held_out_scores(weights: "Artifact", data: "Dataset", scores: "Reconstructions") -> dict[str, object]:
+def held_out_scores(
+    weights: "Artifact", digest: str, ids: "Sequence[str]", gone: frozenset[str], scores: "Reconstructions"
+) -> dict[str, object]:
     """`trained_on`: whether this is the data set that training saw; then also the scores of what it held out."""
     import torch
 
+    from dalle_cli import console
     from dalle_cli.data.split import held_out
 
-    if not any(entry["inputs"].get("dataset") == data.digest for entry in weights.history):
+    if not any(entry["inputs"].get("dataset") == digest for entry in weights.history):
         return {"trained_on": False}
+    if fault := other_split(weights, gone):
+        console.warn(f"{fault}; what training held out is not told of by itself")
+        return {"trained_on": True}
     share = validation_share(weights)
-    kept = torch.tensor([share is not None and held_out(data.ids[row], share) for row in scores.rows])
+    kept = torch.tensor([share is not None and held_out(ids[row], share) for row in scores.rows])
     return {"trained_on": True, "held_out": scores.pictures(kept)}
+
+
+def left_out(weights: "Artifact") -> str | None:
+    """What the weights say of the ids that training left out, as `without.told` does; None where it left out none."""
+    told: str | None = weights.history[-1]["inputs"].get("without") if weights.history else None
+    return told
+
+
+def other_split(weights: "Artifact", gone: frozenset[str]) -> str | None:
+    """What is wrong if training left ids out and these are not the same, so that it held out a part of others."""
+    from dalle_cli.data.without import told
+
+    wanted, found = left_out(weights), told(gone).get("without")
+    if wanted in (None, found):
+        return None
+    given = f"{len(gone)} others (sha256 {found[:12]})" if found else "none"
+    return f"expected --without with the ids that training left out (sha256 {wanted[:12]}), found {given}"
 
 
 def validation_share(weights: "Artifact") -> float | None:
@@ -137,19 +164,22 @@ def draw_worst(path: Path, scores: "Reconstructions", ids: "Sequence[str]", size
 
 def judge_prior(
     weights: "Artifact", captions: Path, codes: Path, out: Path, *, batch_size: int, device: str, dtype: str,
-    limit: int | None, plot: Path | None, force: bool, everything: bool = False,
+    limit: int | None, plot: Path | None, force: bool, everything: bool = False, without: Path | None = None,
 ) -> dict[str, object]:  # fmt: skip
     """What a prior gives for captions and codes of the ids that its training held out, or with `everything` of all.
 
-    Of each id the first caption and the first grid are taken, as in the validation while training.
+    Of each id the first caption and the first grid are taken, as in the validation while training. What `without` lists
+    is not judged.
 
     Raises:
-        DalleError: captions or codes of another tokenizer or encoder, nothing held out, no matplotlib for the plot.
+        DalleError: captions or codes of another tokenizer or encoder, nothing held out, other ids left out than by
+            training, no matplotlib for the plot.
     """
     from dalle_cli import console, load
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.data import charts
     from dalle_cli.data.pairs import Pairs
+    from dalle_cli.data.without import leave_out
     from dalle_cli.devices import arithmetic
     from dalle_cli.evaluation.likelihood import Judge as Scores
 
@@ -161,7 +191,8 @@ def judge_prior(
     prior = load.prior(weights, machine.device)
     check_made_for(weights, prior, texts, latents)
     pairs = Pairs(texts, latents)
-    training, places = judged_places(weights, pairs, everything)
+    gone = leave_out(without, pairs.ids)
+    training, places = judged_places(weights, pairs, gone, everything)
     counts = count(prior, pairs, training, batch_size) if len(training) else count(prior, pairs, places, batch_size)
     counts.own = not len(training)
     judged = places[some(len(places), limit)]
@@ -173,9 +204,11 @@ def judge_prior(
             with machine.autocast():
                 judge.add(trial(pairs, judged[here], (judged if others is None else others)[here]))
             advance(len(judged[here]))
-    told = judge.figures() | {"held_out": len(training) > 0, "caption_dropout": caption_dropout(weights)}
+    held = not everything and validation_share(weights) is not None
+    told = judge.figures() | {"held_out": held, "caption_dropout": caption_dropout(weights)}
+    told |= {"without": len(gone)} if without is not None else {}
     if plot is not None:
-        title = f"{weights.path.stem}: {len(judged):,} {'held-out ' if len(training) else ''}pairs"
+        title = f"{weights.path.stem}: {len(judged):,} {'held-out ' if held else ''}pairs"
         draw_grids(plot, judge, title)
     return told
 
@@ -199,11 +232,11 @@ def check_made_for(weights: "Artifact", prior: "Prior", captions: "Artifact", co
         )
 
 
-def judged_places(weights: "Artifact", pairs: "Pairs", everything: bool) -> "tuple[Ints, Ints]":
-    """The pairs that training saw, if they are known, and those to judge.
+def judged_places(weights: "Artifact", pairs: "Pairs", gone: frozenset[str], everything: bool) -> "tuple[Ints, Ints]":
+    """The pairs that training saw, if they are known, and those to judge, without those that are `gone`.
 
     Raises:
-        DalleError: training held none of these pairs out.
+        DalleError: training held none of these pairs out, or left out others than are gone.
     """
     import numpy as np
 
@@ -213,9 +246,15 @@ def judged_places(weights: "Artifact", pairs: "Pairs", everything: bool) -> "tup
     share = validation_share(weights)
     if share is None and not everything:
         console.warn(f"expected weights that say what training held out, found {weights.path}; all pairs are judged")
+    here = np.array([name not in gone for name in pairs.ids])
     if share is None or everything:
-        return np.zeros(0, np.int64), np.arange(len(pairs))
+        return np.zeros(0, np.int64), np.flatnonzero(here)
+    if fault := other_split(weights, gone):
+        raise DalleError(f"{fault}; give that list, or judge all pairs with --everything")
     training, held_out = pairs.split(share)
+    if left_out(weights):  # else training saw what is only not to be judged
+        training = training[here[training]]
+    held_out = held_out[here[held_out]]
     if not len(held_out):
         raise DalleError(f"expected pairs that training held out, found none of {len(pairs)}; give more of the data")
     return training, held_out

@@ -65,7 +65,8 @@ def run(
     from dalle_cli import console
     from dalle_cli.commands.drawing import check_png
     from dalle_cli.devices import arithmetic
-    from dalle_cli.evaluation.overlap import Overlap, Reading, candidates, compare, open_pictures
+    from dalle_cli.evaluation.overlap import Overlap, Reading, candidates, compare
+    from dalle_cli.evaluation.sides import open_pictures
 
     if of not in SIDES:
         raise DalleError(f"expected --of test or train, found {of!r}; choose one")
@@ -80,8 +81,10 @@ def run(
     found = Overlap(seen, new, pairs, eye.threshold if threshold is None else threshold)
     if crowded := found.crowded(neighbors):
         console.warn(
-            f"expected fewer than {neighbors} copies of a picture, found as many of {crowded}; raise --neighbors"
+            f"expected fewer than {neighbors} copies in TRAIN of each picture, found {neighbors} of {crowded} in TEST, "
+            "which may have more; raise --neighbors"
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
     for name, pictures in (("train", seen), ("test", new)):
         pictures.skipped.write(out.with_name(f"{out.stem}.{name}.skipped.jsonl"))
     if sheet is not None:
@@ -89,7 +92,11 @@ def run(
     write(out, found, of, {"features": eye.name, "train": seen_digest, "test": new_digest})
     skipped = {f"{name}_skipped": p.skipped.count or None for name, p in (("train", seen), ("test", new))}
     console.result(
-        out, **{of: len(found.ids(of))}, of=len(new if of == "test" else seen), pairs=len(found.alike), **skipped
+        out,
+        listed=len(found.ids(of)),
+        of=f"{len(new if of == 'test' else seen)} in {of.upper()}",
+        pairs=len(found.alike),
+        **skipped,
     )
 
 
@@ -126,38 +133,27 @@ def check_list(out: Path, force: bool) -> None:
     Raises:
         DalleError: something else lies there, or the list is to be named as the pairs are.
     """
-    import json
+    from dalle_cli.evaluation.plain import check_ours, head_of, json_fact
 
     if out.suffix == ".json":
         raise DalleError(f"expected a list of ids such as {out.with_suffix('.txt')}, found {out}; the pairs go there")
-    for path in (out, beside(out)):
-        if path.is_dir():
-            raise DalleError(f"expected to write the file {path}, found a folder there; choose another -o")
-        if force or not path.exists():
-            continue
-        text = path.read_text(encoding="utf-8", errors="replace")
-        try:
-            ours = text.startswith(HEAD) if path == out else json.loads(text)["format"] == FORMAT
-        except (ValueError, KeyError, TypeError, RecursionError):
-            ours = False
-        if not ours:
-            raise DalleError(f"expected to write {path}, found something else there; choose another -o or give --force")
+    check_ours(out, "a list of ids", lambda path: head_of(path).startswith(HEAD), force)
+    check_ours(beside(out), "pairs", lambda path: json_fact(path, "format") == FORMAT, force)
 
 
 def write(out: Path, found: "Overlap", of: str, made: dict[str, Any]) -> None:
     """The list of ids, and the pairs beside it."""
     import json
 
-    from dalle_cli.artifacts.container import replace_file
     from dalle_cli.data.without import as_line
+    from dalle_cli.evaluation.plain import write_text
 
     ids, pictures = found.ids(of), found.test if of == "test" else found.train
     said = f"{len(ids)} of {len(pictures)} pictures of {of.upper()}, by {made['features']} from {found.threshold:g} on"
     lines = [HEAD + said, *map(as_line, ids)]
     table = {"format": FORMAT, **made, "of": of, "threshold": found.threshold, "ids": ids, "pairs": found.told()}
-    text = json.dumps(table, ensure_ascii=False, indent=1) + "\n"
-    replace_file(beside(out), lambda part: part.write_text(text, encoding="utf-8"))
-    replace_file(out, lambda part: part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8"))
+    write_text(beside(out), json.dumps(table, ensure_ascii=False, indent=1) + "\n")
+    write_text(out, "".join(f"{line}\n" for line in lines))
 
 
 def draw(path: Path, found: "Overlap") -> None:

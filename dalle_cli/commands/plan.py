@@ -10,6 +10,8 @@ import typer
 from dalle_cli.options import Json, Sets
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from dalle_cli.training.machines import Machine, Rate
     from dalle_cli.training.plan import Memory, ModelPlan
 
@@ -22,6 +24,8 @@ MEMORY = {  # what of a memory's parts is called in the table
     "copies": "16-bit weights",
     "activations": "activations",
 }
+FIRST = ("dvae", "clip", "prior")  # the models of DALL-E
+COLUMNS, WIDTH = 6, 140  # of a table, models and characters
 EXAMPLE = "dalle plan recipes/paper/recipe.toml --device v100-16gb --devices 1024 --pairs 250000000"
 
 
@@ -43,7 +47,8 @@ def run(
         bool, typer.Option("--measure", help="Find out the rate by updates of the models on this machine.")
     ] = False,
     pairs: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Also the bytes of so many captions and codes, and epochs.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Also the bytes of so many captions, codes and embeddings, and epochs."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -51,10 +56,13 @@ def run(
     from dataclasses import asdict
 
     from dalle_cli import config, console
+    from dalle_cli.commands.embedding_priors import SECTION, chosen
     from dalle_cli.training import machines, plan
-    from dalle_cli.training.standin import subjects
+    from dalle_cli.training.subjects import subjects
 
     table = config.read(recipe, sets)
+    if SECTION in table:
+        chosen(table)  # refuses what no training would take
     models, machine = subjects(table), machines.machine(device)
     _check_rate(rate, measure, machine)
     plans: list[ModelPlan] = []
@@ -93,22 +101,17 @@ def _check_rate(rate: float | None, measure: bool, machine: "Machine") -> None:
 def _page(plans: list["ModelPlan"], machine: "Machine", devices: int, pairs: int | None, stored: dict[str, int]) -> str:
     """A column for each model, then the verdicts, then what was assumed; in colour on a terminal."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from dalle_cli.training.plan import size
 
-    grid = Table.grid(padding=(0, 3))
-    for justify in ("left", *("right" for _ in plans)):
-        grid.add_column(justify=justify)  # type: ignore[arg-type]
-    for title, cells in _rows(plans, devices, pairs):
-        style = "" if title.startswith(" ") else "bold"
-        grid.add_row(Text(title, style=style), *(Text(cell, style=style) for cell in cells))
     terminal = Console().is_terminal
-    page = Console(width=120, force_terminal=terminal, color_system="auto" if terminal else None)
+    page = Console(width=WIDTH, force_terminal=terminal, color_system="auto" if terminal else None)
+    first = [p for p in plans if p.name in FIRST]
     with page.capture() as told:
-        page.print(grid)
-        page.print()
+        for side_by_side in [plans] if len(plans) <= COLUMNS else [first, [p for p in plans if p not in first]]:
+            page.print(_grid(side_by_side, devices, pairs))
+            page.print()
         for p in plans:
             page.print(Text(f"{p.name} {p.verdict}", style="green" if p.fits else "red"), soft_wrap=True)
         if stored:
@@ -117,6 +120,20 @@ def _page(plans: list["ModelPlan"], machine: "Machine", devices: int, pairs: int
         for note in _notes(plans, machine):
             page.print(Text(note, style="dim"), soft_wrap=True)
     return "\n".join(line.rstrip() for line in told.get().rstrip().splitlines())
+
+
+def _grid(plans: list["ModelPlan"], devices: int, pairs: int | None) -> "Table":
+    """Models side by side."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 3))
+    for justify in ("left", *("right" for _ in plans)):
+        grid.add_column(justify=justify)  # type: ignore[arg-type]
+    for title, cells in _rows(plans, devices, pairs):
+        style = "" if title.startswith(" ") else "bold"
+        grid.add_row(Text(title, style=style), *(Text(cell, style=style) for cell in cells))
+    return grid
 
 
 def _rows(plans: list["ModelPlan"], devices: int, pairs: int | None) -> list[tuple[str, list[str]]]:

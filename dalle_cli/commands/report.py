@@ -31,16 +31,15 @@ def run(
 ) -> None:
     """Write one HTML page of a run: curves, pictures, scores, and the history of every artifact."""
     from dalle_cli import console
-    from dalle_cli.artifacts.container import replace_file
     from dalle_cli.evaluation import findings, html, report
+    from dalle_cli.evaluation.plain import write_text
     from dalle_cli.paths import given_or_piped
 
     source = given_or_piped(path)
     target = out or _target(source)
     html.check_page(target, report.GENERATOR, force)
     found = findings.look(source)
-    text = report.page(found, title)
-    replace_file(target, lambda part: part.write_text(text, encoding="utf-8", errors="replace"))
+    write_text(target, report.page(found, title))
     console.result(
         target,
         artifacts=len(found.items),

@@ -65,13 +65,14 @@ def _page(a: Path, b: Path, out: Path | None, prompts: Path | None, votes: int, 
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.commands import drawing
     from dalle_cli.evaluation import html, survey
+    from dalle_cli.evaluation.plain import write_text
 
     target = out or a.with_name("survey.html")
     html.check_page(target, survey.GENERATOR, force)
     left, right = open_artifact(a, "images"), open_artifact(b, "images")
     texts = None if prompts is None else drawing.read_prompts(None, prompts)
     pairs = survey.pair(left, right, texts)
-    survey.save_page(target, survey.page(left, right, pairs, votes, seed))
+    write_text(target, survey.page(left, right, pairs, votes, seed))
     console.result(target, captions=len(pairs), raters_wanted=votes, megabytes=target.stat().st_size / 1e6)
 
 
@@ -94,7 +95,7 @@ def _tally(files: list[Path], out: Path | None, seed: int, as_json: bool, force:
     elif out is None:
         console.emit(_text(found))
     else:
-        shares = {name: q["majority"] for name, q in found["questions"].items()}
+        shares = {f"majority_for_A_{name}": q["majority"] for name, q in found["questions"].items()}
         console.result(out, raters=len(found["raters"]), captions=len(found["by_caption"]), **shares)
 
 

@@ -78,7 +78,7 @@ def leave_out(path: Path | None, known: Iterable[str]) -> frozenset[str]:
     listed, ids = read_ids(path), set(known)
     gone, strangers = listed & ids, sorted(listed - ids)
     if gone == ids:
-        raise DalleError(f"expected pictures to train on, found all {len(ids)} left out by {path}; give a shorter list")
+        raise DalleError(f"expected some pictures, found all {len(ids)} left out by {path}; give a shorter list")
     if rank() == 0:
         console.note(f"{len(gone)} of {len(ids)} pictures are left out, as {path.name} says")
         if strangers:

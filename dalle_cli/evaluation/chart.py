@@ -30,7 +30,7 @@ def curves(scores: Sequence[dict[str, Any]]) -> list[Curve]:
     found = []
     for key, unit in (
         ("frechet", "lower is better"), ("kernel", "lower is better"), ("inception", "higher is better"),
-        ("precision", "share"), ("recall", "share"), ("clip", "100 x cosine"),
+        ("precision", "share, higher is better"), ("recall", "share, higher is better"), ("clip", "100 x cosine"),
     ):  # fmt: skip
         found += _curve([(s["blur"], s[key]) for s in scores if key in s], NAMES.get(key, key), unit, "shuffled")
     for key in ("r1", "r5"):
@@ -91,9 +91,10 @@ def _panel(panel: "Axes", curve: Curve) -> None:
             panel.vlines(curve.radii, curve.low, curve.high, color=color, alpha=0.5, linewidth=2)
     panel.plot(curve.radii, curve.values, color=color, linewidth=1.6, marker="o", markersize=3.6)
     if len(curve.chance) == len(curve.radii):
-        panel.plot(curve.radii, curve.chance, color=FAINT, linewidth=1.2, linestyle="dashed")
+        look: dict[str, Any] = {"color": FAINT, "linewidth": 1.2, "linestyle": "dashed"}
+        panel.plot(curve.radii, curve.chance, **look) if len(curve.radii) > 1 else panel.axhline(*curve.chance, **look)
         panel.annotate(
-            "by chance", (curve.radii[-1], curve.chance[-1]), xytext=(0, 4), textcoords="offset points",
+            "by chance", (curve.radii[-1], max(curve.chance)), xytext=(0, 4), textcoords="offset points",
             color=FAINT, fontsize=8, ha="right",
         )  # fmt: skip
     panel.set_xticks(curve.radii, [f"{radius:g}" for radius in curve.radii])

@@ -151,7 +151,7 @@ def load_features(spec: str | None, model: str | None, machine: Arithmetic) -> F
     if spec is None:
         return ClipFeatures(bundle.weights(model, "weights.clip"), machine)
     name, output = _split(spec)
-    path = _download(name) if name.startswith("hf://") and name.count("/") > 3 else bundle.locate(name)
+    path = _download(name) if name.startswith("hf://") and name.count("/") > 3 else _located(name)
     if path.suffix == ".onnx":
         from dalle_cli.evaluation.onnx import OnnxFeatures
 
@@ -163,6 +163,13 @@ def load_features(spec: str | None, model: str | None, machine: Arithmetic) -> F
     return ClipFeatures(
         bundle.weights(name, "weights.clip") if path.is_dir() else open_artifact(path, "weights.clip"), machine
     )
+
+
+def _located(name: str) -> Path:
+    try:
+        return bundle.locate(name)
+    except DalleError as error:
+        raise DalleError(str(error).replace("check -m", "check --features")) from None
 
 
 def _split(spec: str) -> tuple[str, str]:

@@ -14,9 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dalle_cli.errors import DalleError
-
-HEAD = 2000  # characters of a page in which its maker is looked for
+from dalle_cli.evaluation.plain import check_ours, head_of
 
 
 def data_uri(picture: NDArray[np.uint8] | Image.Image) -> str:
@@ -51,11 +49,5 @@ def check_page(path: Path, generator: str, force: bool = False) -> None:
     Raises:
         DalleError: something else lies at `path`.
     """
-    if path.is_dir():
-        raise DalleError(f"expected to write the file {path}, found a folder there; choose another -o")
-    if force or not path.exists():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        ours = f'<meta name="generator" content="{generator}">' in file.read(HEAD)
-    if not ours:
-        raise DalleError(f"expected to write a page of `{generator}` to {path}, found something else; give --force")
+    tag = f'<meta name="generator" content="{generator}">'
+    check_ours(path, f"a page of `{generator}`", lambda path: tag in head_of(path), force)

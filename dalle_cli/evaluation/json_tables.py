@@ -8,7 +8,7 @@ from dalle_cli.evaluation.markup import Html, el, is_digest, join, number, short
 
 MOST_ROWS, MOST_DEEP = 60, 6
 MOST_RECORDS = 8  # side by side
-MOST_IN_LINE = 8  # numbers written out
+MOST_IN_LINE, MOST_WORDS = 8, 24  # values of a list written out: of a short one, and of a long one that is no series
 MOST_CELLS = 64  # of a heat map's side
 INTERVALS = (("low", "high"), ("lower", "upper"))  # what the ends of an interval are called
 CENTERS = ("value", "mean", "score", "estimate", "median")
@@ -30,10 +30,15 @@ def render(value: object, depth: int = 0) -> Html:
         return _table([("", row) for row in value])
     if _is_grid(value):
         return _heat(value)
-    if 0 < len(value) <= MOST_RECORDS and all(isinstance(entry, Mapping) for entry in value):
-        return _records(value, depth)
+    if value and all(isinstance(entry, Mapping) for entry in value):
+        if len(value) <= MOST_RECORDS:
+            return _records(value, depth)
+        if _is_table(rows := [dict(_figures(entry)) for entry in value]):
+            return _table([("", row) for row in rows])
     if all(_is_number(entry) for entry in value):
         return _series(value)
+    if all(isinstance(entry, Scalar) for entry in value):
+        return join([join(map(_leaf, value[:MOST_WORDS]), ", "), _more(value, MOST_WORDS)])
     return el("ul", None, *(el("li", None, render(entry, depth + 1)) for entry in value[:MOST_ROWS]), _more(value))
 
 
@@ -64,6 +69,7 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _mapping(value: Mapping[str, Any], depth: int) -> Html:
     """Plain values first, as rows; then what is deeper, under headings."""
+    value = _with_errors(value)
     plain = {key: entry for key, entry in value.items() if _is_leaf(entry)}
     deep = {key: entry for key, entry in value.items() if key not in plain}
     parts = []
@@ -75,11 +81,25 @@ def _mapping(value: Mapping[str, Any], depth: int) -> Html:
         parts.append(_wide(el("table", {"class": "facts"}, *rows[:MOST_ROWS]), _more(rows)))
     if deep and not plain and _is_table(list(value.values())):
         return _table(list(value.items()))
+    if deep and not plain and _are_alike(list(value.values())):
+        return _records(list(value.values()), depth, [_words(key) for key in value])
     parts += [
         el("section", {"class": "deeper"}, el(f"h{min(4 + depth, 6)}", None, _words(key)), render(entry, depth + 1))
         for key, entry in deep.items()
     ]
     return join(parts)
+
+
+def _with_errors(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures joined with their errors and intervals, which stand beside them as NAME_error and NAME_interval."""
+    joined = dict(value)
+    for key, figure in value.items():
+        for part in ("error", "interval"):
+            told = {"value": figure, part: value.get(f"{key}_{part}")}
+            if _estimate(told) not in (None, _estimate({"value": figure})):
+                joined[key] = told
+                del joined[f"{key}_{part}"]
+    return joined
 
 
 def _words(key: object) -> str:
@@ -101,7 +121,7 @@ def _estimate(value: object) -> str | None:
     if center is None or (error is None and ends is None and "value" not in value):
         return None
     if ends:
-        return f"{_figure(center)} ({_figure(ends[0])} to {_figure(ends[1])})"
+        return f"{_figure(center)} ({_figure(ends[0])}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{_figure(ends[1])})"
     return _figure(center) + (f" \N{PLUS-MINUS SIGN} {_figure(error)}" if error is not None else "")
 
 
@@ -117,6 +137,13 @@ def _is_table(value: Sequence[Any]) -> bool:
     return not any(map(_is_leaf, value)) and bool(set.intersection(*(set(row) for row in value)))
 
 
+def _are_alike(value: Sequence[Any]) -> bool:
+    """Whether these are several tables of the same figures, to stand side by side."""
+    if not 1 < len(value) <= MOST_RECORDS or not all(isinstance(entry, Mapping) for entry in value):
+        return False
+    return all(entry.keys() == value[0].keys() for entry in value) and any(map(_is_leaf, value[0].values()))
+
+
 def _is_grid(value: Sequence[Any]) -> bool:
     rows = [row for row in value if isinstance(row, list) and row and all(map(_is_number, row))]
     return len(rows) == len(value) > 1 and len({len(row) for row in rows}) == 1
@@ -130,9 +157,13 @@ def _leaf(value: object) -> Html:
         return join(map(_leaf, value), ", ")
     if is_digest(value):
         return el("code", {"title": str(value)}, short(value))
+    return join([_plain(value)])
+
+
+def _plain(value: object) -> object:
     if _is_number(value):
-        return join([_figure(value)])  # type: ignore[arg-type]
-    return join([NAMES[value] if value is None or isinstance(value, bool) else value])
+        return _figure(value)  # type: ignore[arg-type]
+    return NAMES[value] if value is None or isinstance(value, bool) else value
 
 
 def _figure(value: float) -> str:
@@ -161,13 +192,15 @@ def _table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Html:
     return _wide(el("table", None, el("thead", None, head), el("tbody", None, *body)), _more(rows))
 
 
-def _records(records: Sequence[Mapping[str, Any]], depth: int) -> Html:
-    """A column for each record, a row for each figure; headed by the first plain figure that tells them apart."""
+def _records(records: Sequence[Mapping[str, Any]], depth: int, told: Sequence[str] = ()) -> Html:
+    """A column for each record, a row for each figure; else headed by the first plain one that tells them apart."""
     columns = [dict(_figures(record)) for record in records]
     names = list(dict.fromkeys(name for column in columns for name in column))
     plain = [name for name in names if all(isinstance(column.get(name), Scalar) for column in columns)]
-    head = next((name for name in plain if len({str(column[name]) for column in columns}) == len(columns)), None)
-    told = [f"{_words(head)} {column[head]}" if head else str(place) for place, column in enumerate(columns, 1)]
+    apart = [name for name in plain if len({str(column[name]) for column in columns}) == len(columns)]
+    head = apart[0] if apart and not told else None
+    if not told:
+        told = [f"{_words(head)} {_plain(column[head])}" if head else str(n) for n, column in enumerate(columns, 1)]
     rows = []
     for name in names:
         if name != head:
@@ -187,7 +220,7 @@ def _records(records: Sequence[Mapping[str, Any]], depth: int) -> Html:
 def _figures(record: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
     """Figures by name, those of tables within by the names of both."""
     found: list[tuple[str, Any]] = []
-    for name, value in record.items():
+    for name, value in _with_errors(record).items():
         if isinstance(value, Mapping) and _estimate(value) is None:
             found += _figures(value, f"{before}{name} ")
         else:
@@ -199,8 +232,8 @@ def _wide(table: Html, after: Html) -> Html:
     return el("div", {"class": "wide"}, table, after)
 
 
-def _more(rows: Sequence[Any]) -> Html:
-    rest = len(rows) - MOST_ROWS
+def _more(rows: Sequence[Any], shown: int = MOST_ROWS) -> Html:
+    rest = len(rows) - shown
     return el("p", {"class": "faint"}, f"and {rest:,} more, which are not shown") if rest > 0 else Html()
 
 
@@ -221,7 +254,7 @@ def _series(values: Sequence[float]) -> Html:
 
 
 def _heat(rows: Sequence[Sequence[float]]) -> Html:
-    """A grid of numbers, the larger the darker."""
+    """A grid of numbers, the larger the stronger."""
     step = max(1, -(-max(len(rows), len(rows[0])) // MOST_CELLS))
     shown = [row[::step] for row in rows[::step]]
     finite = [value for row in shown for value in row if math.isfinite(value)] or [0.0]
@@ -238,7 +271,7 @@ def _heat(rows: Sequence[Sequence[float]]) -> Html:
     ]  # fmt: skip
     wide, tall = side * len(shown[0]), side * len(shown)
     svg = el("svg", {"viewBox": f"0 0 {wide} {tall}", "class": "heat", "width": wide, "height": tall}, *cells)
-    told = f"{len(rows)} by {len(rows[0])}, {number(low)} (pale) to {number(high)} (dark)"
+    told = f"{len(rows)} by {len(rows[0])}, {number(low)} (faint) to {number(high)} (strong)"
     if step > 1:
         told += f"; every {step}. row and column"
     return join([svg, el("p", {"class": "faint"}, told)])

@@ -8,7 +8,6 @@ Shapes: B batch, S side in pixels, M pictures of TEST, V views, D features, P pa
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,17 +18,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dalle_cli import console
-from dalle_cli.artifacts import open_artifact
-from dalle_cli.artifacts.container import SHARDS
 from dalle_cli.data.augment import Pixels, center
-from dalle_cli.data.datasets import open_dataset
 from dalle_cli.data.loader import Pictures, sequential
 from dalle_cli.data.sheet import sheet
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation import likeness
 from dalle_cli.evaluation.features import Features
 from dalle_cli.evaluation.neighbors import Candidates, Ints, Nearest
-from dalle_cli.evaluation.sides import Stored
 from dalle_cli.models.pixels import from_uint8
 
 PAIRS = 64  # compared at once
@@ -113,20 +108,6 @@ class Pair(NamedTuple):
     test: int
     train: int
     similarity: float
-
-
-def open_pictures(source: str) -> tuple[Pictures, str]:
-    """The pictures of a data set or of an `images` artifact, and the digest of it.
-
-    Raises:
-        DalleError: nothing there, or neither of them.
-    """
-    path = Path(source)
-    if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob(SHARDS))):
-        artifact = open_artifact(path, "images")
-        return Stored(artifact), artifact.digest
-    data = open_dataset(source, need_captions=False)
-    return data, data.digest
 
 
 @dataclass(frozen=True)
@@ -253,7 +234,8 @@ class Overlap:
         names = [f"{test.ids[pair.test]}, {train.ids[pair.train]}" for pair in pairs]
         scores = [pair.similarity for pair in pairs]
         groups = [0] * len(above) + [1] * len(below)
-        title = f"TEST, TRAIN: {len(above)} pairs from the threshold {self.threshold:g} on, then {len(below)} below it"
+        counts = f"{len(above) or 'no'} pairs from the threshold {self.threshold:g} on, {len(below) or 'none'} below it"
+        title = f"TEST beside TRAIN: {counts}"
         return sheet(pictures, names, scores, columns=4, title=title, groups=groups)
 
 

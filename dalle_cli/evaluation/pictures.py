@@ -3,7 +3,7 @@
 Shapes: N M rows of the two sides, D features, k pictures to choose among.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -53,6 +53,8 @@ class Comparison:
     def __init__(self, sides: tuple[Side, Side], features: Features, clip: ClipFeatures | None, run: Pass, s: Settings):
         self.features, self.clip, self.run, self.settings = features, clip, run, s
         self.sides = dict(zip((GENERATED, REFERENCE), sides, strict=True))
+        if "frechet" in (s.scores or SCORES):  # before a long pass
+            _check_enough({side.name: len(side.rows) for side in sides}, features.width + 1, _covariance(features))
         self.found = {name: collect(side, run) for name, side in self.sides.items()}
         self.manifolds: dict[float, tuple[Any, Any]] = {}  # both of precision and recall come from one piece of work
         first = {name: found[features.name, run.radii[0]] for name, found in self.found.items()}
@@ -142,18 +144,28 @@ def _both(c: Comparison, radius: float) -> tuple[Rows, Rows]:
 def _need(c: Comparison, radius: float, fewest: int, what: str) -> tuple[Rows, Rows]:
     """Both sides' rows. Raises: DalleError if one has too few."""
     generated, real = _both(c, radius)
-    for name, rows in ((GENERATED, generated), (REFERENCE, real)):
-        if len(rows) < fewest:
+    _check_enough({GENERATED: len(generated), REFERENCE: len(real)}, fewest, what)
+    return generated, real
+
+
+def _check_enough(counts: Mapping[str, int], fewest: int, what: str) -> None:
+    """Raises: DalleError if a side has too few pictures."""
+    for name, count in counts.items():
+        if count < fewest:
             raise DalleError(
-                f"expected at least {fewest} pictures on each side for {what}, found {len(rows)} {name}; "
+                f"expected at least {fewest} pictures on each side for {what}, found {count} {name}; "
                 "give more, features of fewer dimensions, or leave it out with --scores"
             )
-    return generated, real
+
+
+def _covariance(features: Features) -> str:
+    """What more pictures than features are needed for."""
+    return f"the covariance of {features.width} features of {features.name}"
 
 
 def _frechet(c: Comparison, radius: float) -> Score:
     width = c.features.width
-    generated, real = _need(c, radius, width + 1, f"the covariance of {width} features of {c.features.name}")
+    generated, real = _need(c, radius, width + 1, _covariance(c.features))
     value = between(Moments.of(generated.blocks(), width), Moments.of(real.blocks(), width))
     interval = bootstrap.of_frechet(value, generated, real, c.settings.replicates, c.settings.seed)
     return {"called": title(c.features), **interval}
@@ -195,7 +207,7 @@ def _inception(c: Comparison, radius: float) -> Score:
 
 def _clip(c: Comparison, radius: float) -> Score:
     if c.clip is None:
-        raise Missing("no CLIP (-m)")
+        raise Missing("no CLIP with its tokenizer (-m)")
     if not any(c.texts):
         raise Missing("generated pictures without captions")
     artifact, rows, own = c.captions

@@ -18,6 +18,7 @@ from dalle_cli.evaluation.markup import Html, count, duration, el, join, number,
 GENERATOR = "dalle report"
 HERE = Path(__file__).parent
 MOST_FIGURES = 3  # of held-out data, in the table of models
+MOST_LINES = 60  # of a text
 ABSENT = {
     "Models": "No weights. The train- stages write them.",
     "Curves": "No log of a training (a metrics.jsonl in the .run folder beside weights).",
@@ -187,7 +188,9 @@ def _scores(found: Findings, beside: set[Path], links: Mapping[str, str]) -> Htm
             el("div", {"class": "panel-box"}, _score(value, links), *own),
         ]
     for name, told in found.texts:
-        parts += [el("h3", None, name), el("pre", {"class": "panel-box"}, told)]
+        lines = told.splitlines()
+        rest = f"\n... and {len(lines) - MOST_LINES:,} lines more" if len(lines) > MOST_LINES else ""
+        parts += [el("h3", None, name), el("pre", {"class": "panel-box"}, "\n".join(lines[:MOST_LINES]) + rest)]
     return join(parts)
 
 

@@ -79,7 +79,8 @@ def open_side(name: str, source: str, limit: int | None = None) -> Side:
     Raises:
         DalleError: nothing there, or neither pictures nor a data set.
     """
-    if artifact := _artifact(source):
+    artifact = stored_images(source)
+    if artifact is not None:  # whose length is its rows
         stored = Stored(artifact)
         texts = artifact.strings("text") if "text" in artifact else None
         known = {} if texts is None else {own: (text,) for own, text in zip(stored.ids, texts, strict=True)}
@@ -92,7 +93,25 @@ def open_side(name: str, source: str, limit: int | None = None) -> Side:
     return Side(name, data, _rows(len(data), limit), captions, data.digest)
 
 
-def _artifact(source: str) -> Artifact | None:
+def open_pictures(source: str) -> tuple[Pictures, str]:
+    """The pictures of a data set or of an `images` artifact, and the digest of it.
+
+    Raises:
+        DalleError: nothing there, or neither of them.
+    """
+    artifact = stored_images(source)
+    if artifact is not None:
+        return Stored(artifact), artifact.digest
+    data = open_dataset(source, need_captions=False)
+    return data, data.digest
+
+
+def stored_images(source: str) -> Artifact | None:
+    """The `images` artifact that a path names; None where it names something that can only be a data set.
+
+    Raises:
+        DalleError: another artifact.
+    """
     path = Path(source)
     if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob(SHARDS))):
         return open_artifact(path, "images")

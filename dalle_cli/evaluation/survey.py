@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from dalle_cli import console
 from dalle_cli.artifacts import Artifact, digest_bytes
-from dalle_cli.artifacts.container import replace_file
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation import html
+from dalle_cli.evaluation.plain import check_ours, json_fact, write_text
 
 QUESTIONS = {"realistic": "Which picture is more realistic?", "matches": "Which picture matches the caption better?"}
 GENERATOR = "dalle survey"
@@ -76,11 +76,13 @@ def pair(a: Artifact, b: Artifact, prompts: Sequence[str] | None = None) -> list
         for side, rows in zip((a, b), first, strict=True):
             if missing := [prompt for prompt in wanted if prompt not in rows]:
                 rest = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
-                raise DalleError(f"expected pictures of all prompts, found none of {missing[0]!r}{rest} in {side.path}")
+                found = f"none of {missing[0]!r}{rest} in {side.path}"
+                raise DalleError(f"expected pictures of all prompts, found {found}; draw them, or mend --prompts")
     else:
         wanted = [caption for caption in first[0] if caption in first[1]]
     if not wanted:
-        raise DalleError(f"expected captions that both have, found none in common of {a.path} and {b.path}")
+        found = f"none in common of {a.path} and {b.path}"
+        raise DalleError(f"expected captions that both have, found {found}; draw both from the same prompts")
     return [Pair(caption, first[0][caption], first[1][caption]) for caption in wanted]
 
 
@@ -101,7 +103,8 @@ def digest(a: Artifact, b: Artifact, pairs: Sequence[Pair], seed: int) -> str:
         DalleError: A and B are the same.
     """
     if a.digest == b.digest:
-        raise DalleError(f"expected two sets of pictures to compare, found the same in {a.path} and {b.path}")
+        found = f"the same in {a.path} and {b.path}"
+        raise DalleError(f"expected two sets of pictures to compare, found {found}; give another as B")
     facts = [VERSION, a.digest, b.digest, [[p.caption, p.a, p.b] for p in pairs], seed]
     return digest_bytes(json.dumps(facts).encode())
 
@@ -148,8 +151,8 @@ def read_ballot(path: Path) -> Ballot:
             raise ValueError(f"version {value['version']!r}")
         ballot = _ballot(path, value)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        found = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or str(error)
-        raise DalleError(f"expected votes that a survey's page saved, found {found} in {path}") from None
+        said = f"expected votes that a survey's page saved, found {_fault(error)} in {path}"
+        raise DalleError(f"{said}; save them anew, or leave it out") from None
     if not ballot.votes:
         raise DalleError(f"expected votes, found none in {path}; leave it out")
     for number, vote in enumerate(ballot.votes):
@@ -158,9 +161,21 @@ def read_ballot(path: Path) -> Ballot:
     return ballot
 
 
+def _fault(error: Exception) -> str:
+    """What is wrong with a file of votes, in words."""
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, RecursionError)):
+        return "what is no JSON"
+    if isinstance(error, (KeyError, TypeError)):
+        return f"no {error}" if isinstance(error, KeyError) else "malformed facts"
+    return error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+
+
 def _ballot(path: Path, value: dict[str, Any]) -> Ballot:
-    survey, rater, (a, b) = value["survey"], value["rater"], value["inputs"]
+    survey, rater, inputs = value["survey"], value["rater"], value["inputs"]
     captions, wanted = value["captions"], value["wanted"]
+    if not isinstance(inputs, list) or len(inputs) != 2:
+        raise ValueError("malformed facts")
+    a, b = inputs
     texts, numbers = (survey, rater, a, b), (captions, wanted)
     if not all(isinstance(x, str) for x in texts) or not all(type(x) is int and x > 0 for x in numbers):
         raise ValueError("malformed facts")
@@ -293,32 +308,15 @@ def agree(counts: NDArray[np.int64]) -> tuple[float | None, float | None]:
     return 1 - differ, 1 - differ / by_chance if by_chance else None
 
 
-def save_page(path: Path, text: str) -> None:
-    """Write a page, atomically."""
-    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
-
-
 def check_tally(path: Path, force: bool) -> None:
     """Refuse to replace anything but an earlier tally, unless forced.
 
     Raises:
         DalleError: something else lies at `path`.
     """
-    if path.is_dir():
-        raise DalleError(f"expected to write the file {path}, found a folder there; choose another -o")
-    if force or not path.exists():
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or found.get("format") != TALLY:
-        raise DalleError(
-            f"expected to write a tally to {path}, found something else; choose another -o or give --force"
-        )
+    check_ours(path, "a tally", lambda path: json_fact(path, "format") == TALLY, force)
 
 
 def save_tally(path: Path, value: dict[str, Any]) -> None:
     """Write a tally as JSON, atomically."""
-    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
-    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")

@@ -32,16 +32,20 @@ def _cell(score: Mapping[str, Any]) -> str:
 
 
 def plain_rows(scores: Mapping[str, Any], before: str = "") -> list[list[str]]:
-    """A row a number, whatever tables it lies in; lists are left to the file."""
+    """A row a figure, with its error, whatever tables it lies in; lists are left to the file."""
     rows: list[list[str]] = []
     for name, value in scores.items():
-        words = f"{before}{name.replace('_', ' ')}"
+        words, error = f"{before}{name.replace('_', ' ')}", scores.get(f"{name}_error")
         if isinstance(value, Mapping):
             rows += plain_rows(value, f"{words}: ")
+        elif isinstance(value, bool):
+            rows.append([words, "yes" if value else "no"])
+        elif name.endswith("_error") and name.removesuffix("_error") in scores:
+            continue
         elif isinstance(value, float):
-            rows.append([words, f"{value:.4g}"])
+            rows.append([words, f"{value:.4g}" + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.2g}")])
         elif isinstance(value, (str, int)):
-            rows.append([words, str(value)])
+            rows.append([words, f"{value:,}" if isinstance(value, int) else value])
     return rows
 
 

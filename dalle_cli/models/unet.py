@@ -229,8 +229,8 @@ class UNet(nn.Module):
         anywhere = bool(config.attention)  # then at the smallest size, too
         self.middle = nn.ModuleList(Block(config, last, last, context, attend) for attend in (anywhere, False))
         self.up = self._way_up(attends, context, made)
-        self.norm_out = nn.GroupNorm(config.groups, config.width, eps=EPS)
-        self.conv_out = nn.Conv2d(config.width, config.out_channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(config.groups, config.widths[0], eps=EPS)
+        self.conv_out = nn.Conv2d(config.widths[0], config.out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         assert self.conv_out.bias is not None
         nn.init.zeros_(self.conv_out.bias)

@@ -5,14 +5,19 @@ Rows are those of a batch. Bytes are of one device, times of all devices togethe
 
 import bisect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import flop_registry
 
 from dalle_cli import config as recipes
+from dalle_cli.models import embeddings, unet
+from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.dvae import DVAEConfig
 from dalle_cli.training.blocks import blocks
 from dalle_cli.training.dvae import DVAETrain
@@ -20,6 +25,7 @@ from dalle_cli.training.machines import Machine, Rate
 from dalle_cli.training.optim import optimizers
 from dalle_cli.training.rehearsal import Rehearsal, rehearse
 from dalle_cli.training.standin import Subject, caption_sizes, prior_config
+from dalle_cli.training.subjects import conditions
 
 REHEARSED = 32  # rows of a batch; what a larger one takes follows from that
 MOST_DEVICES = 1 << 20
@@ -29,11 +35,17 @@ SLACK_CPU, SLACK_GPU = 0.3, 0.1
 PARTS = (  # of a parameter's name, the first that occurs in it; a dVAE's are the halves of the network
     ("encoder", ("encoder.",)),
     ("decoder", ("decoder.",)),
+    ("text transformer", ("text.",)),
     ("norms", ("norm", "layrnorm")),
     ("attention", ("attn", "attention", "qkv")),
     ("MLP", ("mlp",)),
     ("heads", ("head", "projection", "logit_")),
+    ("convolutions", ("conv", "shortcut")),
+    ("timestep", ("time", "low_level")),
 )
+for way in ("", "_backward"):  # whose operations torch does not count
+    fused = flop_registry[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{way}")]
+    flop_registry.setdefault(getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{way}"), fused)
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,19 @@ def count_parts(model: nn.Module) -> dict[str, int]:
     return {part: n for part, n in counts.items() if n}
 
 
+@contextmanager
+def _attention(accelerator: bool) -> Iterator[None]:
+    """On a GPU, attention in the models of DALL-E 2 is one fused kernel, as in those that rehearsals know by name."""
+    fused = torch.ops.aten._scaled_dot_product_efficient_attention
+    ways: dict[str, Any] = {"batched_attention": lambda q, k, v, _: fused(q, k, v, None, True)[0]}
+    ways |= {"trains_on_cpu": lambda q: True}
+    with ExitStack() as stack:
+        for module, name in product((embeddings, unet) if accelerator else (), ways):
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, ways[name])
+        yield
+
+
 class Needs:
     """What a model's update needs on a machine, by rows and settings; each combination is rehearsed once."""
 
@@ -109,7 +134,8 @@ class Needs:
         key = rows, recompute, parts
         if key not in self.rehearsed:
             train = replace(self.subject.train, batch_size=rows, checkpoint_activations=recompute, accumulate=parts)
-            self.rehearsed[key] = rehearse(self.subject, train, self.machine.dtype, self.machine.accelerator)
+            with _attention(self.machine.accelerator):
+                self.rehearsed[key] = rehearse(self.subject, train, self.machine.dtype, self.machine.accelerator)
         return self.rehearsed[key]
 
     def whole(self, rows: int, parts: int = 1) -> Memory:
@@ -221,7 +247,7 @@ def _enough(needs: Needs, recompute: bool, split: bool) -> int | None:
 
 
 def data(table: Mapping[str, Any], pairs: int) -> dict[str, int]:
-    """Bytes of so many pairs' captions and codes, as the stages store them; ids and text come on top."""
+    """Bytes of so many pairs as the stages store them: captions, codes, z_i and z_t; ids and text come on top."""
     found = {}
     if "tokenizer" in table or "prior" in table:
         sizes = caption_sizes(table) if "tokenizer" in table else vars(prior_config(table))
@@ -233,6 +259,9 @@ def data(table: Mapping[str, Any], pairs: int) -> dict[str, int]:
         else:
             n_vocab, grid = prior_config(table).n_image_vocab, prior_config(table).grid
         found["codes"] = pairs * grid**2 * _width(n_vocab)
+    if both := [name for name in ("embedding_prior", "decoder") if name in table]:  # z_t is the prior's
+        width = conditions(table).get("n_embedding", DecoderConfig.n_embedding)
+        found["embeddings"] = pairs * 4 * width * (1 + ("embedding_prior" in both))
     return found
 
 

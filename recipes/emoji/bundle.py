@@ -8,6 +8,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dalle_cli import bundle, card
@@ -37,7 +38,7 @@ def make(model: Path, out: Path) -> int:
     text = card.write(text, REPOSITORY, weights, card.read_scores(HERE), None)
     out.mkdir(parents=True, exist_ok=True)
     for part in (*parts, HERE / "NOTICE"):
-        replace_file(out / part.name, lambda new, part=part: shutil.copyfile(part, new))
+        replace_file(out / part.name, partial(shutil.copyfile, part))
     replace_file(out / card.CARD, lambda new: new.write_text(text, encoding="utf-8"))
     return size
 

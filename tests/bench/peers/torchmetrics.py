@@ -3,9 +3,12 @@
 B batch, N pictures, S their side in pixels, D features.
 """
 
+import sys
 import tempfile
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -41,8 +44,18 @@ class Given(nn.Module):
         return rows
 
 
+def bare_fidelity() -> None:
+    """Keep torchmetrics from running torch-fidelity's own __init__, which wants torchvision; nothing of it is used."""
+    if "torch_fidelity" in sys.modules or (spec := find_spec("torch_fidelity")) is None:
+        return
+    package = ModuleType("torch_fidelity")
+    package.__path__ = list(spec.submodule_search_locations or [])
+    sys.modules["torch_fidelity"] = package
+
+
 def metric(network: nn.Module) -> Any:
     """FrechetInceptionDistance over a network's features."""
+    bare_fidelity()
     return import_module("torchmetrics.image.fid").FrechetInceptionDistance(feature=network)
 
 
