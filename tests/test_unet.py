@@ -60,7 +60,11 @@ def test_attention_over_more_keys_than_queries():
 
 
 @pytest.mark.parametrize("resample_blocks", [True, False])
-@pytest.mark.parametrize("more", [{}, {"multipliers": (1, 1, 2), "attention": (4, 2), "depth": 2}], ids=["", "three"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"multipliers": (1, 1, 2), "attention": (4, 2), "depth": 2}, {"multipliers": (2, 3)}],
+    ids=["", "three", "wide"],
+)
 def test_unet(resample_blocks, more):
     c = config(resample_blocks=resample_blocks, **more)
     unet = randomized(UNet(c, 3, K)).double()

@@ -297,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--features", required=True, help="the file of the step `features`, or what dalle evaluate takes")
     drawn(made)
     made = step("classifier", train_classifier, "train", "test", "out")
-    made.add_argument("--epochs", type=int, default=16, help="(%(default)s)")
+    made.add_argument("--epochs", type=int, default=20, help="(%(default)s)")
     drawn(step("style", judge_style, "images", "list", "net"))
     made = step("bits", count_bits, "tar")
     made.add_argument("-m", "--model", help="a bundle with dVAE and prior; the shipped one if left out")

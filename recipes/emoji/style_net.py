@@ -24,7 +24,7 @@ WIDTHS = (32, 64, 128)
 GROUPS = 8
 BATCH = 64
 PEAK = 2e-3
-SHIFT = 4  # pixels
+SHIFT = 1  # pixels: how a style fills its square is part of it
 
 
 class Residual(nn.Module):
@@ -72,7 +72,7 @@ def numbers(entries: Sequence[Entry]) -> Tensor:
 
 
 def augment(images: Tensor, g: torch.Generator) -> Tensor:
-    """Shift, turn round, blur and add noise, so that neither place nor sharpness tells the style.
+    """Shift, turn round, blur and add noise, so that sharpness alone does not tell the style.
 
     (B, 3, S, S) -> the same.
     """
@@ -81,7 +81,7 @@ def augment(images: Tensor, g: torch.Generator) -> Tensor:
     def some(share: float) -> Tensor:
         return torch.rand(n, 1, 1, 1, generator=g) < share
 
-    size = 1 + 0.15 * (2 * torch.rand(n, generator=g) - 1)
+    size = 1 + 0.03 * (2 * torch.rand(n, generator=g) - 1)
     mirror = torch.where(torch.rand(n, generator=g) < 0.5, -1.0, 1.0)
     moves = (2 * torch.rand(n, 2, generator=g) - 1) * 2 * SHIFT / images.shape[-1]
     zero = torch.zeros(n)

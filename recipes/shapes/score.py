@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import permutations, product
+from itertools import combinations, permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -114,13 +114,23 @@ def _measure(mask: np.ndarray, color: str) -> Object:
     return Object(Thing(size, color, shape), center_x / scenes.CELLS, center_y / scenes.CELLS, fit)
 
 
-def find_objects(picture: np.ndarray) -> list[Object]:
-    """The objects of a picture: (H, W, 3) uint8 -> objects, those that resemble no shape included (see `fit`)."""
+def _cells(picture: np.ndarray) -> np.ndarray:
+    """The picture's cells, each a mean color: (H, W, 3) uint8 -> (CELLS, CELLS, 3) float32."""
     size = (scenes.CELLS, scenes.CELLS)
-    cells = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX)).astype(np.float32)
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX)).astype(np.float32)
+
+
+def find_ground(cells: np.ndarray) -> int:
+    """Which of the backgrounds is that of `_cells`."""
     border = np.concatenate([cells[0], cells[-1], cells[1:-1, 0], cells[1:-1, -1]])
     background = np.array(scenes.BACKGROUNDS, np.float32)
-    ground = background[((background - np.median(border, axis=0)) ** 2).sum(1).argmin()]
+    return int(((background - np.median(border, axis=0)) ** 2).sum(1).argmin())
+
+
+def find_objects(picture: np.ndarray) -> list[Object]:
+    """The objects of a picture: (H, W, 3) uint8 -> objects, those that resemble no shape included (see `fit`)."""
+    cells = _cells(picture)
+    ground = np.array(scenes.BACKGROUNDS[find_ground(cells)], np.float32)
     # Each cell is a color's mixture with the background: the nearest one; an object's, if it is more than half color.
     excess, ink = cells - ground, PALETTE - ground
     share = np.clip((excess @ ink.T) / (ink * ink).sum(1), 0, 1)
@@ -201,6 +211,25 @@ def chance(captions: Sequence[str]) -> float:
     return sum(n * (n - 1) for n in counts.values()) / (len(captions) * (len(captions) - 1))
 
 
+def spread(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float]:
+    """How pictures of one caption differ in what it leaves open, over all pairs of those that agree with it.
+
+    `places` is the mean distance of an object's places in cells, `grounds` the share of pairs whose backgrounds differ,
+    `pairs` how many there are.
+    """
+    found: dict[str, list[tuple[np.ndarray, int]]] = {}
+    for picture, caption in zip(pictures, captions, strict=True):
+        if matches(picture, caption):
+            at = {o.thing: (o.x, o.y) for o in find_objects(picture)}
+            places = np.array([at[thing] for thing in parse_caption(caption).things]) * scenes.CELLS
+            found.setdefault(caption, []).append((places, find_ground(_cells(picture))))
+    pairs = [pair for same in found.values() for pair in combinations(same, 2)]
+    distances = [np.linalg.norm(a - b, axis=1).mean() for (a, _), (b, _) in pairs]
+    differ = [a != b for (_, a), (_, b) in pairs]
+    mean = {"places": distances, "grounds": differ}
+    return {"pairs": float(len(pairs))} | {name: float(np.mean(v)) if v else 0.0 for name, v in mean.items()}
+
+
 # Self-check and command line
 
 
@@ -232,26 +261,36 @@ def self_check(count: int, seed: int, width: int) -> dict[str, float]:
     return result
 
 
-def _read(path: Path) -> tuple[list[np.ndarray], list[str]]:
-    """Pictures and captions of an `images` artifact or of a tar that scenes.py wrote."""
+def _members(path: Path) -> dict[str, bytes]:
+    """The files of a tar that scenes.py wrote, by name."""
+    with tarfile.open(path) as tar:
+        return {m.name: stream.read() for m in tar if (stream := tar.extractfile(m)) is not None}
+
+
+def _read(path: Path, captions: Path | None = None) -> tuple[list[np.ndarray], list[str]]:
+    """Pictures and captions of an `images` artifact or of a tar; those of `captions`, a tar, are told by the ids."""
     if path.suffix == ".tar":
-        with tarfile.open(path) as tar:
-            files = {m.name: stream.read() for m in tar if (stream := tar.extractfile(m)) is not None}
+        files = _members(path)
         names = [n for n in sorted(files) if n.endswith(".png")]
         pictures = [np.asarray(Image.open(io.BytesIO(files[n])).convert("RGB")) for n in names]
         return pictures, [files[n[:-4] + ".txt"].decode().strip() for n in names]
     from dalle_cli.artifacts import open_artifact
 
     artifact = open_artifact(path)
-    images, text = artifact.array("images"), artifact.strings("text")
-    return [np.asarray(images[i]).transpose(1, 2, 0) for i in range(len(images))], [text[i] for i in range(len(images))]
+    images = artifact.array("images")
+    pictures = [np.asarray(images[i]).transpose(1, 2, 0) for i in range(len(images))]
+    if captions is None:
+        return pictures, list(artifact.strings("text"))
+    files = _members(captions)
+    return pictures, [files[f"{name}.txt"].decode().strip() for name in artifact.strings("ids")]
 
 
 def table(sets: list[str]) -> str:
     """Accuracy of every candidate and of the best by CLIP, for NAME=STEM with STEM.images and STEM.best.safetensors."""
-    rows = [f"{'caption accuracy':24}{'prompts':>9}{'one sample':>12}{'best of':>9}{'reranked':>10}"]
-    for entry in sets:
-        name, _, stem = entry.partition("=")
+    named = [entry.partition("=")[::2] for entry in sets]
+    wide = max(24, *(len(name) + len(", two objects") + 2 for name, _ in named))
+    rows = [f"{'caption accuracy':{wide}}{'prompts':>9}{'one sample':>12}{'best of':>9}{'reranked':>10}"]
+    for name, stem in named:
         drawn, best = (_read(Path(f"{stem}.{kind}.safetensors")) for kind in ("images", "best"))
         for label, count in (("", None), (", one object", 1), (", two objects", 2)):
             every, picked = (
@@ -260,7 +299,21 @@ def table(sets: list[str]) -> str:
             )
             if picked:
                 n, each = len(picked), len(every) // len(picked)
-                rows.append(f"{name + label:24}{n:9}{np.mean(every):12.1%}{each:9}{np.mean(picked):10.1%}")
+                rows.append(f"{name + label:{wide}}{n:9}{np.mean(every):12.1%}{each:9}{np.mean(picked):10.1%}")
+    return "\n".join(rows)
+
+
+def spread_table(sets: list[str], seed: int = 0) -> str:
+    """Accuracy of one sample and spread of the right ones, for NAME=IMAGES; last the same of freshly drawn truth."""
+    drawn = [(name, *_read(Path(path))) for name, _, path in (entry.partition("=") for entry in sets)]
+    captions = drawn[-1][2]
+    truth = [scenes.draw(parse_caption(c), np.random.default_rng([seed, i])) for i, c in enumerate(captions)]
+    wide = max(24, *(len(name) + 2 for name, _, _ in drawn))
+    rows = [f"{'':{wide}}{'pictures':>9}{'accuracy':>10}{'places apart':>14}{'other ground':>14}"]
+    for name, pictures, texts in [*drawn, ("truth", truth, captions)]:
+        right, apart = np.mean([matches(p, c) for p, c in zip(pictures, texts, strict=True)]), spread(pictures, texts)
+        told = f"{apart['places']:8.2f} cells{apart['grounds']:14.1%}"
+        rows.append(f"{name:{wide}}{len(texts):9}{right:10.1%}{told}")
     return "\n".join(rows)
 
 
@@ -274,13 +327,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the self-check (%(default)s)")
     parser.add_argument("--size", type=int, default=32, choices=(32, 48, 64), help="of the self-check (%(default)s)")
     parser.add_argument("--table", nargs="+", metavar="NAME=STEM", help="compare all candidates with the best of each")
+    parser.add_argument("--spread", nargs="+", metavar="NAME=IMAGES", help="how samples of one caption differ")
+    parser.add_argument("--captions", type=Path, metavar="TAR", help="of which IMAGES are, where these have none")
     args = parser.parse_args()
-    if args.table:
-        print(table(args.table))
+    if args.table or args.spread:
+        print(table(args.table) if args.table else spread_table(args.spread, args.seed))
         return
     if not args.self_check and args.images is None:
         parser.error("name an artifact of images, or give --self-check")
-    result = self_check(args.count, args.seed, args.size) if args.self_check else score(*_read(args.images))
+    result = (
+        self_check(args.count, args.seed, args.size) if args.self_check else score(*_read(args.images, args.captions))
+    )
     if args.json:
         print(json.dumps(result))
         return
