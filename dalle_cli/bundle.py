@@ -9,7 +9,7 @@ from dalle_cli.artifacts.container import read_header
 from dalle_cli.errors import DalleError
 
 SHIPPED = Path(__file__).parent / "bundles"
-DEFAULT = "emoji"
+DEFAULTS = ("emoji", "shapes")  # of which the first that is shipped is what no -m means
 UPSAMPLER = "weights.upsampler"
 
 
@@ -20,8 +20,9 @@ def locate(model: str | None) -> Path:
         DalleError: nothing there.
     """
     if model is None:
-        if (SHIPPED / DEFAULT).is_dir():
-            return SHIPPED / DEFAULT
+        for name in DEFAULTS:
+            if (SHIPPED / name).is_dir():
+                return SHIPPED / name
         raise DalleError("expected a model, found none; give -m FILE_OR_FOLDER or set DALLE_MODEL")
     if model.startswith(hub.SCHEME):
         return hub.fetch(model).folder

@@ -204,7 +204,7 @@ def test_a_bundle_is_a_folder_a_file_a_shipped_name_or_a_repository(chain, monke
     assert bundle.tokenizer(found) == chain.tokenizer
     monkeypatch.setattr(bundle, "SHIPPED", chain.root)
     assert bundle.locate("model") == chain.model
-    monkeypatch.setattr(bundle, "DEFAULT", "model")
+    monkeypatch.setattr(bundle, "DEFAULTS", ("nothing", "model"))
     assert bundle.locate(None) == chain.model
     monkeypatch.setattr("dalle_cli.hub.fetch", lambda name: {"hf://me/it@v2": Fetched(chain.model, (), "", {})}[name])
     assert bundle.locate("hf://me/it@v2") == chain.model

@@ -1,7 +1,7 @@
 """Put what a recipe has trained into one folder: the bundle that `-m` names and `dalle push` sends.
 
-Run `python recipes/emoji/bundle.py MODEL OUT`, MODEL being the folder with the weights and the tokenizer. The model
-card is card.md with the figures of the files; the notices of the pictures' owners lie beside it.
+Run `python recipes/bundle.py MODEL RECIPE OUT`, MODEL being the folder with the weights and the tokenizer. The model card
+is the recipe's card.md with the figures of the files; its NOTICE, if it has one, lies beside it.
 """
 
 import argparse
@@ -15,13 +15,11 @@ from dalle_cli import bundle, card
 from dalle_cli.artifacts.container import replace_file
 from dalle_cli.errors import DalleError
 
-HERE = Path(__file__).resolve().parent
 PARTS = ("dvae.safetensors", "clip.safetensors", "prior.safetensors", "tokenizer.json")
 MOST = 40_000_000  # bytes: it lies in the package
-REPOSITORY = "dalle/emoji"
 
 
-def make(model: Path, out: Path) -> int:
+def make(model: Path, recipe: Path, out: Path) -> int:
     """Write the bundle and give its size in bytes.
 
     Raises:
@@ -34,10 +32,10 @@ def make(model: Path, out: Path) -> int:
     if size > MOST:
         raise DalleError(f"expected at most {MOST:,} bytes to ship, found {size:,}; save the weights in bfloat16")
     weights = bundle.whole(parts)
-    text = (HERE / "card.md").read_text(encoding="utf-8")
-    text = card.write(text, REPOSITORY, weights, card.read_scores(HERE), None)
+    text = (recipe / "card.md").read_text(encoding="utf-8")
+    text = card.write(text, f"dalle/{recipe.resolve().name}", weights, card.read_scores(recipe), None)
     out.mkdir(parents=True, exist_ok=True)
-    for part in (*parts, HERE / "NOTICE"):
+    for part in (*parts, *recipe.glob("NOTICE")):
         replace_file(out / part.name, partial(shutil.copyfile, part))
     replace_file(out / card.CARD, lambda new: new.write_text(text, encoding="utf-8"))
     return size
@@ -47,10 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 after one line on stderr that says what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("recipe", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args(arguments)
     try:
-        size = make(args.model, args.out)
+        size = make(args.model, args.recipe, args.out)
     except DalleError as error:
         print(f"bundle: error: {error}", file=sys.stderr)
         return 1
