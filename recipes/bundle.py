@@ -1,7 +1,7 @@
 """Put what a recipe has trained into one folder: the bundle that `-m` names and `dalle push` sends.
 
-Run `python recipes/bundle.py MODEL RECIPE OUT`, MODEL being the folder with the weights and the tokenizer. The model card
-is the recipe's card.md with the figures of the files; its NOTICE, if it has one, lies beside it.
+Run `python recipes/bundle.py MODEL RECIPE OUT`, MODEL being the folder with the weights and the tokenizer. The model
+card is the recipe's card.md with the figures of the files; its NOTICE, if it has one, lies beside it.
 """
 
 import argparse
