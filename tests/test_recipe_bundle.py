@@ -1,4 +1,4 @@
-"""The step that puts a recipe's weights into one folder, on the tiny chain; and the folder that comes with the package."""
+"""The step that puts weights into one folder, on the tiny chain; and the folder that comes with the package."""
 
 import importlib
 import json
