@@ -241,7 +241,7 @@ def test_generate_keeps_as_sample_does(chain, tmp_path):
         best = run_ok("rerank", images, "-m", chain.model)
         made = tmp_path / f"{number}.safetensors"
         png = tmp_path / "a.png"
-        run_ok("generate", PROMPT, "-n", 6, "-m", chain.model, "-o", png, "--images", made, *more)
+        run_ok("generate", PROMPT, "-n", 6, "--keep", 0, "-m", chain.model, "-o", png, "--images", made, *more)
         assert strings(made, "ids") == strings(best, "ids")
         np.testing.assert_allclose(array(made, "images").astype(int), array(best, "images").astype(int), atol=1)
         entry = next(entry for entry in open_artifact(made).history if entry["stage"] == "sample")
