@@ -68,6 +68,15 @@ def test_pixels_are_resized_without_antialiasing_and_centered(network):
     torch.testing.assert_close(found[0, 1, 100], expected.float(), rtol=0, atol=1e-5)
 
 
+def test_fused_it_finds_the_same(network):
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        expected = network(images)
+        fused = randomized().fuse()
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fused.modules())
+        torch.testing.assert_close(fused(images), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_the_last_pool_is_a_maximum_and_the_others_leave_padding_out():
     """What tells this network from torchvision's."""
     network = InceptionV3()

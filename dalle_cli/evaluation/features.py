@@ -91,7 +91,7 @@ class InceptionFeatures:
         self.name = f"inception-v3{known}" + (f":{width}" if width < WIDTHS[-1] else "")
         self.network = InceptionV3(width)
         _fill(self.network, _checkpoint(path), path)
-        self.network.to(machine.device).eval().requires_grad_(False)
+        self.network.to(machine.device).fuse()
 
     def __call__(self, images: Tensor) -> Found:
         """(B, 3, S, S) in [0, 1] -> (B, D), (B, 1008)."""

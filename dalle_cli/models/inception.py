@@ -10,6 +10,7 @@ Shapes: B batch, C channels, H W, S image side in pixels; pixels are in [0, 1].
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 SIDE = 299
 CLASSES = 1008
@@ -34,6 +35,11 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
         return F.relu(self.bn(self.conv(x)))
+
+    def fuse(self) -> None:
+        """Let the convolution do what batch norm does, which is then gone."""
+        self.conv = fuse_conv_bn_eval(self.conv, self.bn)
+        self.bn = nn.Identity()  # type: ignore[assignment]
 
 
 def _wide(n_in: int, n_out: int) -> Conv:
@@ -168,6 +174,14 @@ class InceptionV3(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Pictures to features: (B, 3, S, S) in [0, 1] -> (B, width) float32."""
         return self.pooled(self.pixels(images))
+
+    def fuse(self) -> "InceptionV3":
+        """Ready to look at pictures, no longer to be saved or loaded: batch norms fused, channels_last; in place."""
+        self.eval().requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, Conv):
+                module.fuse()
+        return self.to(memory_format=torch.channels_last)  # type: ignore[no-any-return,call-overload]
 
     @staticmethod
     def pixels(images: Tensor) -> Tensor:
