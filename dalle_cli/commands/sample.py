@@ -32,6 +32,8 @@ from dalle_cli.options import (
     Temperature,
     TopK,
     TopP,
+    is_given,
+    refuse,
 )
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def run(
     if source is not None:
         past = _open(ctx, source)
         asked = picture_prompt.again(asked, _entry(past), source)
-        told = {**_entry(past)["options"], **{name: value for name, value in told.items() if _is_given(ctx, name)}}
+        told = {**_entry(past)["options"], **{name: value for name, value in told.items() if is_given(ctx, name)}}
         told = {name: value for name, value in told.items() if name not in ("rows", "keep_rows")}
         wanted, target = _candidates(past, rows), out or beside(source, ".codes.safetensors")
     elif rows is not None:
@@ -102,7 +104,7 @@ def run(
             name = out or after_prompt(texts, prompt_file, ".embeddings.safetensors")
             return _embeddings(ctx, found, drawing.candidates(texts, n), name, model)
         wanted, target = drawing.candidates(texts, n), out or after_prompt(texts, prompt_file, ".codes.safetensors")
-    _refuse(ctx, "a prior over codes", "sampler", "steps")
+    refuse(ctx, "a prior over codes", "sampler", "steps")
     machine = arithmetic(device, str(told.pop("dtype", dtype)))
     weights = bundle.weights(model, "weights.prior.codes")
     if past is not None:
@@ -129,11 +131,11 @@ def _embeddings(
     from dalle_cli.commands import drawing_embeddings as drawing
     from dalle_cli.devices import arithmetic
 
-    _refuse(ctx, "a prior over embeddings", "image", "keep_rows", "mask", "int8", "compiled")
+    refuse(ctx, "a prior over embeddings", "image", "keep_rows", "mask", "int8", "compiled")
     given = ctx.params
     names = ("n", "guidance", "seed", "guidance_from", "guidance_to", "sampler", "steps")
     told = {name: given[name] for name in names}
-    told |= {name: given[name] for name in ("temperature", "top_k", "top_p") if _is_given(ctx, name)}
+    told |= {name: given[name] for name in ("temperature", "top_k", "top_p") if is_given(ctx, name)}
     settings = drawing.EmbeddingSettings(**told)
     check_replaceable(target, "embeddings", given["force"])
     machine = arithmetic(given["device"], given["dtype"])
@@ -141,20 +143,6 @@ def _embeddings(
     drawn = drawing.sample(drawer, given["batch_size"])
     write_artifact(target, "embeddings", drawn.tensors, drawn.config, drawn.history, given["force"])
     console.result(target, prompts=len(drawer.texts), samples=len(wanted))
-
-
-def _refuse(ctx: typer.Context, model: str, *names: str) -> None:
-    """Raises: DalleError if one of these options was given."""
-    from dalle_cli.errors import DalleError
-
-    for name in names:
-        if _is_given(ctx, name):
-            said = f"--{'compile' if name == 'compiled' else name.replace('_', '-')}"
-            raise DalleError(f"expected no {said} for {model}, found one; leave it out")
-
-
-def _is_given(ctx: typer.Context, name: str) -> bool:
-    return getattr(ctx.get_parameter_source(name), "name", "DEFAULT") == "COMMANDLINE"
 
 
 def _open(ctx: typer.Context, source: Path) -> "Artifact":
@@ -167,7 +155,7 @@ def _open(ctx: typer.Context, source: Path) -> "Artifact":
     from dalle_cli.errors import DalleError
 
     unfit = {"prompts": "a prompt", "prompt_file": "--prompts", "n": "-n"}
-    if found := [said for name, said in unfit.items() if _is_given(ctx, name)]:
+    if found := [said for name, said in unfit.items() if is_given(ctx, name)]:
         raise DalleError(f"expected --from alone to say what to draw, found {' and '.join(found)}; pick by --rows")
     past = open_artifact(source, "codes")
     if not all(name in past for name in ("prompt", "seed", "text")) or _entry(past).get("stage") != "sample":

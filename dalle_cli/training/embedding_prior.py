@@ -3,6 +3,7 @@
 B batch, T caption length, D embedding width, N pictures; z_i and z_t are of length 1.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -82,7 +83,7 @@ def measured(pairs: Pairs, places: Ints, scale: float = 0.0) -> Principal:
     return principal
 
 
-class EmbeddingPriorTask:
+class EmbeddingPriorTask(ABC):
     """Captions and embeddings joined by id; each epoch draws one of both of each id anew. One subclass a prior."""
 
     model: DiffusionPrior | EmbeddingPrior
@@ -174,11 +175,13 @@ class EmbeddingPriorTask:
         figures = {"loss_held_out": sum(loss * size for loss, size in losses) / n} if n else {}
         return {**figures, **cosines(torch.cat(drawn), torch.cat(true))} if drawn else figures
 
+    @abstractmethod
     def _loss_held_out(self, model: DiffusionPrior | EmbeddingPrior, read: Read, z_i: Tensor, numbers: range) -> Tensor:
-        raise NotImplementedError
+        """The loss of held-out pairs, of these numbers, always the same: -> ()."""
 
+    @abstractmethod
     def _draw(self, model: DiffusionPrior | EmbeddingPrior, read: Read, numbers: range) -> Tensor:
-        raise NotImplementedError
+        """One embedding of length 1 for each caption: (B, D)."""
 
     def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
         """An embedding is no picture; `decode` makes one of it."""
