@@ -183,7 +183,7 @@ class EmbeddingPriorTask(ABC):
     def _draw(self, model: DiffusionPrior | EmbeddingPrior, read: Read, numbers: range) -> Tensor:
         """One embedding of length 1 for each caption: (B, D)."""
 
-    def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
+    def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:  # noqa: B027  (of the Task, and empty)
         """An embedding is no picture; `decode` makes one of it."""
 
 
