@@ -92,7 +92,7 @@ class Meter:
         """What a row of the log says of it."""
         pace = self.pace()
         memory = {} if pace.memory is None else {"peak_memory": round(pace.memory, 1)}
-        return {"seconds": round(self.seconds, 2), "rate": round(pace.rate, 2), **memory}
+        return {"seconds": round(self.seconds, 3), "rate": round(pace.rate, 2), **memory}
 
 
 class Silent:

@@ -269,7 +269,7 @@ class Trainer:
         figures = self._figures()
         if not self.spread.cut:
             self.group.first(self._sheet)
-        self._write({"step": self.step, "seconds": round(self.meter.seconds, 2), "validation": figures})
+        self._write({"step": self.step, "seconds": round(self.meter.seconds, 3), "validation": figures})
         self._see({"loss": self.validated.take()["loss"], **figures})
         return figures
 
