@@ -1,5 +1,7 @@
 # The DALL-E chain, shared by the recipes. A recipe sets DATA (a data set) and READY (files that say it is there),
-# and may set CONFIG, OUT, N, KEEP and WITHOUT (ids that CLIP and prior are trained without). A stage that finds its work done leaves it alone, so `make` may be repeated.
+# and may set CONFIG, OUT, N, KEEP, WITHOUT (ids that CLIP and prior are trained without), PAIRS (the data set that the
+# prior learns from, if not DATA) and ENCODE (how its pictures are cropped). A stage that finds its work done leaves it
+# alone, so `make` may be repeated.
 
 DALLE ?= dalle
 PY ?= python3
@@ -7,6 +9,7 @@ CONFIG ?= recipe.toml
 OUT ?= build
 SEED ?= 0
 N ?= 16
+PAIRS ?= $(DATA)
 MODEL := $(OUT)/model
 FLAGS := --config $(CONFIG)
 LEAVE = $(if $(WITHOUT),--without $(WITHOUT))
@@ -18,13 +21,13 @@ $(MODEL)/tokenizer.json: $(READY) $(CONFIG)
 	$(DALLE) train-tokenizer $(DATA) $(FLAGS) -o $@
 
 $(OUT)/captions.safetensors: $(MODEL)/tokenizer.json
-	$(DALLE) tokenize $(DATA) -t $< $(FLAGS) -o $@
+	$(DALLE) tokenize '$(PAIRS)' -t $< $(FLAGS) -o $@
 
 $(MODEL)/dvae.safetensors: $(READY) $(CONFIG)
 	$(DALLE) train-dvae $(DATA) $(FLAGS) --seed $(SEED) -o $@
 
 $(OUT)/codes.safetensors: $(MODEL)/dvae.safetensors
-	$(DALLE) encode-images $(DATA) -m $< $(FLAGS) -o $@
+	$(DALLE) encode-images '$(PAIRS)' -m $< $(FLAGS) $(ENCODE) -o $@
 
 $(MODEL)/clip.safetensors: $(MODEL)/tokenizer.json
 	$(DALLE) train-clip $(DATA) -t $< $(FLAGS) $(LEAVE) --seed $(SEED) -o $@

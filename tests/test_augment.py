@@ -101,6 +101,28 @@ def test_center_is_the_middle_and_takes_no_chances():
     np.testing.assert_array_equal(half[0, :, 0], np.rint(np.arange(64) * 2 + 0.5))
 
 
+def test_place_keeps_the_whole_picture_and_fills_with_its_borders_color():
+    """A black frame around white around a red middle, on blue edges: nothing is lost, and what is new is blue."""
+    pixels = np.full((SIZE, SIZE, 3), (0, 0, 255), np.uint8)
+    pixels[8:56, 8:56] = (255, 0, 0)
+    pixels[0, :9] = 255  # less than half of the border
+    tops, sides = set(), set()
+    for out in draws("place", Image.fromarray(pixels)):
+        rows, columns = np.nonzero(out[..., 0] > out[..., 2])
+        inside = rows > 4  # the white piece of the border is red, too
+        side = round((rows[inside].max() - rows[inside].min() + 1) * 64 / 48)
+        assert abs(side - (columns[inside].max() - columns[inside].min() + 1) * 64 / 48) < 2
+        tops.add(int(rows[inside].min()))
+        sides.add(side)
+        assert (out[-1, -1] == (0, 0, 255)).all()
+    assert min(sides) in (59, 60, 61)
+    assert max(sides) == SIZE
+    assert min(tops) in (7, 8)
+    assert max(tops) >= 11
+    shrunk = augment.place(Image.fromarray(pixels), 16, np.random.default_rng(0))
+    assert shrunk.shape == (16, 16, 3)
+
+
 def test_same_generator_same_picture():
     image = coordinates(150, 110)
     for name, function in augment.AUGMENTATIONS.items():
@@ -111,5 +133,5 @@ def test_same_generator_same_picture():
 
 
 def test_unknown_name():
-    with pytest.raises(DalleError, match=r"expected an augmentation of dvae, prior, center, found cutout"):
+    with pytest.raises(DalleError, match=r"expected an augmentation of dvae, prior, place, center, found cutout"):
         augment.by_name("cutout")

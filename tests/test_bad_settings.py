@@ -50,6 +50,7 @@ def test_settings(chain, tmp_path, setting, says):
             ("train-prior", s)
             for s in ("prior.train.bpe_dropout=2", "prior.train.caption_dropout=-1", "prior.n_layer=0")
         ),
+        ("train-prior", "prior.train.code_noise=2"),
         *(("tokenize", s) for s in ("tokenizer.length=0", "tokenizer.length=70000")),
         ("train-tokenizer", "tokenizer.vocab_size=10"),
     ],

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "emoji"
+sys.path.insert(0, str(FOLDER))  # prepare.py imports the file beside it
 spec = importlib.util.spec_from_file_location("emoji_prepare", FOLDER / "prepare.py")
 prepare = importlib.util.module_from_spec(spec)
 sys.modules["emoji_prepare"] = prepare
@@ -101,6 +102,16 @@ def cache(tmp_path_factory):
         source = "google" if style == "noto" else "twitter"
         members = {f"package/img/{source}/64/{stem}.png": data for stem, data in files.items()}
         pack(folder / f"emoji-datasource-{source}-16.0.0.tgz", members | {f"package/img/{source}/sheets/64.png": b"x"})
+    body = '<circle cx="8" cy="8" r="8" fill="#00f"/>'
+    for package, names in {
+        "fluent-emoji-flat-1.2.6": ("dog", "cat-face", "snowboarder", "snowboarder-dark-skin-tone", "no-emoji"),
+        "noto-v1-1.2.5": ("flag-norway", "dog"),
+        "emojione-1.2.3": ("grinning-cat", "dog", "family-man-boy"),
+    }.items():
+        icons = {name: {"body": body.replace("8", str(3 + i), 1)} for i, name in enumerate(names)}
+        aliases = {"copyright": {"parent": "dog"}, "cat-face": {"parent": "dog", "hFlip": True}}
+        table = {"icons": icons, "width": 16, "height": 16, "aliases": aliases if "emojione" in package else {}}
+        pack(folder / f"iconify-json-{package}.tgz", {"package/icons.json": json.dumps(table).encode()})
     pack(folder / "lobehub-fluent-emoji-3d-1.1.0.tgz", {f"package/assets/{s}.webp": d for s, d in fluent.items()})
     return folder
 
@@ -126,7 +137,7 @@ def made(cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     done = run(cache, out, "--language", "en", "ko")
     assert done.returncode == 0, done.stderr
-    return {name: pairs(out / f"{name}.tar") for name in ("train", "test")}
+    return {name: pairs(out / f"{name}.tar") for name in ("train", "test", "more")}
 
 
 @pytest.mark.parametrize(
@@ -257,10 +268,52 @@ def test_nothing_withheld_is_in_the_training_tar(made):
         assert (row["split"] == "train") == (number % 20 != 0 and not in_style)
 
 
+@pytest.mark.parametrize(("style", "akin"), [("flat", "fluent"), ("blob", "noto"), ("emojione", None)])
+def test_further_styles_have_nothing_that_is_withheld_in_the_style_they_are_akin_to(tmp_path, style, akin):
+    codes = [f"{number:04x}" for number in range(300)]
+    labels = {code: prepare.Emoji(f"thing {code}", (), "objects", "tool") for code in codes}
+    icons = {f"thing-{code}": {"body": "<path/>"} for code in codes}
+    package = prepare.vectors.PACKAGES[style]
+    pack(prepare.archive_name(tmp_path, package), {"package/icons.json": json.dumps({"icons": icons}).encode()})
+    found = {picture.code for picture in prepare.read_vectors(tmp_path, style, labels, 8)}
+    expected = set()
+    for code in codes:
+        n = int(hashlib.sha256(code.encode()).hexdigest(), 16)
+        kept_back = n % 20 == 0 or (n % 20 <= 3 and ["fluent", "noto", "twemoji"][n // 20 % 3] == akin)
+        expected |= set() if kept_back else {code}
+    assert found == expected
+    assert len(expected) < 290
+
+
+def test_further_styles_are_drawn_on_white_and_captioned(made):
+    names = ["blob-1f1f3-1f1f4", "blob-1f415", "emojione-00a9", "emojione-1f63a"]  # 00a9 has its alias' picture first
+    names += ["flat-1f3c2", "flat-1f415", "flat-1f431"]  # no skin tone, no family, no mirrored alias
+    assert sorted(made["more"]) == names
+    picture, row = made["more"]["emojione-00a9"]
+    assert row["caption"][1] == "copyright, emojione"
+    assert row["caption"][-2:] == ["것 이모지, 이모지원 스타일", "것"]
+    pixels = np.asarray(picture)
+    assert pixels.shape == (64, 64, 3)
+    assert (pixels[0, 63] == 255).all()
+    assert (pixels[32, 20] == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("flag: Côte d’Ivoire", "flag-cote-divoire"),
+        ("A button (blood type)", "a-button-blood-type"),
+        ("piñata", "pinata"),
+    ],
+)
+def test_labels_as_packages_write_them(label, name):
+    assert prepare.vectors.slug(label) == name
+
+
 def test_same_packages_same_bytes(cache, tmp_path):
     for name in ("a", "b"):
         assert run(cache, tmp_path / name, "--styles", "noto", "twemoji").returncode == 0
-    for name in ("train.tar", "test.tar"):
+    for name in ("train.tar", "test.tar", "more.tar"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 

@@ -42,6 +42,21 @@ def prior(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
     return _crop(_resize(_square(image, left, top, s), t), size, rng)
 
 
+def place(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
+    """The middle square shrunk to U[15S/16, S] and put anywhere; the rest is its border's median color.
+
+    For pictures on plain ground that fill their frame, as emoji do: nothing is cut off, nothing flipped. Not in the
+    papers.
+    """
+    pixels = center(image, _uniform(rng, -(-15 * size // 16), size))
+    border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+    ground = np.empty((size, size, 3), np.uint8)
+    ground[:] = np.median(border, axis=0)
+    top, left = (_uniform(rng, 0, size - len(pixels)) for _ in range(2))
+    ground[top : top + len(pixels), left : left + len(pixels)] = pixels
+    return ground
+
+
 def center(image: Image.Image, size: int, rng: np.random.Generator | None = None) -> Pixels:
     """The middle square, resized to S: nothing is random."""
     s = min(image.size)
@@ -49,7 +64,7 @@ def center(image: Image.Image, size: int, rng: np.random.Generator | None = None
     return _resize(_square(image, (width - s) // 2, (height - s) // 2, s), size)
 
 
-AUGMENTATIONS: dict[str, Augment] = {"dvae": dvae, "prior": prior, "center": center}
+AUGMENTATIONS: dict[str, Augment] = {"dvae": dvae, "prior": prior, "place": place, "center": center}
 
 
 def by_name(name: str, flip: bool = True) -> Augment:

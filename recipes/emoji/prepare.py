@@ -2,7 +2,8 @@
 
 Run `python recipes/emoji/prepare.py CACHE OUT`, CACHE being a folder into which `npm pack` fetched PACKAGES. OUT then
 holds train.tar and test.tar; nothing withheld (see `split`) is in train.tar. surplus.txt lists the skin tones that
-prior and CLIP are trained without. `--small` writes small.tar instead, the pairs that lie in the repository.
+prior and CLIP are trained without. more.tar has further styles (vectors.py), from which only the prior learns; nothing
+of them is judged. `--small` writes small.tar instead, the pairs that lie in the repository.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import vectors
 from PIL import Image
 
 Row = dict[str, object]
@@ -36,6 +38,7 @@ SAID = {
     "en": {"fluent": "fluent 3d", "noto": "noto", "twemoji": "twemoji"},
     "ko": {"fluent": "플루언트 3D", "noto": "노토", "twemoji": "트위모지"},
 }
+SAID = {language: {**names, **vectors.SAID[language]} for language, names in SAID.items()}
 WRONG_FILES = {("fluent", "1f63a")}  # a copy of the cat face under the name of the grinning cat
 # Territories drawn with the flag of the country they belong to: where pictures are equal, these give way.
 BORROWED_FLAGS = ("bv", "cp", "cq", "dg", "ea", "hm", "mf", "sj", "um")
@@ -83,11 +86,14 @@ def base_of(code: str) -> str:
 
 
 def split(style: str, code: str) -> str:
-    """`train`, `withheld-concept` (in every style) or `withheld-style` (in exactly this one), by the concept's hash."""
+    """`train`, `withheld-concept` (in every style) or `withheld-style` (in exactly this one), by the concept's hash.
+
+    A further style goes with the one that it is akin to.
+    """
     number = int(hashlib.sha256(base_of(code).encode()).hexdigest(), 16)
     if number % 20 == 0:
         return "withheld-concept"
-    if number % 20 <= 3 and STYLES[number // 20 % len(STYLES)] == style:
+    if number % 20 <= 3 and STYLES[number // 20 % len(STYLES)] == vectors.KIN.get(style, style):
         return "withheld-style"
     return "train"
 
@@ -152,9 +158,14 @@ def captions(emoji: Emoji, style: str, language: str) -> list[str]:
 # Packages
 
 
-def archive(cache: Path, package: str) -> Path:
+def archive_name(cache: Path, package: str) -> Path:
     """Where `npm pack` puts a package: `@scope/name@1.0.0` -> `scope-name-1.0.0.tgz`."""
-    path = cache / (package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
+    return cache / (package.lstrip("@").replace("/", "-").replace("@", "-") + ".tgz")
+
+
+def archive(cache: Path, package: str) -> Path:
+    """The package in the cache, or the end with a line about how to fetch it."""
+    path = archive_name(cache, package)
     if not path.exists():
         sys.exit(f"expected {path.name} in {cache}, found none; run: npm pack --pack-destination {cache} {package}")
     return path
@@ -202,6 +213,14 @@ def read_pictures(cache: Path, style: str) -> list[Picture]:
     return sorted(found, key=lambda p: (p.code in flags, p.code != base_of(p.code), p.stem))
 
 
+def read_vectors(cache: Path, style: str, labels: dict[str, Emoji], size: int) -> list[Picture]:
+    """The pictures of a further style that may be learned from, without skin tones."""
+    codes = {vectors.slug(emoji.label): code for code, emoji in sorted(labels.items()) if code == base_of(code)}
+    drawn = vectors.read(archive(cache, vectors.PACKAGES[style]), codes)
+    free = [(code, svg) for code, svg in drawn if split(style, code) == "train"]
+    return [Picture(style, code, code, on_white(vectors.draw(svg, size))) for code, svg in sorted(free)]
+
+
 def choose(pictures: list[Picture], labels: dict[str, Emoji]) -> tuple[list[Picture], dict[str, int]]:
     """Drop what has no caption, is a wrong file, equals an earlier picture or shows a family; count each."""
     counts = dict.fromkeys(("files", "no caption", "wrong file", "equal picture", "family"), 0)
@@ -223,6 +242,13 @@ def choose(pictures: list[Picture], labels: dict[str, Emoji]) -> tuple[list[Pict
             else:
                 kept.append(picture)
     return sorted(kept, key=lambda p: p.stem), counts
+
+
+def told(style: str, pictures: list[Picture], labels: dict[str, Emoji]) -> list[Picture]:
+    """What `choose` keeps of a style, and a line about what it does not."""
+    kept, counts = choose(pictures, labels)
+    print(f"{style}: {len(kept)} pairs of {', '.join(f'{n} {what}' for what, n in counts.items())}", file=sys.stderr)
+    return kept
 
 
 def surplus(pictures: list[Picture], toned: int) -> list[str]:
@@ -301,7 +327,7 @@ def main() -> None:
     parser.add_argument("--packages", action="store_true", help="print the packages to fetch, and stop")
     args = parser.parse_args()
     if args.packages:
-        print("\n".join(PACKAGES.values()))
+        print("\n".join((*PACKAGES.values(), *vectors.PACKAGES.values())))
         return
     if args.cache is None or args.out is None:
         parser.error("name the folder of the packages and the folder to write into")
@@ -310,16 +336,18 @@ def main() -> None:
     table = labels[args.language[0]]
     kept: list[Picture] = []
     for style in ["noto"] if args.small else sorted(args.styles):
-        pictures, counts = choose(read_pictures(args.cache, style), table)
-        kept += pictures
-        told = ", ".join(f"{number} {what}" for what, number in counts.items())
-        print(f"{style}: {len(pictures)} pairs of {told}", file=sys.stderr)
+        kept += told(style, read_pictures(args.cache, style), table)
     parts = {"train": [p for p in kept if split(p.style, p.code) == "train"]}
     parts["test"] = [p for p in kept if split(p.style, p.code) != "train"]
     for name, part in {"small": small(kept, table)}.items() if args.small else parts.items():
         write_tar(args.out / f"{name}.tar", part, labels, args.size)
         print(f"{args.out / name}.tar: {len(part)} pairs", file=sys.stderr)
     if not args.small:
+        more: list[Picture] = []
+        for style in sorted(vectors.PACKAGES):
+            more += told(style, read_vectors(args.cache, style, table, args.size), table)
+        write_tar(args.out / "more.tar", more, labels, args.size)
+        print(f"{args.out / 'more'}.tar: {len(more)} pairs of further styles", file=sys.stderr)
         ids = surplus(parts["train"], args.toned)
         (args.out / "surplus.txt").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
         print(f"{args.out / 'surplus.txt'}: {len(ids)} pairs by skin tone", file=sys.stderr)
