@@ -53,6 +53,41 @@ def test_a_caption_read_once(block):
 
 
 @pytest.mark.parametrize("block", ["paper", "modern"])
+def test_of_the_last_block_only_the_query_is_made(block):
+    """Answers, gradients and what was read of a caption are those of a stream that every block makes whole."""
+    model = prior(block=block, n_layer=3).requires_grad_(True)
+    x, t, tokens, lengths, z_t = inputs()
+    found, made = {}, []
+    model.blocks[-1].register_forward_hook(lambda module, args, out: made.append(out.shape[1]))
+    for way, lasts in (("query", model.lasts), ("whole", (None, None, None))):
+        model.lasts = lasts
+        answers = model(x, t, tokens, lengths, z_t)
+        model.zero_grad()
+        answers.square().sum().backward()
+        grads = [p.grad.clone() for p in model.parameters()]
+        with torch.no_grad():
+            prompt = model.prefill(tokens, lengths, z_t)
+            found[way] = [answers, *grads, *prompt.keys, *prompt.values, model.step(x, t, prompt)]
+    torch.testing.assert_close(found["query"], found["whole"], rtol=1e-12, atol=1e-12)
+    assert all(bool(g.any()) for g in grads)
+    positions = SIZES["n_text"] + 4
+    assert made == [1, 1, 1, positions, positions - 3, 3]
+
+
+def test_operations_are_those_of_the_layers():
+    """Six for each weight and place that it is used at, counted by hooks, and twelve for each width and pair."""
+    model, used = prior(n_layer=3), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda m, args, out: used.append(out[0].numel() * m.in_features))
+    model(*inputs())
+    length = SIZES["n_text"] + 4
+    pairs = 2 * length * (length + 1) // 2 + length
+    gelu_linears = 4 * SIZES["n_embd"] ** 2 * (2 * length + 1)  # `mlp_out`, which is not called as a module
+    assert model.flops() == 6 * (sum(used) + gelu_linears) + 12 * SIZES["n_embd"] * pairs
+
+
+@pytest.mark.parametrize("block", ["paper", "modern"])
 @pytest.mark.parametrize("name", ["x", "t", "tokens", "lengths", "z_t"])
 def test_looks_at_everything(name, block):
     """Each input changes the answer of each row that it should, and of no other."""

@@ -99,6 +99,26 @@ def test_attention_behind_a_prefix(shared):
 
 
 @pytest.mark.parametrize("length", [7, 600])
+@pytest.mark.parametrize("last", [1, 3, 550])
+def test_attention_of_the_last_positions_alone(length, last):
+    """Answers and gradients are those of all positions, and so behind a prefix; in training and in drawing."""
+    last = min(last, length)
+    torch.manual_seed(0)
+    given = [x.requires_grad_() for x in torch.randn(3, 1, 2, length, 4, dtype=torch.double)]
+    q, k, v = given
+    weights = torch.randn(1, 2, last, 4, dtype=torch.double)
+    found = []
+    for y in (causal(q, k, v)[:, :, -last:], causal(q[:, :, -last:], k, v)):
+        found.append([y, *torch.autograd.grad((y * weights).sum(), given)])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(causal(q[:, :, -last:], k, v), y, rtol=0, atol=1e-12)
+        before = (x[:, :, :2] for x in (k, v))
+        behind = after_prefix(q[:, :, -min(last, length - 2) :], k[:, :, 2:], v[:, :, 2:], *before)
+    torch.testing.assert_close(behind, y[:, :, -min(last, length - 2) :], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [7, 600])
 def test_causal_attention_in_training_and_drawing(length):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, length, 4, dtype=torch.double)

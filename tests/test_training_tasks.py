@@ -4,12 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import run_bad, run_ok
+from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.dvae import DVAE, DVAEConfig
-from dalle_cli.models.prior import Prior, PriorConfig
+from dalle_cli.models.prior import Prior, PriorConfig, disturb_codes
 from dalle_cli.training.dvae import DVAETask, DVAETrain
 from dalle_cli.training.loop import Splits
 from dalle_cli.training.prior import PriorTask, PriorTrain
@@ -41,10 +43,10 @@ def prior_task(**more):
 
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_parts_of_a_priors_batch(double, parts, dropout):
+@pytest.mark.parametrize(("dropout", "noise"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.5)])
+def test_parts_of_a_priors_batch(double, parts, dropout, noise):
     """Captions of unequal length, some of them dropped: the text loss is by count over the whole batch."""
-    task = prior_task(caption_dropout=dropout)
+    task = prior_task(caption_dropout=dropout, code_noise=noise)
     assert isinstance(task, Splits)
     lengths = torch.tensor([1, 4, 2, 0, 1, 3])
     batch = torch.randint(0, 9, (6, 4)), lengths, torch.randint(0, 5, (6, 3, 3))
@@ -60,6 +62,33 @@ def test_parts_of_a_priors_batch(double, parts, dropout):
     if not dropout:
         naive, _ = gradients(task, [part[:3] for part in split])
         assert not torch.allclose(naive["text_head.weight"], whole["text_head.weight"], rtol=1e-3)
+
+
+def test_code_noise_is_in_what_the_prior_reads_alone(double):
+    """Against logits of codes disturbed by hand: targets are the codes as they were, and other draws are untouched."""
+    lengths, seen = torch.tensor([1, 4, 2, 3]), []
+    batch = torch.randint(0, 9, (4, 4)), lengths, torch.randint(0, 5, (4, 3, 3))
+    for noise in (0.0, 0.4):
+        task = prior_task(caption_dropout=0.5, code_noise=noise)
+        read = task.model._read
+        task.model._read = lambda *given, read=read: (seen.append(given[1:]), read(*given))[1]
+        found = task.loss(batch, 3, torch.Generator().manual_seed(0))[1]["image_nats"]
+        with torch.no_grad():
+            logits = task.model(batch[0], *seen[-1])[1]
+        torch.testing.assert_close(found, F.cross_entropy(logits.flatten(0, 1), batch[2].flatten()).double())
+    (plain_lengths, plain), (noisy_lengths, noisy) = seen[0], seen[2]
+    assert torch.equal(plain_lengths, noisy_lengths)
+    assert torch.equal(plain, batch[2])
+    assert not torch.equal(noisy, batch[2])
+
+
+def test_disturbed_codes_are_as_many_as_asked_for_and_evenly_spread():
+    codes = torch.full((50, 20, 20), 3)
+    found = disturb_codes(codes, 0.3, 5, torch.Generator().manual_seed(0))
+    counts = np.bincount(found.flatten().numpy(), minlength=5)
+    expected = 20_000 * np.array([0.06, 0.06, 0.06, 0.76, 0.06])  # a fifth of the drawn ones is the code itself
+    assert scipy.stats.chisquare(counts, expected).pvalue > 0.01
+    assert torch.equal(disturb_codes(codes, 0.0, 5, torch.Generator()), codes)
 
 
 @pytest.mark.parametrize("quantizer", ["vq", "fsq", "gumbel"])

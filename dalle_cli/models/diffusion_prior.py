@@ -83,6 +83,7 @@ class DiffusionPrior(nn.Module):
         self.position = nn.Embedding(config.n_positions, width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = stack(config.blocks)
+        self.lasts = (*[None] * (config.n_layer - 1), 1)  # of the last block nothing is read but the query
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, config.n_embedding)
         draw_weights(self, config.n_layer)
@@ -97,8 +98,8 @@ class DiffusionPrior(nn.Module):
         captions, own = self.captions(tokens, lengths, z_t), self._own(x, t)
         stream = self.dropout(torch.cat([captions, own], dim=1) + self.position.weight)
         places = turns(self.config.blocks, self.config.n_positions, stream.device)
-        for block in self.blocks:
-            stream = block(stream, causal, places)
+        for block, last in zip(self.blocks, self.lasts, strict=True):
+            stream = block(stream, causal, places, last)
         return self._answer(stream)
 
     def loss(
@@ -124,25 +125,26 @@ class DiffusionPrior(nn.Module):
         captions = self.captions(tokens, lengths, z_t)
         stream = self.dropout(captions + self.position.weight[:-OWN])
         places = turns(self.config.blocks, self.config.n_positions, stream.device)[:, :-OWN]
-        for block in self.blocks:
-            stream = block(stream, attend, places)
+        for block, last in zip(self.blocks, self.lasts, strict=True):
+            stream = block(stream, attend, places, last)
         return Prompt(stream.new_zeros(len(stream), 0), tuple(keys), tuple(values))
 
     def step(self, x: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
         """`forward` behind captions that were read already, each for B / P rows one after another: -> (B, D)."""
         stream = self.dropout(self._own(x, t) + self.position.weight[-OWN:])
         places = turns(self.config.blocks, self.config.n_positions, stream.device)[:, -OWN:]
-        for block, keys, values in zip(self.blocks, prompt.keys, prompt.values, strict=True):
-            stream = block(stream, partial(after_prefix, keys=keys, values=values), places)
+        for block, keys, values, last in zip(self.blocks, prompt.keys, prompt.values, self.lasts, strict=True):
+            stream = block(stream, partial(after_prefix, keys=keys, values=values), places, last)
         return self._answer(stream)
 
     def flops(self) -> float:
         """Floating-point operations of forward and backward for one pair."""
         length, width = self.config.n_positions, self.config.n_embd
-        inner = sum(p.numel() for block in self.blocks for p in block.parameters() if p.ndim == 2)
-        once = 3 * width * self.config.n_embedding + 2 * width**2
-        attended = self.config.n_layer * length * (length + 1) // 2
-        return 6.0 * (inner * length + once + 2 * width * attended)
+        sizes = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in self.blocks]
+        everywhere = sum(sizes[:-1]) + 3 * width**2  # of the last block, queries, keys and values
+        once = sizes[-1] - 3 * width**2 + 3 * width * self.config.n_embedding + 2 * width**2
+        attended = (self.config.n_layer - 1) * length * (length + 1) // 2 + length
+        return 6.0 * (everywhere * length + once + 2 * width * attended)
 
     def _own(self, x: Tensor, t: Tensor) -> Tensor:
         """Timestep, noised z_i and query, without their positions: (B, D), (B,) -> (B, 3, C)."""

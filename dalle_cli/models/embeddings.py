@@ -168,9 +168,11 @@ def covariance_of(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each position sees itself and those before: three times (B, H, L, E) -> (B, H, L, E)."""
+    """Each position sees itself and those before: (B, H, L, E), of the last positions, and twice (B, H, M, E)."""
     if trains_on_cpu(q):
-        return batched_attention(q, k, v, _ahead(q.shape[-2], q))
+        return batched_attention(q, k, v, _ahead(q, k))
+    if q.shape != k.shape:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_ahead(q, k))
     if q.is_cpu and torch.is_grad_enabled():
         return causal_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -179,7 +181,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def after_prefix(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The same for positions behind a prefix whose keys and values (P, H, S, E) were computed once.
 
-    Thrice (B, H, L, E) -> (B, H, L, E); of B rows each prefix serves B / P, one after another.
+    (B, H, L, E), of the last positions, and twice (B, H, M, E) -> (B, H, L, E); of B rows each prefix serves B / P, one
+    after another.
     """
     n_rows, n_head, length, width = q.shape
     shared = (len(keys), n_rows // len(keys), n_head, length)
@@ -188,9 +191,9 @@ def after_prefix(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) 
         return x.reshape(*shared, -1).transpose(1, 2).flatten(2, 3)
 
     q = q * width**-0.5
-    near = together(q @ k.mT + _ahead(length, q))
+    near = together(q @ k.mT + _ahead(q, k))
     weights = torch.softmax(torch.cat([together(q) @ keys.mT, near], dim=-1), dim=-1)
-    far, near = torch.split(weights, [keys.shape[-2], length], dim=-1)
+    far, near = torch.split(weights, [keys.shape[-2], k.shape[-2]], dim=-1)
 
     def apart(x: Tensor) -> Tensor:  # the way back
         return x.reshape(len(keys), n_head, shared[1], length, -1).transpose(1, 2).flatten(0, 1)
@@ -198,6 +201,6 @@ def after_prefix(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) 
     return apart(far @ values) + apart(near) @ v
 
 
-def _ahead(length: int, like: Tensor) -> Tensor:
-    """-inf where a position lies ahead, else 0: (L, L)."""
-    return like.new_full((length, length), float("-inf")).triu(1)
+def _ahead(q: Tensor, k: Tensor) -> Tensor:
+    """-inf where a key lies ahead of a query, the queries being of the last positions, else 0: (L, M)."""
+    return q.new_full((q.shape[-2], k.shape[-2]), float("-inf")).triu(1 + k.shape[-2] - q.shape[-2])

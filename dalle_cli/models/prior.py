@@ -87,9 +87,11 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None) -> Tensor:
-        """(B, L, C) -> (B, L, C)."""
+    def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None, last: int | None = None) -> Tensor:
+        """(B, L, C) -> (B, L, C), or (B, last, C) of the last positions alone, for which the others only have keys."""
         q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        if last is not None:
+            q, x = q[:, :, -last:], x[:, -last:]
         x = x + self.dropout(self.attention_out(attend(q, k, v).transpose(1, 2).flatten(2)))
         y: Tensor = x + self.dropout(gelu_linear(self.mlp_in(self.norm_2(x)), self.mlp_out))
         return y
@@ -109,10 +111,12 @@ class ModernBlock(nn.Module):
         self.mlp_out = nn.Linear(hidden, width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None) -> Tensor:
-        """(B, L, C) and the turns of its places, cos and sin (2, L, D) -> (B, L, C)."""
+    def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None, last: int | None = None) -> Tensor:
+        """(B, L, C) and the turns of its places, cos and sin (2, L, D) -> (B, L, C), or (B, last, C) as in `Block`."""
         assert turns is not None
         q, k, v = turned(self.qkv(rms_norm(x)), turns)
+        if last is not None:
+            q, x = q[:, :, -last:], x[:, -last:]
         q = q * self.sharpness.to(q.dtype)[:, None, None]
         x = x + self.dropout(self.attention_out(attend(q, k, v).transpose(1, 2).flatten(2)))
         y: Tensor = x + self.dropout(self.mlp_out(swiglu(self.mlp_in(rms_norm(x)))))
@@ -199,14 +203,15 @@ class Prior(nn.Module):
         return 6.0 * (inner * self.n_positions + heads + 2 * config.n_embd * attended)
 
     def loss(
-        self, tokens: Tensor, lengths: Tensor, codes: Tensor, n_tokens: Tensor | None = None
+        self, tokens: Tensor, lengths: Tensor, codes: Tensor, n_tokens: Tensor | None = None, read: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy by count of caption tokens (pads are no targets) and of codes, weighted (sec. 2.2).
 
         Shapes as `forward`; returns the loss and, detached, `text_nats` a token and `image_nats` a code. `n_tokens` ()
         is what the text loss is divided by if not by the batch's own tokens: for a part of a batch, its fair share.
+        `read`, shaped as codes, stands in for them where they are read: what is to be predicted stays `codes`.
         """
-        x = self._read(tokens, lengths, codes)
+        x = self._read(tokens, lengths, codes if read is None else read)
         n_text, written = self.config.n_text, self._written(lengths)
         if n_tokens is None:
             n_tokens = lengths.sum().clamp(min=1)  # a batch may hold null captions only
@@ -278,3 +283,11 @@ def drop_captions(lengths: Tensor, probability: float, generator: torch.Generato
     """Make some captions null, that is of length 0, all pads, to train for guidance: (B,) int64 -> (B,) int64."""
     dropped = torch.rand(lengths.shape, generator=generator, device=generator.device) < probability
     return lengths.masked_fill(dropped.to(lengths.device), 0)
+
+
+def disturb_codes(codes: Tensor, probability: float, n_vocab: int, generator: torch.Generator) -> Tensor:
+    """Put any code of the vocabulary in the place of some, each with the same chance: (B, W, W) int64 -> the same."""
+    device = generator.device
+    chosen = torch.rand(codes.shape, generator=generator, device=device) < probability
+    others = torch.randint(n_vocab, codes.shape, generator=generator, device=device)
+    return torch.where(chosen.to(codes.device), others.to(codes.device), codes)

@@ -22,7 +22,7 @@ from dalle_cli.data.sheet import sheet
 from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.errors import DalleError
 from dalle_cli.models.pixels import to_uint8
-from dalle_cli.models.prior import Prior, PriorConfig, drop_captions
+from dalle_cli.models.prior import Prior, PriorConfig, disturb_codes, drop_captions
 from dalle_cli.sampling.autoregressive import sample_codes
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.loop import Batch, mix
@@ -46,11 +46,12 @@ class PriorTrain(TrainConfig):
     ema_every: int = 25
     bpe_dropout: float = 0.1
     caption_dropout: float = 0.0  # 0.1 trains for guidance
+    code_noise: float = 0.0  # share of codes that are read as any other: against learning few pictures by heart
     sheet_prompts: int = 12  # held-out captions that are drawn at each validation, if the dVAE is there; 0 = none
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("bpe_dropout", "caption_dropout"):
+        for name in ("bpe_dropout", "caption_dropout", "code_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DalleError(f"expected {name} in [0, 1], found {getattr(self, name)}")
         if self.sheet_prompts < 0:
@@ -110,23 +111,29 @@ class PriorTask:
         return tokens, lengths
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The prior's loss, in nats, after some captions were made null for guidance."""
+        """The prior's loss, in nats, after some captions were made null for guidance and some codes disturbed."""
         tokens, lengths, codes, *whole = batch
         if whole:  # a part, as `split` makes them
-            return self.model.loss(tokens, lengths, codes, whole[0])
-        return self.model.loss(tokens, self._drop_captions(lengths, generator), codes)
+            return self.model.loss(tokens, lengths, codes, *whole)
+        lengths = self._drop_captions(lengths, generator)
+        return self.model.loss(tokens, lengths, codes, read=self._disturb(codes, generator))
 
     def _drop_captions(self, lengths: Tensor, generator: torch.Generator) -> Tensor:
         probability = self.options.caption_dropout
         return drop_captions(lengths, probability, generator) if probability else lengths
+
+    def _disturb(self, codes: Tensor, generator: torch.Generator) -> Tensor:
+        probability = self.options.code_noise
+        return disturb_codes(codes, probability, self.config.n_image_vocab, generator) if probability else codes
 
     def split(self, batch: Batch, parts: int, step: int, generator: torch.Generator) -> list[Batch]:
         """Equal parts; each carries how many caption tokens a part holds on average, which its text loss is over."""
         tokens, lengths, codes = batch
         lengths = self._drop_captions(lengths, generator)
         share = lengths.sum().clamp(min=1) / parts
-        chunks = zip(*(x.chunk(parts) for x in (tokens, lengths, codes)), strict=True)
-        return [(*chunk, share) for chunk in chunks]
+        read = self._disturb(codes, generator)
+        chunks = zip(*(x.chunk(parts) for x in (tokens, lengths, codes, read)), strict=True)
+        return [(*chunk, share, part) for *chunk, part in chunks]
 
     def units(self, batch: Batch) -> tuple[str, int]:
         """Positions of the stream."""

@@ -22,7 +22,7 @@ from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
 from dalle_cli.training.schedules import same_until
 
-# Settings of TrainConfig that the first weights did not name, and what they did.
+# Training settings that the first weights did not name, and what they did.
 LATER = {
     "save_dtype": "float32",
     "plateau_figure": "loss",
@@ -36,6 +36,7 @@ LATER = {
     "parallel": "replicate",
     "powersgd_rank": 0,
     "timeout": 1800,
+    "code_noise": 0.0,  # of the token prior
 }
 # What does not change what is computed: a run is the same without.
 ASIDE = ("tensorboard", "parallel", "timeout", "sheet_prompts")
