@@ -41,7 +41,11 @@ def run(
     config: Recipe = None,
     sets: Sets = [],
     augment: Annotated[
-        str, typer.Option(metavar="NAME", help="center, or a random crop: prior (the paper's for stage two) or dvae.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="center; a random crop: prior (the paper's for stage two) or dvae; or place: shrunk a little, anywhere.",
+        ),
     ] = "center",
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rows per picture, each cropped anew.")] = 1,
     shard_size: ShardSize = 8192,
@@ -70,7 +74,7 @@ def run(
     from dalle_cli.training.distributed import joined
 
     if repeats > 1 and augment == "center":
-        raise DalleError(f"expected --augment prior or dvae with --repeats {repeats}, found center; all would be alike")
+        raise DalleError(f"expected --augment prior, place or dvae with --repeats {repeats}, found center; all would be alike")
     (filters,) = recipes.section(recipes.read(config, sets), "data", Filters)
     machine = arithmetic(device, dtype)
     weights = bundle.weights(model, "weights.dvae", "weights.clip")
