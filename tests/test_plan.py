@@ -295,7 +295,8 @@ def test_captions_and_clip_decide_what_they_decide_in_training(tmp_path):
 def test_the_arithmetic_of_the_diffusion_prior_is_that_of_its_products(tmp_path):
     subject = subject_of(SMALL_UNCLIP, "diffusion_prior", tmp_path)
     length = TEXT + 4
-    blocks, pairs = 3 * ROWS * length * 12 * WIDTH**2, 3 * ROWS * length**2 * 2 * WIDTH
+    blocks = ROWS * WIDTH**2 * (length * (12 + 12 + 3) + 9)  # of the last block only the query is made
+    pairs = ROWS * (2 * length + 1) * length * 2 * WIDTH
     inner = ROWS * (WIDTH * WIDTH + WIDTH * EMBEDDING)  # of the timestep's second layer, and the answer
     first = ROWS * (WIDTH * WIDTH + 2 * WIDTH * EMBEDDING)  # whose inputs want no gradient
     assert rehearse(subject, subject.train, torch.float32).flops == 6 * (blocks + pairs + inner) + 4 * first
@@ -492,6 +493,14 @@ print(json.dumps(status("VmHWM") - before))
             ),
         ),
         (
+            "prior",
+            None,
+            (
+                "prior.n_layer=8", "prior.n_head=4", "prior.n_embd=256", "prior.n_text=64", "prior.grid=16",
+                "prior.train.batch_size=16", "prior.train.accumulate=2",
+            ),
+        ),
+        (
             "decoder",
             None,
             (
@@ -512,7 +521,10 @@ print(json.dumps(status("VmHWM") - before))
             ),
         ),
     ],
-    ids=["shapes-prior", "emoji-prior", "emoji-dvae", "shapes-clip", "8x512", "checkpointed", "decoder", "diffusion"],
+    ids=[
+        "shapes-prior", "emoji-prior", "emoji-dvae", "shapes-clip", "8x512", "checkpointed", "accumulated", "decoder",
+        "diffusion",
+    ],
 )  # fmt: skip
 def test_memory_is_what_an_update_takes_of_this_machine(tmp_path, name, recipe, sets):
     """`python -m pytest tests/test_plan.py -m slow -rP`: the plan's fullest moment against the process's."""
@@ -522,10 +534,9 @@ def test_memory_is_what_an_update_takes_of_this_machine(tmp_path, name, recipe, 
         path.write_text("[prior]\n")
     subject = next(s for s in subjects(config.read(path, sets)) if s.name == name)
     machine = machines.Machine("cpu", 10**12, None, "bfloat16", False, torch.bfloat16)
-    planned = plan.Needs(subject, machine).whole(subject.train.batch_size).peak
+    planned = plan.plan(subject, machine, 1, lambda flops, fits: None).alone.peak
     section = name.replace("diffusion_prior", "embedding_prior.diffusion")
     run = [sys.executable, "-c", CHECK, str(tiny), str(path), name, section, *sets]
     taken = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
     print(f"planned {planned / 1e6:.0f} MB, taken {taken / 1e6:.0f} MB, ratio {planned / taken:.3f}")
-    # blocks that are computed again leave more holes in the heap than the share that is allowed for
-    assert planned == pytest.approx(taken, rel=0.2 if subject.train.checkpoint_activations else 0.15)
+    assert planned == pytest.approx(taken, rel=0.15)

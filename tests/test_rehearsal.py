@@ -116,6 +116,17 @@ def test_what_saves_memory_does(tmp_path):
     assert rehearse(subject, subject.train, torch.float32).copies == 0 < plain.copies
 
 
+def test_only_a_cpu_has_holes_and_only_products_in_16_bits_have_kernels(tmp_path):
+    subject = subject_of(SMALL, "prior", tmp_path, "prior.train.checkpoint_activations=true")
+    half, full = (rehearse(subject, subject.train, dtype) for dtype in (torch.bfloat16, torch.float32))
+    fused = rehearse(subject, subject.train, torch.bfloat16, accelerator=True)
+    assert (fused.holes, fused.kernels, full.kernels) == (0, 0, 0)
+    assert min(half.holes, full.holes, half.kernels) > 0
+    deeper = subject_of(SMALL, "prior", tmp_path, "prior.n_layer=6")
+    again = rehearse(deeper, subject.train, torch.bfloat16)
+    assert again.kernels == half.kernels  # the same products in every layer
+
+
 def test_the_optimisers_arithmetic_is_counted_once(tmp_path):
     subject = subject_of(SMALL, "prior", tmp_path)
     muon = replace(subject.train, optimizer="muon")

@@ -172,7 +172,7 @@ def _rows(plans: list["ModelPlan"], devices: int, pairs: int | None) -> list[tup
 
 def _notes(plans: list["ModelPlan"], machine: "Machine") -> list[str]:
     """Where the numbers come from, and what they leave out."""
-    from dalle_cli.training.plan import SLACK_CPU, SLACK_GPU
+    from dalle_cli.training.plan import SLACK_GPU
 
     sources = {p.rate.source: p.name for p in plans if p.rate}
     if len(sources) > 1:
@@ -182,8 +182,8 @@ def _notes(plans: list["ModelPlan"], machine: "Machine") -> list[str]:
     notes = [f"rate of one device: {told}" if sources else told]
     if sources:
         notes.append("time: updates alone; validation, reading, and what devices tell each other come on top")
-    added = f"{SLACK_GPU if machine.accelerator else SLACK_CPU:.0%} of the activations are added"
-    notes.append(f"memory: an update rehearsed on tensors without any; {added} for what an allocator wastes")
+    added = f"{SLACK_GPU:.0%} of the activations" if machine.accelerator else "a heap's holes"
+    notes.append(f"memory: an update rehearsed on tensors without any; {added} are added for what an allocator wastes")
     if machine.half == "float16":
         notes.append(f"{machine.name} has no bfloat16: train with --dtype float16")
     return notes

@@ -27,11 +27,9 @@ from dalle_cli.training.rehearsal import Rehearsal, rehearse
 from dalle_cli.training.standin import Subject, caption_sizes, prior_config
 from dalle_cli.training.subjects import conditions
 
-REHEARSED = 32  # rows of a batch; what a larger one takes follows from that
+REHEARSED = 64  # rows of a batch; what a larger one takes follows from that
 MOST_DEVICES = 1 << 20
-# What an allocator takes beyond the tensors, as a share of the activations. The C library's heap was measured, on the
-# recipes' models (tests/test_plan.py); a GPU's is an assumption.
-SLACK_CPU, SLACK_GPU = 0.3, 0.1
+SLACK_GPU = 0.1  # of the activations, what its allocator takes beyond them: assumed; a CPU's is followed (heap.py)
 PARTS = (  # of a parameter's name, the first that occurs in it; a dVAE's are the halves of the network
     ("encoder", ("encoder.",)),
     ("decoder", ("decoder.",)),
@@ -108,7 +106,6 @@ class Needs:
 
     def __init__(self, subject: Subject, machine: Machine):
         self.subject, self.machine = subject, machine
-        self.slack = SLACK_GPU if machine.accelerator else SLACK_CPU
         self.rehearsed: dict[tuple[int, bool, int], Rehearsal] = {}
         with torch.device("meta"):
             model = subject.build()
@@ -130,7 +127,9 @@ class Needs:
             few, many = (self.update(parts * n, recompute, parts) for n in (REHEARSED // 2, REHEARSED))
             share = (rows - parts * REHEARSED) / (parts * REHEARSED // 2)
             pairs = zip(astuple(few), astuple(many), strict=True)
-            return Rehearsal(*(round(b + share * (b - a)) for a, b in pairs))
+            all_ = Rehearsal(*(round(b + share * (b - a)) for a, b in pairs))
+            holes = many.holes * all_.activations // many.activations  # which are by chance: no line through two
+            return replace(all_, holes=holes)
         key = rows, recompute, parts
         if key not in self.rehearsed:
             train = replace(self.subject.train, batch_size=rows, checkpoint_activations=recompute, accumulate=parts)
@@ -138,28 +137,32 @@ class Needs:
                 self.rehearsed[key] = rehearse(self.subject, train, self.machine.dtype, self.machine.accelerator)
         return self.rehearsed[key]
 
+    def slack(self, r: Rehearsal) -> int:
+        """What an allocator takes beyond the tensors."""
+        return int(SLACK_GPU * r.activations) if self.machine.accelerator else r.holes + r.kernels
+
     def whole(self, rows: int, parts: int = 1) -> Memory:
         """Everything on one device."""
         r = self.update(rows, parts=parts)
-        peak = self.weights + self.average + self.moments + r.peak + int(self.slack * r.activations)
+        peak = self.weights + self.average + self.moments + r.peak + self.slack(r)
         return Memory(self.weights, self.weights, self.moments, self.average, r.copies, r.activations, peak)
 
     def shared(self, rows: int, devices: int, parts: int = 1) -> Memory:
         """Weights and all that goes with them cut into shares, of which a block's are brought together in 16 bits."""
         r = self.update(rows, parts=parts)
         own, moments, average = (math.ceil(n / devices) for n in (self.weights, self.moments, self.average))
-        peak = 2 * own + moments + average + self.gathered + int((1 + self.slack) * r.activations)
+        peak = 2 * own + moments + average + self.gathered + r.activations + self.slack(r)
         return Memory(own, own, moments, average, self.gathered, r.activations, peak)
 
     def estimate(self, rows: int, devices: int, recompute: bool, sharded: bool) -> int:
         """Bytes by a straight line between a batch of one row and the recipe's, all at once: at most a little more."""
         batch = self.subject.train.batch_size
         one, all_ = self.update(1, recompute), self.update(batch, recompute)
-        slope = (all_.activations - one.activations) / max(batch - 1, 1)
-        activations = one.activations + slope * (rows - 1)
+        least, most = (r.activations + self.slack(r) for r in (one, all_))
+        activations = least + max(most - least, 0) / max(batch - 1, 1) * (rows - 1)
         standing = 2 * self.weights + self.moments + self.average
         held = standing / devices + self.gathered if sharded else standing + one.copies
-        return int(held + (1 + self.slack) * activations)
+        return int(held + activations)
 
 
 def plan(subject: Subject, machine: Machine, devices: int, rate: Callable[[int, bool], Rate | None]) -> ModelPlan:

@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from dalle_cli.devices import Arithmetic
 from dalle_cli.models import clip
 from dalle_cli.models.attention import Pattern
 from dalle_cli.training.config import TrainConfig
+from dalle_cli.training.heap import ORDERS, Heap
 from dalle_cli.training.loop import Trainer
 from dalle_cli.training.run import Run
 from dalle_cli.training.standin import Subject, stand_in
@@ -31,6 +34,10 @@ from dalle_cli.training.standin import Subject, stand_in
 aten = torch.ops.aten
 DRAWN = (aten.exponential_.default, aten.normal_.default, aten.uniform_.default, aten.bernoulli_.float)
 BY_INDEX = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+# What oneDNN compiles for each new shape of a product in 16 bits, and keeps: kernels, and bytes of one, as traces of
+# malloc and free showed them in updates of four models (1.9 on average).
+KERNELS, KERNEL = 2, 258376
 
 
 @dataclass(frozen=True)
@@ -38,12 +45,15 @@ class Rehearsal:
     """What an update takes beyond weights, moments and average, in bytes, and its operations.
 
     `activations` are at their own fullest moment, `copies` are the weights in 16 bits that autocast makes in every
-    update, and `peak` is the fullest moment of all three and the gradients, which do not all come at once.
+    update, and `peak` is the fullest moment of all three and the gradients, which do not all come at once. A CPU also
+    keeps `kernels` that it compiled, and its heap reaches by `holes` further than all that is in use at that moment.
     """
 
     activations: int
     copies: int
     peak: int
+    holes: int
+    kernels: int
     flops: int
 
 
@@ -59,9 +69,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = self.activations = self.most_copies = 0
         self.kept: set[int] = set()
         self.closed = False
+        self.taken: list[tuple[int, bool]] = []  # bytes of whatever was made, and whether later updates find it there
+        self.events: list[tuple[int, bool]] = []  # which of them came, or went
+        self.products: set[tuple[Any, ...]] = set()  # in 16 bits, by their shapes
+        self.places: dict[int, int] = {}  # the last of `taken` in a storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = _whole(func, args), kwargs or {}
+        if func in PRODUCTS and args[0].dtype.itemsize == 2:
+            self._compile(func, args)
         out = _known(func, args, kwargs)
         if out is None:
             out = func(*args, **kwargs)
@@ -76,11 +92,24 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._enter(tensor.untyped_storage(), copy)
         return out
 
+    def _compile(self, func: Any, args: Any) -> None:
+        product = (func, *((a.shape, a.stride()) for a in args))
+        if product not in self.products:
+            self.products.add(product)
+            for _ in range(KERNELS):
+                self._take(KERNEL, True)
+
+    def _take(self, n_bytes: int, stays: bool) -> None:
+        self.events.append((len(self.taken), True))
+        self.taken.append((n_bytes, stays))
+
     def _enter(self, storage: torch.UntypedStorage, copy: bool) -> None:
         key, n_bytes = storage._cdata, storage.nbytes()
         if key in self.entries:
             return
         self.entries[key] = n_bytes, copy
+        self.places[key] = len(self.taken)
+        self._take(n_bytes, self.closed)
         self.live += n_bytes
         self.copies += n_bytes * copy
         weakref.finalize(storage, self._leave, key)
@@ -91,6 +120,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _leave(self, key: int) -> None:
         n_bytes, copy = self.entries.pop(key)
+        self.events.append((self.places.pop(key), False))
         self.live -= n_bytes
         self.copies -= n_bytes * copy
 
@@ -106,6 +136,27 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def close(self, *_: object) -> None:
         """Gradients are there: what follows is the optimiser's, which works matrix by matrix and so takes little."""
         self.closed = True
+
+    def reach(self, standing: list[int], order: int) -> int:
+        """How far a CPU's heap reaches after two such updates, in bytes; `standing` is what was there before.
+
+        In the first, moments come to lie where activations were; the second has to find other places for those.
+        """
+        heap = Heap(order)
+        for number, n_bytes in enumerate(standing):
+            heap.take(("standing", number), n_bytes)
+        left = {number for number, _ in self.events} - {number for number, came in self.events if not came}
+        stay = {number for number in left if self.taken[number][1]}
+        for update in range(2):
+            for came, together in groupby(self.events, key=itemgetter(1)):
+                for number, _ in together if came else sorted(together):  # autocast's copies go in no certain order
+                    if not came:
+                        heap.give_back(number)
+                    elif update == 0 or number not in stay:
+                        heap.take(number, self.taken[number][0])
+            for number in sorted(left - stay):  # gradients go before the next update
+                heap.give_back(number)
+        return heap.most
 
 
 def _whole(func: Any, args: Any) -> Any:
@@ -162,9 +213,20 @@ def rehearse(subject: Subject, train: TrainConfig, dtype: torch.dtype, accelerat
             optimizer.register_step_pre_hook(ledger.close)
         with ledger:
             trainer.update(subject.batch(some.batch_size))
-    return Rehearsal(
-        ledger.activations, ledger.most_copies, ledger.peak, ledger.gradient_flops * parts // few + ledger.step_flops
-    )
+        kernels = 0 if accelerator else KERNELS * KERNEL * len(ledger.products)
+        holes = 0 if accelerator else _holes(trainer, ledger, kernels)
+    flops = ledger.gradient_flops * parts // few + ledger.step_flops
+    return Rehearsal(ledger.activations, ledger.most_copies, ledger.peak, holes, kernels, flops)
+
+
+def _holes(trainer: Trainer, ledger: Ledger, kernels: int) -> int:
+    """What a CPU's heap has beyond the fullest moment of an update that was rehearsed."""
+    models = (trainer.model, trainer.ema.model)
+    standing = [t.nbytes for model in models for t in (*model.parameters(), *model.buffers())]
+    states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+    moments = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
+    reach = sum(ledger.reach(standing, order) for order in range(ORDERS)) // ORDERS
+    return max(reach - sum(standing) - moments - ledger.peak - kernels, 0)
 
 
 @contextmanager
