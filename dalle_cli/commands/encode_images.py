@@ -44,7 +44,7 @@ def run(
         str,
         typer.Option(
             metavar="NAME",
-            help="center; a random crop: prior (the paper's for stage two) or dvae; or place: shrunk a little, anywhere.",
+            help="center; a random crop: prior (the paper's for stage two) or dvae; place: shrunk a little, put anywhere.",
         ),
     ] = "center",
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rows per picture, each cropped anew.")] = 1,
@@ -74,7 +74,7 @@ def run(
     from dalle_cli.training.distributed import joined
 
     if repeats > 1 and augment == "center":
-        raise DalleError(f"expected --augment prior, place or dvae with --repeats {repeats}, found center; all would be alike")
+        raise DalleError(f"expected --augment prior, place or dvae with --repeats {repeats}, found center; pick one")
     (filters,) = recipes.section(recipes.read(config, sets), "data", Filters)
     machine = arithmetic(device, dtype)
     weights = bundle.weights(model, "weights.dvae", "weights.clip")
