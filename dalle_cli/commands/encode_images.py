@@ -44,7 +44,7 @@ def run(
         str,
         typer.Option(
             metavar="NAME",
-            help="center; a random crop: prior (the paper's for stage two) or dvae; place: shrunk a little, put anywhere.",
+            help="center; a random crop: prior (the paper's for stage two) or dvae; place: shrunk a little, anywhere.",
         ),
     ] = "center",
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rows per picture, each cropped anew.")] = 1,
