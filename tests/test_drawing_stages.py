@@ -100,7 +100,7 @@ def test_prompts_from_a_file(chain, tmp_path):
 def test_long_prompts_are_cut_with_a_warning(chain, tmp_path):
     result = run_cli("sample", "word " * 50, "-n", 1, "-m", chain.model, "-o", tmp_path / "a.safetensors")
     assert result.status == 0
-    assert "dalle: warning: 1 prompts are longer than 24 tokens" in result.stderr
+    assert "dalle: warning: prompts of more than 24 tokens, which were cut: 1" in result.stderr
 
 
 # decode and rerank

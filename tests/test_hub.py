@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Result, run_bad, run_ok, start
+from conftest import Result, run_bad, run_cli, run_ok, start
 from hub_server import GOOD, POOR, Hub
 
 from dalle_cli import bundle, card, hub
@@ -574,6 +574,10 @@ def test_shipped_bundles_by_name_and_by_default(chain, monkeypatch, tmp_path):
     for options in ((), ("-m", "emoji")):
         run_ok("sample", "a red circle on white", "-n", 4, *options, "-o", tmp_path / "drawn.safetensors", "--force")
         assert (tmp_path / "drawn.safetensors").read_bytes() == chain.drawn.read_bytes()
+    told = run_cli("generate", "a red circle on white", "-n", 2, "-o", tmp_path / "a.png").stderr
+    assert f"drawn by emoji, the model that comes with the package; what it knows: {shipped / 'README.md'}" in told
+    told = run_cli("generate", "a red circle on white", "-n", 2, "-m", "emoji", "-o", tmp_path / "b.png").stderr
+    assert "drawn by" not in told
     assert "check -m (shipped: emoji)" in run_bad("sample", "x", "-m", "emojy", "-o", "x.safetensors")
     assert "no such file: ../bundles/emoji2" in run_bad("sample", "x", "-m", "../bundles/emoji2", "-o", "x.safetensors")
     plant(tmp_path / "emoji", 1000)  # a folder here goes before what is shipped, DALLE_MODEL before the default

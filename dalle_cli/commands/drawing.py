@@ -121,7 +121,7 @@ class Drawer:
         length = self.prior.config.n_text
         tokens, lengths, cut = tokenizers.load(bundle.tokenizer(weights)).encode_batch(self.texts, length)
         if cut:
-            console.warn(f"{cut} prompts are longer than {length} tokens and were cut")
+            console.warn(f"prompts of more than {length} tokens, which were cut: {cut}")
         self.tokens = torch.from_numpy(tokens.astype(np.int64))
         self.lengths = torch.from_numpy(lengths.astype(np.int64))
 

@@ -143,7 +143,7 @@ class EmbeddingDrawer:
         length = self.prior.config.n_text
         tokens, lengths, cut = tokenizers.load(bundle.tokenizer(weights)).encode_batch(self.texts, length)
         if cut:
-            console.warn(f"{cut} prompts are longer than {length} tokens and were cut")
+            console.warn(f"prompts of more than {length} tokens, which were cut: {cut}")
         z_t = torch.from_numpy(TextEncoder(clip, machine).embed(self.texts))
         words, ends = (torch.from_numpy(x.astype(np.int64)) for x in (tokens, lengths))
         self.read = Read(words, ends, z_t)

@@ -165,6 +165,9 @@ def run(
     drawing.save_sheet(target, shown, [place.candidate.text for place in places], scores, columns, None, force)
     if os.isatty(2) if terminal is None else terminal:
         drawing.preview(shown, columns)
+    if model is None:
+        card = clip.path.parent / "README.md"
+        console.note(f"drawn by {card.parent.name}, the model that comes with the package; what it knows: {card}")
     console.result(target, kept=len(places), of=podium.seen, best=podium.best(), of_picture=way.kept)
     if stopped:
         raise KeyboardInterrupt

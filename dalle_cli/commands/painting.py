@@ -141,6 +141,6 @@ class Painter:
             return torch.zeros(len(texts), length, dtype=torch.int64), torch.zeros(len(texts), dtype=torch.int64)
         tokens, lengths, cut = self.tokenizer.encode_batch(texts, length)
         if cut:
-            console.warn(f"{cut} captions are longer than {length} tokens and were cut")
+            console.warn(f"captions of more than {length} tokens, which were cut: {cut}")
         written = [bool(text) for text in texts]
         return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(lengths.astype(np.int64) * written)
