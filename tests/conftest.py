@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -155,11 +156,15 @@ def run_bad(*args, **options):
 
 
 def start(*args, **options):
-    """`python -m dalle_cli ARGS` as a process of its own."""
+    """`python -m dalle_cli ARGS` as a process of its own; Ctrl-C reaches it even where the tests run in the background."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "stdin": subprocess.DEVNULL}
     command = [sys.executable, "-m", "dalle_cli", *map(str, args)]
-    return subprocess.Popen(command, env=env, **{**streams, **options})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits that it is ignored
+    try:
+        return subprocess.Popen(command, env=env, **{**streams, **options})
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def write_pictures(folder, size=16):

@@ -23,6 +23,7 @@ from dalle_cli.training import run as runs
 from dalle_cli.training.blocks import blocks, recomputed, surround
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.loop import Trainer, mix
+from dalle_cli.training.prior import PriorTrain
 from dalle_cli.training.schedules import Plateau
 
 DOUBLE = torch.float64
@@ -82,13 +83,13 @@ def test_a_checkpoint_of_before_the_loop_remembered_anything(tmp_path):
 
 
 def test_a_setting_that_came_later_counts_as_its_default():
-    """Fields that the first release's weights named; every other one must be known as later."""
+    """Fields that the first release's weights named; every other one must be known as later, those of a model too."""
     first = (
         "steps batch_size lr final_lr schedule warmup optimizer beta1 beta2 eps weight_decay clip_norm ema ema_every"
     )
     first += " log_every validate_every checkpoint_every keep validation max_validation"
     later = {f.name: f.default for f in fields(TrainConfig) if f.name not in first.split()}
-    assert later == runs.LATER
+    assert later | {"code_noise": PriorTrain().code_noise} == runs.LATER
 
 
 # Plateau
