@@ -156,7 +156,7 @@ def run_bad(*args, **options):
 
 
 def start(*args, **options):
-    """`python -m dalle_cli ARGS` as a process of its own; Ctrl-C reaches it even where the tests run in the background."""
+    """`python -m dalle_cli ARGS` as a process of its own; Ctrl-C reaches it from tests in the background, too."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "stdin": subprocess.DEVNULL}
     command = [sys.executable, "-m", "dalle_cli", *map(str, args)]
