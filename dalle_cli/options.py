@@ -146,11 +146,12 @@ TopP = Annotated[
     float, typer.Option(min=0.0, max=1.0, metavar="X", help="Draw among codes of this total probability; 1 = all.")
 ]
 Guidance = Annotated[
-    float,
+    float | None,
     typer.Option(
         min=0.0,
         metavar="X",
-        help="Classifier-free guidance; 1 = off. The prior must be trained with captions dropped.",
+        help="Classifier-free guidance; 1 = off. The prior must be trained with captions dropped. Left out: what the "
+        "prior was made for, as `info` tells, else 1.",
     ),
 ]
 GuidanceFrom = Annotated[

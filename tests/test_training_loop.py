@@ -22,6 +22,7 @@ from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.training import run as runs
 from dalle_cli.training.blocks import blocks, recomputed, surround
 from dalle_cli.training.config import TrainConfig
+from dalle_cli.training.embedding_prior import EmbeddingPriorTrain
 from dalle_cli.training.loop import Trainer, mix
 from dalle_cli.training.prior import PriorTrain
 from dalle_cli.training.schedules import Plateau
@@ -89,7 +90,8 @@ def test_a_setting_that_came_later_counts_as_its_default():
     )
     first += " log_every validate_every checkpoint_every keep validation max_validation"
     later = {f.name: f.default for f in fields(TrainConfig) if f.name not in first.split()}
-    assert later | {"code_noise": PriorTrain().code_noise} == runs.LATER
+    assert EmbeddingPriorTrain().guidance == PriorTrain().guidance
+    assert later | {name: getattr(PriorTrain(), name) for name in ("code_noise", "guidance")} == runs.LATER
 
 
 # Plateau

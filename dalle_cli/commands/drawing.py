@@ -54,6 +54,21 @@ class Settings:
         return {k: v for k, v in asdict(self).items() if not silent.get(k)}
 
 
+def guidance(prior: "Artifact", said: float | None) -> float:
+    """The guidance to draw with: what was said, else what the prior's training wrote down for it, else none, 1.
+
+    Raises:
+        DalleError: what was written down is no guidance.
+    """
+    if said is not None:
+        return said
+    train = prior.config.get("train")
+    found = train.get("guidance", 1.0) if isinstance(train, dict) else 1.0
+    if isinstance(found, bool) or not isinstance(found, int | float) or not found >= 0:
+        raise DalleError(f"expected train.guidance of at least 0 in {prior.path}, found {found!r}; give --guidance")
+    return float(found)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One picture to be: its prompt, the prompt's number in the list, and its own number among the prompt's."""

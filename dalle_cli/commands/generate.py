@@ -106,7 +106,7 @@ def run(
     temperature: Temperature = 1.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
-    guidance: Guidance = 1.0,
+    guidance: Guidance = None,
     guidance_from: GuidanceFrom = 0.0,
     guidance_to: GuidanceTo = 1.0,
     sampler: SamplerName = None,

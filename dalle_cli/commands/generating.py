@@ -57,7 +57,7 @@ def way(ctx: typer.Context, rows: "Sequence[Candidate]", machine: "Arithmetic") 
         refuse(ctx, "a prior over codes", *OF_EMBEDDINGS)
         return of_codes(prior, rows, given, machine)
     refuse(ctx, "a prior over embeddings", *OF_CODES)
-    return of_embeddings(prior, rows, given, _settings(ctx), machine)
+    return of_embeddings(prior, rows, given, _settings(ctx, prior), machine)
 
 
 def of_codes(prior: "Artifact", rows: "Sequence[Candidate]", given: Mapping[str, Any], machine: "Arithmetic") -> Way:
@@ -65,7 +65,8 @@ def of_codes(prior: "Artifact", rows: "Sequence[Candidate]", given: Mapping[str,
     from dalle_cli.commands import drawing, picture_prompt
 
     names = ("n", "temperature", "top_k", "top_p", "guidance", "seed", "guidance_from", "guidance_to", "int8")
-    settings = drawing.Settings(**{name: given[name] for name in names})
+    said = {name: given[name] for name in names} | {"guidance": drawing.guidance(prior, given["guidance"])}
+    settings = drawing.Settings(**said)
     asked = picture_prompt.Asked(given["image"], given["keep_rows"], given["mask"])
     vae = bundle.weights(given["model"], "weights.dvae")
     dvae = drawing.decoder(vae, prior.fact("encoder", str), prior.path, machine)
@@ -115,10 +116,11 @@ def of_embeddings(
     return Way(at_once, 1, pictures, drawer.history, options, inputs)
 
 
-def _settings(ctx: typer.Context) -> "EmbeddingSettings":
-    """How embeddings are drawn; what was not said is left to the kind of the prior."""
+def _settings(ctx: typer.Context, prior: "Artifact") -> "EmbeddingSettings":
+    """How embeddings are drawn; what was not said is left to the prior and its kind."""
+    from dalle_cli.commands.drawing import guidance
     from dalle_cli.commands.drawing_embeddings import EmbeddingSettings
 
-    names = ("n", "guidance", "seed", "guidance_from", "guidance_to", "sampler", "steps")
-    said = (name for name in IF_SAID if is_given(ctx, name))
-    return EmbeddingSettings(**{name: ctx.params[name] for name in (*names, *said)})
+    names = ("n", "seed", "guidance_from", "guidance_to", "sampler", "steps")
+    said = {name: ctx.params[name] for name in (*names, *(name for name in IF_SAID if is_given(ctx, name)))}
+    return EmbeddingSettings(**said, guidance=guidance(prior, ctx.params["guidance"]))

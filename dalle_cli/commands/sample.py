@@ -57,7 +57,7 @@ def run(
     temperature: Temperature = 1.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
-    guidance: Guidance = 1.0,
+    guidance: Guidance = None,
     guidance_from: GuidanceFrom = 0.0,
     guidance_to: GuidanceTo = 1.0,
     sampler: SamplerName = None,
@@ -109,7 +109,7 @@ def run(
     weights = bundle.weights(model, "weights.prior.codes")
     if past is not None:
         bundle.check_digest("prior", weights.digest, _entry(past)["inputs"].get("model", ""), past.path)
-    settings = build(drawing.Settings, told, "sample")
+    settings = build(drawing.Settings, {**told, "guidance": drawing.guidance(weights, told.get("guidance"))}, "sample")
     check_replaceable(target, "codes", force)
     kept = picture_prompt.of_bundle(asked, weights, model, machine)
     drawn = drawing.sample(drawing.Drawer(weights, wanted, settings, machine, compiled, kept), batch_size, past, rows)
@@ -129,12 +129,13 @@ def _embeddings(
     from dalle_cli.artifacts import write_artifact
     from dalle_cli.artifacts.container import check_replaceable
     from dalle_cli.commands import drawing_embeddings as drawing
+    from dalle_cli.commands.drawing import guidance
     from dalle_cli.devices import arithmetic
 
     refuse(ctx, "a prior over embeddings", "image", "keep_rows", "mask", "int8", "compiled")
     given = ctx.params
     names = ("n", "guidance", "seed", "guidance_from", "guidance_to", "sampler", "steps")
-    told = {name: given[name] for name in names}
+    told = {name: given[name] for name in names} | {"guidance": guidance(weights, given["guidance"])}
     told |= {name: given[name] for name in ("temperature", "top_k", "top_p") if is_given(ctx, name)}
     settings = drawing.EmbeddingSettings(**told)
     check_replaceable(target, "embeddings", given["force"])

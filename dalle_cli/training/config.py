@@ -1,5 +1,6 @@
 """Numbers that every training stage shares; each model's own defaults are the paper's."""
 
+import math
 from dataclasses import dataclass
 
 from dalle_cli.errors import DalleError
@@ -8,6 +9,12 @@ from dalle_cli.training.schedules import LEARNING_RATES
 OPTIMIZERS = ("adamw", "muon")
 PARALLEL = ("replicate", "shard")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_guidance(scale: float) -> None:
+    """Raises: DalleError if a prior's weights cannot be drawn with this."""
+    if not (math.isfinite(scale) and scale >= 0):
+        raise DalleError(f"expected guidance of at least 0, found {scale}; 1 is none")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfi
 from dalle_cli.models.embedding_prior import EmbeddingPrior, EmbeddingPriorConfig
 from dalle_cli.models.embeddings import Principal, off_scale
 from dalle_cli.sampling.embeddings import Read, autoregressed, diffused, process_of
-from dalle_cli.training.config import TrainConfig
+from dalle_cli.training.config import TrainConfig, check_guidance
 from dalle_cli.training.loop import Batch, mix
 
 VALIDATION_BATCH = 64
@@ -49,6 +49,7 @@ class EmbeddingPriorTrain(TrainConfig):
     clip_norm: float = 1.0
     ema: float = 0.9999
     caption_dropout: float = 0.1  # sec. 2.2, for guidance
+    guidance: float = 1.0  # what the weights are drawn with where nothing else is said; 1 = none
     scale: float = 0.0  # what z_i without its mean is multiplied by for unit variance; 0 = as measured
     drawn_captions: int = 256  # held-out ones that an embedding is drawn for at each validation; 0 = none
     drawn_steps: int = 16  # in which the diffusion prior draws them
@@ -57,6 +58,7 @@ class EmbeddingPriorTrain(TrainConfig):
         super().__post_init__()
         if not 0 <= self.caption_dropout <= 1:
             raise DalleError(f"expected caption_dropout in [0, 1], found {self.caption_dropout}; correct it")
+        check_guidance(self.guidance)
         for name in ("scale", "drawn_captions"):
             if getattr(self, name) < 0:
                 raise DalleError(f"expected {name} of at least 0, found {getattr(self, name)}; raise it")

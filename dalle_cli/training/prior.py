@@ -24,7 +24,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.models.pixels import to_uint8
 from dalle_cli.models.prior import Prior, PriorConfig, disturb_codes, drop_captions
 from dalle_cli.sampling.autoregressive import sample_codes
-from dalle_cli.training.config import TrainConfig
+from dalle_cli.training.config import TrainConfig, check_guidance
 from dalle_cli.training.loop import Batch, mix
 
 VALIDATION_BATCH = 64
@@ -46,6 +46,7 @@ class PriorTrain(TrainConfig):
     ema_every: int = 25
     bpe_dropout: float = 0.1
     caption_dropout: float = 0.0  # 0.1 trains for guidance
+    guidance: float = 1.0  # what the weights are drawn with where nothing else is said; 1 = none
     code_noise: float = 0.0  # share of codes that are read as any other: against learning few pictures by heart
     sheet_prompts: int = 12  # held-out captions that are drawn at each validation, if the dVAE is there; 0 = none
 
@@ -54,6 +55,7 @@ class PriorTrain(TrainConfig):
         for name in ("bpe_dropout", "caption_dropout", "code_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DalleError(f"expected {name} in [0, 1], found {getattr(self, name)}")
+        check_guidance(self.guidance)
         if self.sheet_prompts < 0:
             raise DalleError(f"expected sheet_prompts of at least 0, found {self.sheet_prompts}; raise it")
 
@@ -170,7 +172,8 @@ class PriorTask:
         captions, _ = self.pairs.draw(places, np.zeros((len(places), 2)))
         tokens, lengths = map(torch.from_numpy, self.pairs.tokens(captions))
         with torch.autocast(device.type, enabled=False):
-            codes = sample_codes(model, tokens, lengths, range(len(places)), self.seed)
+            numbers, scale = range(len(places)), self.options.guidance
+            codes = sample_codes(model, tokens, lengths, numbers, self.seed, guidance_scale=scale)
             pixels = to_uint8(load.dvae(self.dvae, device).decode(codes)).cpu().numpy()
         texts = self.pairs.captions.strings("text")
         path.parent.mkdir(parents=True, exist_ok=True)

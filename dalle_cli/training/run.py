@@ -37,6 +37,7 @@ LATER = {
     "powersgd_rank": 0,
     "timeout": 1800,
     "code_noise": 0.0,  # of the token prior
+    "guidance": 1.0,  # of the priors
 }
 # What does not change what is computed: a run is the same without.
 ASIDE = ("tensorboard", "parallel", "timeout", "sheet_prompts")
@@ -87,7 +88,7 @@ class Run:
         mine, told = json.loads(json.dumps(self.config)).get("train"), _compared(config).get("train")
         if not isinstance(mine, dict) or not isinstance(told, dict):
             return False
-        end = {name: mine[name] for name in ("steps", "save_dtype") if name in mine}
+        end = {name: mine[name] for name in ("steps", "save_dtype", "guidance") if name in mine}
         theirs = {**told, **end, "steps": told["steps"]}
         return self._same(artifact, {**config, "train": {**told, **end}}) and same_until(step, theirs, {**told, **end})
 

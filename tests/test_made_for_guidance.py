@@ -1,0 +1,87 @@
+"""The guidance that a prior's training wrote down: what is drawn with it where nothing else is said."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from artifact_files import array
+from conftest import run_bad, run_cli, run_ok
+from test_generate_embeddings import KINDS, plant
+from test_training import copy_run, training
+
+from dalle_cli.artifacts import open_artifact
+from dalle_cli.artifacts.weights import load_tensors, save_tensors
+
+PROMPT = "a red circle on white"
+MUCH = 300.0  # of a tiny prior, for which captions mean little
+
+
+def told(path: Path, out: Path, guidance) -> Path:
+    """The weights as training with this setting would have written them."""
+    found = open_artifact(path)
+    config = {**found.config, "train": {**found.config["train"], "guidance": guidance}}
+    save_tensors(out, found.kind, load_tensors(found), config, found.history, force=True)
+    return out
+
+
+@pytest.fixture
+def model(chain, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(chain.model, folder, ignore=shutil.ignore_patterns("*.run"))
+    told(folder / "prior.safetensors", folder / "prior.safetensors", MUCH)
+    return folder
+
+
+def drawn(stage, model, out, column, *more):
+    where = ("-o", out) if stage == "sample" else ("-o", out.with_suffix(".png"), "--images", out, "--keep", 0)
+    run_ok(stage, PROMPT, "-n", 3, "-m", model, *where, *more)
+    return array(out, column), open_artifact(out).history
+
+
+@pytest.mark.parametrize(("stage", "column"), [("sample", "codes"), ("generate", "images")])
+def test_it_is_taken_where_nothing_is_said(chain, model, tmp_path, stage, column):
+    own, history = drawn(stage, model, tmp_path / "own", column)
+    assert [entry["options"]["guidance"] for entry in history if entry["stage"] == "sample"] == [MUCH]
+    said, _ = drawn(stage, chain.model, tmp_path / "said", column, "--guidance", MUCH)
+    none, _ = drawn(stage, chain.model, tmp_path / "none", column)
+    over, _ = drawn(stage, model, tmp_path / "over", column, "--guidance", 1)
+    np.testing.assert_array_equal(own, said)
+    np.testing.assert_array_equal(over, none)
+    assert not np.array_equal(own, none)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prior_over_embeddings_has_one_too(chain, tmp_path, kind):
+    folder = plant(chain, tmp_path / kind, kind)
+    none, _ = drawn("sample", folder, tmp_path / "none", "embeddings")
+    said, _ = drawn("sample", folder, tmp_path / "said", "embeddings", "--guidance", 3)
+    told(folder / "drawer.safetensors", folder / "drawer.safetensors", 3)
+    own, history = drawn("sample", folder, tmp_path / "own", "embeddings")
+    assert history[-1]["options"]["guidance"] == 3
+    np.testing.assert_array_equal(own, said)
+    assert not np.array_equal(own, none)
+
+
+def test_what_was_drawn_is_drawn_again_with_the_guidance_of_then(model, tmp_path):
+    codes, _ = drawn("sample", model, tmp_path / "a", "codes", "--guidance", 1)
+    run_ok("sample", "--from", tmp_path / "a", "--rows", "1", "-m", model, "-o", tmp_path / "b")
+    np.testing.assert_array_equal(array(tmp_path / "b", "codes"), codes[1:2])
+
+
+@pytest.mark.parametrize("guidance", [-1, "much", None, True])
+def test_what_is_no_guidance_is_said(model, tmp_path, guidance):
+    told(model / "prior.safetensors", model / "prior.safetensors", guidance)
+    error = run_bad("sample", PROMPT, "-m", model, "-o", tmp_path / "a")
+    assert "expected train.guidance of at least 0" in error
+
+
+def test_training_writes_it_down_and_only_the_weights_follow_it(chain, tmp_path):
+    out = copy_run(chain.prior, tmp_path)
+    assert open_artifact(out).config["train"]["guidance"] == 1
+    result = run_cli(*training(chain, "prior", out, "--set", "prior.train.guidance=4"))
+    assert "resuming from update" in result.stderr
+    assert open_artifact(out).config["train"]["guidance"] == 4
+    before, after = load_tensors(open_artifact(chain.prior)), load_tensors(open_artifact(out))
+    assert all((before[name] == after[name]).all() for name in before)
+    assert "expected guidance" in run_bad(*training(chain, "prior", out, "--set", "prior.train.guidance=-1"))
