@@ -1,4 +1,4 @@
-"""DALL-E 2 on the shapes: the graph that recipes share, the recipe's numbers, and how spread is measured."""
+"""DALL-E 2 on shapes and emoji: the graph that recipes share, the recipes' numbers, and how spread is measured."""
 
 import importlib
 import os
@@ -184,15 +184,12 @@ def test_truth_alone_has_all_that_decode_reads(tmp_path):
 # Numbers
 
 
-@pytest.fixture
-def table():
-    return config.read(FOLDER / "unclip.toml")
-
-
-def test_numbers_are_of_models_that_exist(table):
+@pytest.mark.parametrize("name", ["shapes", "emoji"])
+def test_numbers_are_of_models_that_exist(name):
     """Every key is known, the sizes fit together, and the pictures that come out are those that CLIP reads."""
-    shapes = config.read(FOLDER / "recipe.toml")
-    clip, _ = config.section(shapes, "clip", CLIPConfig, train=_anything(shapes["clip"]["train"]))
+    folder = FOLDER.parent / name
+    table, recipe = (config.read(folder / file) for file in ("unclip.toml", "recipe.toml"))
+    clip, _ = config.section(recipe, "clip", CLIPConfig, train=_anything(recipe["clip"]["train"]))
     known = {"n_text_vocab": 512, "n_text": 16, "n_embedding": clip.n_proj}
     for kind, cls in (("diffusion", DiffusionPriorConfig), ("autoregressive", EmbeddingPriorConfig)):
         found, body = chosen({"embedding_prior": {**table["embedding_prior"], "kind": kind}})
@@ -279,3 +276,24 @@ def test_the_table_of_spread_ends_with_the_truth(tmp_path):
     assert "100.0%" in rows[1]
     assert "0.33 cells" in rows[1]  # 4 of 6 pairs differ by a cell of one object of two
     assert len({len(row) for row in rows}) == 1
+
+
+def test_the_emoji_run_it_too(tmp_path):
+    """Each thing made once, the stages before those that read them, and 20 steps beside 100 of the same embeddings."""
+    given = [f"OUT={tmp_path}", "DATA=small.tar", "READY=small.tar", "WITHOUT=", f"PY={sys.executable}", "DALLE=dalle"]
+    Path(tmp_path, "data").mkdir()
+    Path(tmp_path, "data", "test.tar").touch()
+    done = subprocess.run(
+        ["make", "-n", "unclip", *given], cwd=FOLDER.parent / "emoji", capture_output=True, text=True, check=True
+    )
+    ran = [line.replace(f"{tmp_path}/", "") for line in done.stdout.replace("\\\n", "").splitlines()]
+    outs = [line.split(" -o ")[1] for line in ran if " -o " in line]
+    assert len(outs) == len(set(outs))
+    order = ("model/clip", "unclip/decoder", "unclip/diffusion-prompts.images", "unclip/diffusion-prompts.best")
+    assert [name for name in outs if name.startswith(order)] == [f"{name}.safetensors" for name in order]
+    painted = [line.split(" -o ")[0].split("--sampler ")[1].split() for line in ran if "--sampler" in line]
+    assert painted == [["dpm++", "--steps", "20"], ["ddim", "--steps", "20"], ["ddim", "--steps", "100"]]
+    assert {name for name in outs if name.endswith(".png")} == {
+        f"unclip/{name}.png"
+        for name in ("sheet-diffusion", "sheet-autoregressive", "vary", "interpolate", "diff", "reconstruct")
+    }
