@@ -63,16 +63,32 @@ def test_what_does_not_fit_is_not_shipped(model, tmp_path, capsys, monkeypatch):
 # What comes with the package
 
 
-def test_the_shipped_model_draws_what_it_is_told(tmp_path, monkeypatch):
+def test_the_shipped_shapes_are_as_they_are_told(tmp_path, monkeypatch):
     sys.path.insert(0, str(RECIPES / "shapes"))
     score = importlib.import_module("score")
     monkeypatch.setattr(bundles, "SHIPPED", SHIPPED)
     prompt = "a small red circle above a large blue square"
-    run_ok("generate", prompt, "-o", tmp_path / "x.png", "--images", tmp_path / "x.safetensors")
+    run_ok("generate", prompt, "-m", "shapes", "-o", tmp_path / "x.png", "--images", tmp_path / "x.safetensors")
     found = open_artifact(tmp_path / "x.safetensors", "images").array("images")
     right = [score.matches(picture.transpose(1, 2, 0), prompt) for picture in found]
     assert sum(right) >= 3  # of the best four of eight
     assert not any(score.matches(p.transpose(1, 2, 0), "a large green star") for p in found)
+
+
+def test_the_model_without_m_draws_emoji_as_they_are_told(tmp_path, monkeypatch):
+    """The middle of what is drawn has the color that was asked for, in either language, and white around it."""
+    monkeypatch.setattr(bundles, "SHIPPED", SHIPPED)
+    prompts = ("a blue heart", "a twemoji style emoji of a red apple", "트위모지 스타일의 빨간 사과 이모지")
+    out = tmp_path / "x.safetensors"
+    run_ok("generate", *prompts, "-n", 6, "--keep", 3, "-o", tmp_path / "x.png", "--images", out)
+    found = open_artifact(out, "images").array("images").astype(float)
+    middle = found[:, :, 24:40, 24:40].mean(axis=(2, 3)).reshape(3, 3, 3)  # of the best three of each prompt
+    red, green, blue = middle.mean(axis=1).T
+    assert blue[0] > red[0] + 40
+    assert (red[1:] > blue[1:] + 60).all()
+    assert (red[1:] > green[1:] + 60).all()
+    corner = found[:, :, :3, :3].mean(axis=(1, 2, 3))
+    assert (corner > 200).mean() > 0.6
 
 
 def test_what_is_shipped_is_small_and_says_what_it_is():
