@@ -423,6 +423,12 @@ def enter(tab, rater):
     tab.keyboard.press("Enter")
 
 
+def come_back(tab):
+    """Load the page anew, a moment later: the browser hands on what a page keeps only after the page has said it."""
+    tab.wait_for_timeout(500)
+    tab.reload()
+
+
 def seen(tab):
     """The caption, the number of the question, and where A's picture lies: 0 left, 1 right."""
     sources = tab.locator(".pick img").evaluate_all("images => images.map(image => image.src)")
@@ -480,7 +486,7 @@ def test_three_raters_vote_and_planted_votes_come_out(visit, tmp_path):
         order = vote(tab, plan, 5, press)
         if press is by_key:
             assert tab.locator("#count").inner_text() == "3 of 6"
-            tab.reload()
+            come_back(tab)
             assert tab.get_by_label("Your name").input_value() == rater
             assert tab.locator("#about-name").inner_text() == "You have judged 2 of 6 pairs."
             tab.get_by_role("button", name="Go on").click()
@@ -553,10 +559,10 @@ def test_half_a_survey_can_be_saved_and_other_raters_answers_stay_apart(visit, t
     half = json.loads((tmp_path / "half.json").read_text())
     assert len(half["votes"]) == 1  # the second caption has but one answer
     assert set(half["votes"][0]) == {"caption", "first", "realistic", "matches"}
-    tab.reload()
+    come_back(tab)
     enter(tab, "Ben")
     assert tab.locator("#count").inner_text() == "1 of 6"
-    tab.reload()
+    come_back(tab)
     enter(tab, " aNNa ")
     assert seen(tab)[1] == 1
     assert tab.locator("#count").inner_text() == "2 of 6"
@@ -583,7 +589,7 @@ def test_what_the_browser_kept_is_checked(visit, page):
     for number, kept in enumerate(("no JSON", "3", '["0123456789abcdef"]', "{}", "null")):
         place = f"dalle-survey/{facts(page)['survey']}/rater {number}"
         tab.evaluate("([place, kept]) => localStorage.setItem(place, kept)", [place, kept])
-        tab.reload()
+        come_back(tab)
         enter(tab, f"Rater {number}")
         assert tab.locator("#count").inner_text() == "1 of 6"
         assert seen(tab)[1] == 0
