@@ -91,6 +91,14 @@ OutRows = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file even if it is something else.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        "--init",
+        metavar="MODEL",
+        help="Begin with weights that there are: a file, a checkpoint, a bundle's; the model's sizes are theirs.",
+    ),
+]
 ShardSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows in a shard, when writing a folder of shards.")]
 
 Model = Annotated[

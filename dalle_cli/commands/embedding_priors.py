@@ -30,13 +30,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Captions and latents, joined; what history says of the ids that were left out; and where to write."""
+    """Captions and latents, joined; what history says of the ids left out; where to write; what to begin with."""
 
     captions: "Artifact"
     latents: "Artifact"
     pairs: "Pairs"
     gone: Mapping[str, str]
     out: Path
+    init: str | None = None
 
 
 def train_prior(
@@ -53,6 +54,7 @@ def train_prior(
     from dalle_cli.artifacts import history
     from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
     from dalle_cli.models.embedding_prior import EmbeddingPriorConfig
+    from dalle_cli.training import beginning
     from dalle_cli.training.embedding_prior import (
         AutoregressivePriorTask,
         DiffusionPriorTask,
@@ -66,17 +68,20 @@ def train_prior(
     name = f"{SECTION}.{kind}"
     known = {"kind": kind, "n_text_vocab": texts.fact("n_vocab", int), "n_text": texts.fact("n_text", int)}
     known["n_embedding"] = pairs.width
-    if kind == "autoregressive" and not body.get("n_component"):
+    start = beginning.opened(given.init, "weights.prior.embeddings", "train-prior")
+    known = beginning.sizes(start, known, body)
+    if start is None and kind == "autoregressive" and not body.get("n_component"):
         body = {**body, "n_component": n_component(body, pairs)}
     cls = DiffusionPriorConfig if kind == "diffusion" else EmbeddingPriorConfig
     model, options = recipes.section({name: body}, name, cls, known, train=EmbeddingPriorTrain)
     task = DiffusionPriorTask if kind == "diffusion" else AutoregressivePriorTask
     facts = {"tokenizer": texts.fact("tokenizer", str), "encoder": latents.fact("encoder", str)}
     header = {"model": asdict(model), "train": asdict(options), **facts}
+    beginning.check_inputs(start, header)
     told = {"seed": seed, "dtype": machine.name}
-    made = history("train-prior", told, captions=texts, embeddings=latents, **given.gone)
+    made = history("train-prior", told, captions=texts, embeddings=latents, **given.gone, **beginning.named(start))
     run = Run(given.out, "weights.prior.embeddings", header, made, force)
-    return train(lambda: task(model, options, pairs, seed), options, run, machine, seed, fresh)
+    return train(lambda: task(model, options, pairs, seed), options, run, machine, seed, fresh, start)
 
 
 def chosen(table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ from dalle_cli.options import (
     Dtype,
     Force,
     Fresh,
+    Init,
     OutFile,
     Recipe,
     Seed,
@@ -24,6 +25,7 @@ def run(
     out: OutFile,
     config: Recipe = None,
     sets: Sets = [],
+    init: Init = None,
     without: Without = None,
     seed: Seed = 0,
     workers: Workers = 2,
@@ -45,6 +47,7 @@ def run(
     from dalle_cli.devices import arithmetic
     from dalle_cli.models.clip import CLIPConfig
     from dalle_cli.paths import skip_list
+    from dalle_cli.training import beginning
     from dalle_cli.training.clip import CLIPTask, CLIPTrain
     from dalle_cli.training.distributed import joined
     from dalle_cli.training.loop import train
@@ -52,23 +55,29 @@ def run(
 
     bpe = tokenizers.load(tokenizer)
     table = recipes.read(config, sets)
-    model, options = recipes.section(table, "clip", CLIPConfig, {"n_text_vocab": bpe.vocab_size}, train=CLIPTrain)
+    start = beginning.opened(init, "weights.clip", "train-clip")
+    known = beginning.sizes(start, {"n_text_vocab": bpe.vocab_size}, table.get("clip", {}))
+    model, options = recipes.section(table, "clip", CLIPConfig, known, train=CLIPTrain)
     (filters,) = recipes.section(table, "data", Filters)
     data = open_dataset(dataset, need_captions=True, filters=filters)
     gone = leave_out(without, data.ids)
     machine = arithmetic(device, dtype)
     header = {"model": asdict(model), "train": asdict(options), "tokenizer": bpe.digest}
+    beginning.check_inputs(start, header)
     made = history(
         "train-clip",
         {"seed": seed, "dtype": machine.name, "data": asdict(filters)},
         dataset=data.digest,
         tokenizer=bpe.digest,
         **told(gone),
+        **beginning.named(start),
     )
     data = data.without(gone)
     run_ = Run(out, "weights.clip", header, made, force)
     with joined(machine.device, options.timeout) as group:
-        figures = train(lambda: CLIPTask(model, options, data, bpe, seed, workers), options, run_, machine, seed, fresh)
+        figures = train(
+            lambda: CLIPTask(model, options, data, bpe, seed, workers), options, run_, machine, seed, fresh, start
+        )
         group.collect(data.skipped)
     if group.rank == 0:
         data.skipped.write(skip_list(out))

@@ -7,9 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dalle_cli.options import DatasetArg, Device, Dtype, Force, Fresh, OutFile, Recipe, Seed, Sets, Without, Workers
+from dalle_cli.options import (
+    DatasetArg,
+    Device,
+    Dtype,
+    Force,
+    Fresh,
+    Init,
+    OutFile,
+    Recipe,
+    Seed,
+    Sets,
+    Without,
+    Workers,
+)
 
 if TYPE_CHECKING:
+    from dalle_cli.artifacts import Artifact
     from dalle_cli.data.datasets import Dataset
     from dalle_cli.training.config import TrainConfig
     from dalle_cli.training.loop import Task
@@ -48,6 +62,7 @@ def run(
     ] = None,
     config: Recipe = None,
     sets: Sets = [],
+    init: Init = None,
     without: Without = None,
     seed: Seed = 0,
     workers: Workers = 2,
@@ -68,6 +83,7 @@ def run(
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
     from dalle_cli.paths import skip_list
+    from dalle_cli.training import beginning
     from dalle_cli.training.distributed import joined
     from dalle_cli.training.loop import train
     from dalle_cli.training.run import Run
@@ -79,17 +95,19 @@ def run(
     data = open_dataset(dataset, need_captions=False, filters=filters)
     gone, digest = leave_out(without, data.ids), data.digest
     data = data.without(gone)
+    start = beginning.opened(init, f"weights.{'upsampler' if upsampler else 'decoder'}", "train-decoder")
     if upsampler is None:
-        part = decoder_of(table, data, embeddings, captions, seed, workers)
+        part = decoder_of(table, data, embeddings, captions, start, seed, workers)
     else:
-        part = upsampler_of(table, f"upsampler_{upsampler}", data, seed, workers)
+        part = upsampler_of(table, f"upsampler_{upsampler}", data, start, seed, workers)
+    beginning.check_inputs(start, part.header)
     machine = arithmetic(device, dtype)
     settings: dict[str, Any] = {"seed": seed, "dtype": machine.name, "data": asdict(filters)}
     settings |= {} if upsampler is None else {"upsampler": upsampler}
-    made = history("train-decoder", settings, dataset=digest, **part.inputs, **told(gone))
+    made = history("train-decoder", settings, dataset=digest, **part.inputs, **told(gone), **beginning.named(start))
     run_ = Run(out, part.kind, part.header, made, force)
     with joined(machine.device, part.options.timeout) as group:
-        figures = train(part.build, part.options, run_, machine, seed, fresh)
+        figures = train(part.build, part.options, run_, machine, seed, fresh, start)
         group.collect(data.skipped)
     if group.rank == 0:
         data.skipped.write(skip_list(out))
@@ -97,7 +115,13 @@ def run(
 
 
 def decoder_of(
-    table: dict[str, Any], data: "Dataset", embeddings: Path | None, captions: Path | None, seed: int, workers: int
+    table: dict[str, Any],
+    data: "Dataset",
+    embeddings: Path | None,
+    captions: Path | None,
+    start: "Artifact | None",
+    seed: int,
+    workers: int,
 ) -> Part:
     """A decoder of the pictures that have an embedding.
 
@@ -113,6 +137,7 @@ def decoder_of(
     from dalle_cli.devices import rank
     from dalle_cli.errors import DalleError
     from dalle_cli.models.decoder import DecoderConfig
+    from dalle_cli.training import beginning
     from dalle_cli.training.decoder import DecoderTask, DecoderTrain
 
     if embeddings is None:
@@ -122,6 +147,7 @@ def decoder_of(
         inputs["captions"] = open_artifact(captions, "captions")
     told = Conditions(inputs["embeddings"], inputs.get("captions"))
     known = {"n_embedding": told.width, "n_text": told.n_text, "n_text_vocab": told.n_vocab}
+    known = beginning.sizes(start, known, table.get("decoder", {}))
     model, options = recipes.section(table, "decoder", DecoderConfig, known, train=DecoderTrain)
     header = {"model": asdict(model), "train": asdict(options), "encoder": inputs["embeddings"].fact("encoder", str)}
     if captions is not None:
@@ -134,7 +160,9 @@ def decoder_of(
     )
 
 
-def upsampler_of(table: dict[str, Any], section: str, data: "Dataset", seed: int, workers: int) -> Part:
+def upsampler_of(
+    table: dict[str, Any], section: str, data: "Dataset", start: "Artifact | None", seed: int, workers: int
+) -> Part:
     """An upsampler by a section of the recipe.
 
     Raises:
@@ -144,8 +172,10 @@ def upsampler_of(table: dict[str, Any], section: str, data: "Dataset", seed: int
 
     from dalle_cli import config as recipes
     from dalle_cli.models.upsampler import UpsamplerConfig
+    from dalle_cli.training import beginning
     from dalle_cli.training.upsampler import UpsamplerTask, UpsamplerTrain
 
-    model, options = recipes.section(table, section, UpsamplerConfig, train=UpsamplerTrain)
+    known = beginning.sizes(start, {}, table.get(section, {}))
+    model, options = recipes.section(table, section, UpsamplerConfig, known, train=UpsamplerTrain)
     header = {"model": asdict(model), "train": asdict(options)}
     return Part("weights.upsampler", header, options, {}, lambda: UpsamplerTask(model, options, data, seed, workers))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dalle_cli.options import Device, Dtype, Force, Fresh, OutFile, Recipe, Seed, Sets, Without
+from dalle_cli.options import Device, Dtype, Force, Fresh, Init, OutFile, Recipe, Seed, Sets, Without
 
 if TYPE_CHECKING:
     from dalle_cli.commands.embedding_priors import Inputs
@@ -27,6 +27,7 @@ def run(
     ] = None,
     config: Recipe = None,
     sets: Sets = [],
+    init: Init = None,
     without: Without = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -49,7 +50,7 @@ def run(
     if pairs.unmatched and rank() == 0:
         both = f"{len(pairs)} pictures have captions and {found.kind}"
         console.note(f"{both}; {pairs.unmatched} have only one and are left out")
-    given = embedding_priors.Inputs(texts, found, pairs.without(gone), told(gone), out)
+    given = embedding_priors.Inputs(texts, found, pairs.without(gone), told(gone), out, init)
     if found.kind == "embeddings":
         figures = embedding_priors.train_prior(table, given, machine, seed, fresh, force)
     else:
@@ -74,6 +75,7 @@ def over_codes(
     from dalle_cli.artifacts import history
     from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.models.prior import PriorConfig
+    from dalle_cli.training import beginning
     from dalle_cli.training.loop import train
     from dalle_cli.training.prior import PriorTask, PriorTrain
     from dalle_cli.training.run import Run
@@ -85,6 +87,8 @@ def over_codes(
         "n_image_vocab": codes.fact("n_vocab", int),
         "grid": codes.fact("grid", int),
     }
+    start = beginning.opened(given.init, "weights.prior.codes", "train-prior")
+    known = beginning.sizes(start, known, table.get("prior", {}))
     read_with, encoder = texts.fact("tokenizer", str), codes.fact("encoder", str)
     model, options = recipes.section(table, "prior", PriorConfig, known, train=PriorTrain)
     bpe = None
@@ -92,7 +96,9 @@ def over_codes(
         bpe = tokenizers.load(tokenizer or bundle.find_tokenizer(read_with, out.parent, texts.path.parent))
         bundle.check_digest("tokenizer", bpe.digest, read_with, texts.path)
     header = {"model": asdict(model), "train": asdict(options), "tokenizer": read_with, "encoder": encoder}
-    made = history("train-prior", {"seed": seed, "dtype": machine.name}, captions=texts, codes=codes, **given.gone)
+    beginning.check_inputs(start, header)
+    told = {"seed": seed, "dtype": machine.name}
+    made = history("train-prior", told, captions=texts, codes=codes, **given.gone, **beginning.named(start))
     run_ = Run(out, "weights.prior.codes", header, made, force)
     dvae = bundle.find_weights(encoder, out.parent, codes.path.parent)
-    return train(lambda: PriorTask(model, options, pairs, bpe, seed, dvae), options, run_, machine, seed, fresh)
+    return train(lambda: PriorTask(model, options, pairs, bpe, seed, dvae), options, run_, machine, seed, fresh, start)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dalle_cli import console
+from dalle_cli.artifacts import Artifact
 from dalle_cli.devices import Arithmetic, compiled, keep_freed_memory
 from dalle_cli.errors import DalleError
+from dalle_cli.training.beginning import begin
 from dalle_cli.training.blocks import blocks, recomputed, surround
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.distributed import Alone, Group, Replicas, Shares, joined
@@ -366,12 +368,16 @@ def stored_as(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 
 def train(
-    build: Callable[[], Task], config: TrainConfig, run: Run, machine: Arithmetic, seed: int, fresh: bool = False
-) -> dict[str, float]:
-    """Train a task from its last checkpoint to its end; the last validation's figures, none if it was finished before.
+    build: Callable[[], Task], config: TrainConfig, run: Run, machine: Arithmetic, seed: int, fresh: bool = False,
+    start: Artifact | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Train a task from its last checkpoint, or else from the weights `start`, to its end.
+
+    Returns the last validation's figures, none if it was finished before.
 
     Raises:
-        DalleError: checkpoints of another run, a full disk, a loss that is no longer finite, or another process gone.
+        DalleError: checkpoints of another run, a start of another model, a full disk, a loss that is no longer finite,
+            or another process gone.
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint has been written.
     """
     run.check()
@@ -380,7 +386,10 @@ def train(
             group.first(run.start_over)
         elif group.first(lambda: _left_alone(run)):
             return {}
-        trainer = Trainer(build(), config, run, machine, seed, group)
+        task = build()
+        if start is not None:
+            begin(task.model, start)
+        trainer = Trainer(task, config, run, machine, seed, group)
         trainer.resume()
         return trainer.train()
 

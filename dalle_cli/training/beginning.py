@@ -1,0 +1,87 @@
+"""Weights that a training begins with instead of random ones."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from dalle_cli import bundle
+from dalle_cli.artifacts import Artifact
+from dalle_cli.artifacts.weights import load_tensors
+from dalle_cli.errors import DalleError
+
+FREE = ("dropout",)  # settings of a model that its weights say nothing of
+CHECKPOINT = "checkpoint"
+AVERAGE = "ema/"  # what is taken of a checkpoint
+
+
+def opened(model: str | None, kind: str, stage: str) -> Artifact | None:
+    """Weights of this kind, a bundle's too, or a checkpoint on the way to them; none where nothing is named.
+
+    Raises:
+        DalleError: neither, or a checkpoint of another stage.
+    """
+    if model is None:
+        return None
+    try:
+        found = bundle.weights(model, kind, CHECKPOINT)
+    except DalleError as error:  # which speaks of the option by which all other stages name a model
+        raise DalleError(re.sub(r"(?<=\s)-m\b", "--init", str(error))) from None
+    if found.kind == CHECKPOINT and found.history[-1]["stage"] != stage:
+        raise DalleError(f"expected a checkpoint of {stage}, found one of {found.history[-1]['stage']}: {model}")
+    return found
+
+
+def named(found: Artifact | None) -> dict[str, Artifact]:
+    """What history is told of it."""
+    return {} if found is None else {"init": found}
+
+
+def sizes(found: Artifact | None, known: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """What inputs, and weights if there are any, decide of a model: `known` by the inputs, `told` by the recipe.
+
+    Raises:
+        DalleError: the inputs have another size than the weights.
+    """
+    if found is None:
+        return dict(known)
+    own = found.fact("model", dict)
+    for name, value in known.items():
+        if own.get(name, value) != value:
+            raise DalleError(
+                f"expected inputs with {name} = {own[name]}, as {found.path} was trained with, found {value}; "
+                "make them by its tokenizer and its encoder"
+            )
+    return {**{name: value for name, value in own.items() if name not in FREE or name not in told}, **known}
+
+
+def check_inputs(found: Artifact | None, header: Mapping[str, Any]) -> None:
+    """Raises: DalleError if the inputs were made by another tokenizer or encoder than those of the weights."""
+    if found is None:
+        return
+    for name in ("tokenizer", "encoder"):
+        expected, given = found.config.get(name), header.get(name)
+        if expected and given and expected != given:
+            raise DalleError(
+                f"expected inputs made by the {name} of {found.path} (sha256 {expected[:12]}), found {given[:12]}; "
+                f"make them by that one, or leave out --init"
+            )
+
+
+def begin(model: nn.Module, found: Artifact) -> None:
+    """Copy weights into a model; of a checkpoint, the running average.
+
+    Raises:
+        DalleError: a tensor is missing, unknown, or of another shape.
+    """
+    tensors = load_tensors(found)
+    if found.kind == CHECKPOINT:
+        tensors = {name.removeprefix(AVERAGE): t for name, t in tensors.items() if name.startswith(AVERAGE)}
+    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    given = {name: tuple(t.shape) for name, t in tensors.items()}
+    for name in sorted(own.keys() | given.keys()):
+        if own.get(name) != given.get(name):
+            due, is_ = own.get(name, "nothing"), given.get(name, "nothing")
+            raise DalleError(f"expected {name} of {due} in {found.path}, found {is_}; give weights of the same model")
+    model.load_state_dict(tensors)
