@@ -16,8 +16,9 @@ from dalle_cli.data.datasets import open_dataset
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder, DecoderConfig
-from dalle_cli.sampling.painting import Brush, invert, paint, to_stored
-from dalle_cli.training.decoder import DecoderTask, DecoderTrain
+from dalle_cli.sampling.painting import Brush, invert, paint, process, to_stored
+from dalle_cli.training.decoder import DecoderTask, DecoderTrain, loss_of
+from dalle_cli.training.denoising import denoising
 from dalle_cli.training.loop import Trainer
 from dalle_cli.training.run import Run
 
@@ -41,9 +42,9 @@ def told(n=3):
             "lengths": torch.full((n,), 4)}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model():
-    return randomized(Decoder(config())).eval()
+@pytest.fixture(scope="module", params=[0, 4], ids=["plain", "sketch"])
+def model(request):
+    return randomized(Decoder(config(sketch=request.param))).eval()
 
 
 def of(model, x=None, t=None, **more):
@@ -95,6 +96,30 @@ def test_each_path_by_itself(name):
     torch.testing.assert_close(of(model, **unlike), of(model))
 
 
+def by_the_sketch_alone():
+    """A decoder all of whose other ways from embedding and caption are cut."""
+    model = randomized(Decoder(config(sketch=4))).eval()
+    for path in ("embedding_time", "embedding_tokens", "text_time"):
+        for p in model.get_submodule(path).parameters():
+            p.data.zero_()
+    for block in (*model.unet.down, *model.unet.middle, *model.unet.up):
+        if getattr(block, "attention", None) is not None:
+            block.attention.context_kv.weight.data.zero_()
+    return model
+
+
+def test_the_sketch_by_itself():
+    """Both reach the picture by it; without it neither does."""
+    model = by_the_sketch_alone()
+    others = {"embeddings": randn(3, 6, seed=7)}, {"tokens": told()["tokens"].clone().fill_(3)}
+    for other in (*others, {"given": torch.zeros(3, dtype=torch.bool)}):
+        assert (of(model, **other) - of(model)).abs().flatten(1).amax(1).min() > 1e-3
+    for p in model.sketch.parameters():
+        p.data.zero_()
+    for other in others:
+        torch.testing.assert_close(of(model, **other), of(model))
+
+
 def test_nulls(model):
     """A null is one and the same, whatever it stands in place of; and rows do not see each other."""
     null = {"given": torch.tensor([True, False, True]), "lengths": torch.tensor([4, 4, 0])}
@@ -132,6 +157,9 @@ def test_what_does_not_fit(model):
         of(model, tokens=torch.zeros(3, 4, dtype=torch.int64))
     with pytest.raises(DalleError, match="text_heads to divide"):
         config(text_heads=5)
+    for sketch in (3, 16, -1):
+        with pytest.raises(DalleError, match=f"sketch to divide image_size 8, found {sketch}"):
+            config(sketch=sketch)
 
 
 # Painting
@@ -150,10 +178,10 @@ def differs(a, b):
     return (a.int() - b.int()).abs().max().item()
 
 
-@pytest.fixture(scope="module")
-def soft():
+@pytest.fixture(scope="module", params=[0, 4], ids=["plain", "sketch"])
+def soft(request):
     """A model that predicts pictures, grayish ones, so that nothing is hidden by black and white."""
-    return randomized(Decoder(config(prediction="x_start")), scale=0.2).eval()
+    return randomized(Decoder(config(prediction="x_start", sketch=request.param)), scale=0.2).eval()
 
 
 def test_guidance(soft):
@@ -222,10 +250,49 @@ def squares(folder, per_color=2):
     return open_dataset(folder, need_captions=False), open_artifact(path)
 
 
-def task_of(data, embeddings, prediction="epsilon", **more):
+def task_of(data, embeddings, prediction="epsilon", sketch=0, **more):
     options = {"steps": 8, "batch_size": 8, "lr": 3e-3, "ema": 0.9, "validation": 0.0, "sheet_pictures": 0, **more}
     train = DecoderTrain(**options)
-    return DecoderTask(config(n_text=0, prediction=prediction), train, data, Conditions(embeddings), 0, 0), train
+    c = config(n_text=0, prediction=prediction, sketch=sketch)
+    return DecoderTask(c, train, data, Conditions(embeddings), 0, 0), train
+
+
+def test_the_loss_of_a_sketch():
+    """It is added to the noise's, of pictures made small, and neither loss is the other's business."""
+    c = config(sketch=2)
+    model, process_ = randomized(Decoder(c)), process(c)
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    batch = (images, torch.tensor([3, 50, 99]), randn(3, 3, 8, 8))
+    total, figures = loss_of(model, process_, *batch, list(told().values()), 0.0)
+    small = images.numpy().astype(float).reshape(3, 3, 2, 4, 2, 4).mean((3, 5)) / 127.5 - 1
+    sketch = model.condition(*told().values()).sketch.detach().numpy()
+    assert figures["sketch"].item() == pytest.approx(((sketch - small) ** 2).mean(), rel=1e-5)
+    noise, _ = denoising(process_, lambda x, t: model.denoise(x, t, **told()), *batch)
+    assert total.item() == pytest.approx(noise.item() + figures["sketch"].item(), rel=1e-5)
+    weight = model.sketch[0].weight
+    assert torch.autograd.grad(noise, weight, allow_unused=True) == (None,)
+    assert torch.autograd.grad(figures["sketch"], weight)[0].abs().max() > 0
+
+
+def test_a_sketch_becomes_the_mean_picture(tmp_path):
+    """The planted answer: of an embedding that is beside red pictures and blue ones alike, purple."""
+    data, embeddings = squares(tmp_path / "pictures")
+    ids = list(embeddings.strings("ids"))
+    rows = np.eye(6, dtype=np.float32)[[int(name.startswith(("green", "yellow"))) for name in ids]]
+    in_twos = tmp_path / "in-twos.safetensors"
+    write_artifact(in_twos, "embeddings", {"embeddings": rows, "ids": ids}, {"encoder": "0" * 64}, [])
+    task, train = task_of(data, open_artifact(in_twos), "v", sketch=2, steps=200, batch_size=16, lr=6e-3)
+    trainer = Trainer(task, train, Run(tmp_path / "x.safetensors", "weights.decoder", {}, []), machine(), 0)
+    batches = task.batches(0)
+    for _ in range(train.steps):
+        trainer.update(next(batches))
+    batches.close()
+    none = torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad():
+        found = trainer.ema.model.condition(torch.eye(6)[:2], torch.ones(2, dtype=torch.bool), *none).sketch
+    for sketch, names in zip((found + 1) * 127.5, (("red", "blue"), ("green", "yellow")), strict=True):
+        mean = np.mean([COLORS[name] for name in names], axis=0)
+        assert np.abs(sketch.numpy() - mean[:, None, None]).max() < 20, names
 
 
 @pytest.mark.parametrize("prediction", ["x_start", pytest.param("v", marks=pytest.mark.slow)])

@@ -162,6 +162,19 @@ def test_broken_off_and_gone_on(trained, unclip, tmp_path, name):
     assert "left alone" in run_cli(*training(unclip, name, out)).stderr
 
 
+def test_weights_of_before_there_were_sketches_are_left_alone(trained, unclip, tmp_path):
+    out = tmp_path / "decoder.safetensors"
+    found = open_artifact(trained / out.name)
+    old = {name: value for name, value in found.config["model"].items() if name != "sketch"}
+    assert old != found.config["model"]
+    save_tensors(out, found.kind, load_tensors(found), {**found.config, "model": old}, found.history)
+    assert "left alone" in run_cli(*training(unclip, "decoder", out)).stderr
+    again = run_cli(*training(unclip, "decoder", out, "--set", "decoder.sketch=2"))
+    assert again.status == 0
+    assert "left alone" not in again.stderr
+    assert "sketch" in rows(out)[0]
+
+
 def stage(*args):
     return tuple(run_cli(*args))
 

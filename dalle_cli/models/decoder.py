@@ -1,7 +1,7 @@
 """Diffusion decoder: a CLIP image embedding, and a caption, to a picture (Ramesh et al. 2022, sec. 2.1).
 
-Shapes: B batch, S side in pixels, D width of an embedding z_i, T caption length, K context width, E width of the
-timestep's embedding; pixels are in [-1, 1].
+Shapes: B batch, S side in pixels, s that of a sketch, D width of an embedding z_i, T caption length, K context width, E
+width of the timestep's embedding; pixels are in [-1, 1].
 """
 
 import math
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from dalle_cli.errors import DalleError
 from dalle_cli.models.clip import Encoder
 from dalle_cli.models.unet import UNet, UNetConfig
+
+SKETCHED_BY = 4  # times the context's width: the hidden layer that a sketch is made of
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,15 @@ class DecoderConfig(UNetConfig):
     n_text_vocab: int = 16384
     text_layers: int = 24
     text_heads: int = 32
+    sketch: int = 0  # s: embedding and caption alone give a picture of this side, which the U-Net sees; 0 = none do
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("n_embedding", "n_extra", "context_width", "text_layers", "text_heads"):
             if getattr(self, name) < 1:
                 raise DalleError(f"expected {name} of at least 1, found {getattr(self, name)}; raise it")
+        if self.sketch < 0 or (self.sketch and self.image_size % self.sketch):
+            raise DalleError(f"expected sketch to divide image_size {self.image_size}, found {self.sketch}; change it")
         if self.n_text < 0 or (self.n_text and self.n_text_vocab < 1):
             raise DalleError(f"expected captions of a vocabulary, found {self.n_text} tokens of {self.n_text_vocab}")
         if self.n_text and self.context_width % self.text_heads:
@@ -46,14 +51,15 @@ class DecoderConfig(UNetConfig):
 
 
 class Conditioning(NamedTuple):
-    """What a U-Net is told of a batch of pictures beside the timestep: (B, E) and (B, n_extra + T, K)."""
+    """What a U-Net is told of a batch of pictures beside the timestep: (B, E), (B, n_extra + T, K), (B, 3, s, s)."""
 
     added: Tensor
     context: Tensor
+    sketch: Tensor | None = None
 
     def first(self, n: int) -> "Conditioning":
         """That of the first n rows."""
-        return Conditioning(self.added[:n], self.context[:n])
+        return Conditioning(*(None if part is None else part[:n] for part in self))  # type: ignore[arg-type]
 
 
 class TextEncoder(nn.Module):
@@ -92,12 +98,20 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.unet = UNet(config, context=config.context_width)
+        self.unet = UNet(config, in_channels=6 if config.sketch else 3, context=config.context_width)
         self.null_embedding = nn.Parameter(torch.randn(config.n_embedding))
         self.embedding_time = nn.Linear(config.n_embedding, config.time_width)
         self.embedding_tokens = nn.Linear(config.n_embedding, config.n_extra * config.context_width)
         self.text = TextEncoder(config) if config.n_text else None
         self.text_time = nn.Linear(config.context_width, config.time_width) if config.n_text else None
+        self.sketch = self._sketching(config) if config.sketch else None
+
+    @staticmethod
+    def _sketching(config: DecoderConfig) -> nn.Module:
+        n_in, hidden = config.n_embedding, SKETCHED_BY * config.context_width
+        n_in += config.context_width if config.n_text else 0
+        last = nn.Linear(hidden, 3 * config.sketch**2)
+        return nn.Sequential(nn.Linear(n_in, hidden), nn.SiLU(), last, nn.Unflatten(1, (3, config.sketch, -1)))
 
     def condition(self, embeddings: Tensor, given: Tensor, tokens: Tensor, lengths: Tensor) -> Conditioning:
         """What the U-Net is told: (B, D) z_i, (B,) bool whether it counts or is null, (B, T) and (B,) int64 captions.
@@ -113,15 +127,21 @@ class Decoder(nn.Module):
             embeddings = F.normalize(embeddings, dim=1) * math.sqrt(c.n_embedding)
         z = torch.where(given[:, None], embeddings.to(self.null_embedding.dtype), self.null_embedding)
         added, context = self.embedding_time(z), self.embedding_tokens(z).unflatten(1, (c.n_extra, -1))
-        if self.text is None or self.text_time is None:
-            return Conditioning(added, context)
-        states = self.text(tokens, lengths)
-        # GLIDE adds what its last position knows to the timestep's embedding, too
-        return Conditioning(added + self.text_time(states[:, -1]), torch.cat([context, states], dim=1))
+        told = [z]
+        if self.text is not None and self.text_time is not None:
+            states = self.text(tokens, lengths)
+            # GLIDE adds what its last position knows to the timestep's embedding, too
+            added, context = added + self.text_time(states[:, -1]), torch.cat([context, states], dim=1)
+            told.append(states[:, -1])
+        return Conditioning(added, context, self.sketch(torch.cat(told, dim=1)) if self.sketch else None)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """(B, 3, S, S) at timesteps (B,) -> (B, 3 or 6, S, S): the prediction, and the place of its variance."""
-        return self.unet(x, t, *conditioning)  # type: ignore[no-any-return]
+        if conditioning.sketch is not None:
+            # the sketch has a loss of its own: what it is does not depend on what the U-Net makes of it
+            beside = F.interpolate(conditioning.sketch.detach(), x.shape[2:], mode="bilinear")
+            x = torch.cat([x, beside.to(x.dtype)], dim=1)
+        return self.unet(x, t, conditioning.added, conditioning.context)  # type: ignore[no-any-return]
 
     def denoise(
         self, x: Tensor, t: Tensor, embeddings: Tensor, given: Tensor, tokens: Tensor, lengths: Tensor

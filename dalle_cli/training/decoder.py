@@ -3,7 +3,7 @@
 Shapes: B batch, S side in pixels, D width of an embedding, T caption length.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dalle_cli.data.augment import by_name
 from dalle_cli.data.conditions import Conditions
@@ -20,9 +21,10 @@ from dalle_cli.data.loader import Loader, sequential
 from dalle_cli.data.sheet import sheet
 from dalle_cli.data.split import split
 from dalle_cli.diffusion.noise import row_noise
+from dalle_cli.diffusion.process import Process
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder, DecoderConfig
-from dalle_cli.sampling.painting import Brush, paint, process
+from dalle_cli.sampling.painting import Brush, paint, process, to_signed
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.denoising import Bins, Draws, denoising, drawn, made_ahead
 from dalle_cli.training.loop import Batch, mix
@@ -59,6 +61,23 @@ class DecoderTrain(TrainConfig):
         if self.sheet_pictures < 0 or self.sheet_steps < 1:
             found = f"{self.sheet_pictures} and {self.sheet_steps}"
             raise DalleError(f"expected sheet_pictures of 0 or more and sheet_steps of 1 or more, found {found}")
+
+
+def loss_of(
+    model: Decoder, process: Process, images: Tensor, t: Tensor, noise: Tensor, told: Sequence[Tensor], min_snr: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one batch, and its parts; `told` is what `Decoder.condition` takes.
+
+    A sketch is to be the mean of the pictures that embedding and caption stand for: its loss is the squared error to
+    the picture, made as small, and has the weight of the noise's.
+    """
+    conditioning = model.condition(*told)
+    loss, figures = denoising(process, lambda x, t: model(x, t, conditioning), images, t, noise, min_snr)
+    if conditioning.sketch is not None:
+        small = F.adaptive_avg_pool2d(to_signed(images), conditioning.sketch.shape[-1])
+        figures["sketch"] = (conditioning.sketch.float() - small).square().mean()
+        loss = loss + figures["sketch"]
+    return loss, figures
 
 
 class DecoderTask:
@@ -111,11 +130,9 @@ class DecoderTask:
         return torch.from_numpy(embeddings), torch.from_numpy(tokens), torch.from_numpy(lengths)
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the noise, and the bound that teaches the variance."""
+        """Squared error of the noise, and the bound that teaches the variance; and of the sketch, if there is one."""
         images, noise, t, *told = batch
-        return denoising(
-            self.process, lambda x, t: self.model.denoise(x, t, *told), images, t, noise, self.options.min_snr
-        )
+        return loss_of(self.model, self.process, images, t, noise, told, self.options.min_snr)
 
     def split(self, batch: Batch, parts: int, step: int, generator: torch.Generator) -> list[Batch]:
         """Equal parts, each with what was drawn for its pictures."""

@@ -39,12 +39,16 @@ LATER = {
     "code_noise": 0.0,  # of the token prior
     "guidance": 1.0,  # of the priors
 }
+# Of models, likewise.
+LATER_SIZES = {"sketch": 0}  # of the decoder
 # What does not change what is computed: a run is the same without.
 ASIDE = ("tensorboard", "parallel", "timeout", "sheet_prompts")
 
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
     """A config with what it did not name yet, and without what does not count."""
+    if isinstance(model := config.get("model"), dict):
+        config = {**config, "model": {**LATER_SIZES, **model}}
     if not isinstance(told := config.get("train"), dict):
         return config
     return {**config, "train": {name: value for name, value in {**LATER, **told}.items() if name not in ASIDE}}

@@ -23,7 +23,7 @@ from dalle_cli.sampling.embeddings import process_of
 from dalle_cli.sampling.painting import process
 from dalle_cli.training import standin
 from dalle_cli.training.clip import CLIPTrain
-from dalle_cli.training.decoder import DecoderTrain
+from dalle_cli.training.decoder import DecoderTrain, loss_of
 from dalle_cli.training.denoising import denoising
 from dalle_cli.training.embedding_prior import EmbeddingPriorTrain
 from dalle_cli.training.loop import Batch
@@ -119,7 +119,8 @@ def _decoder(table: Mapping[str, Any], name: str) -> list[Subject]:
         return (*_noising(n, config.image_size), *given, *_captions(n, config.n_text))
 
     def loss(model: Decoder, batch: Any, generator: torch.Generator) -> Loss:
-        return denoising(_process(config), lambda x, t: model.denoise(x, t, *batch[3:]), *batch[:3])
+        images, t, noise, *told = batch
+        return loss_of(model, _process(config), images, t, noise, told, 0.0)
 
     return [Subject(name, train, partial(Decoder, config), batch, loss)]
 
