@@ -113,6 +113,8 @@ def test_what_is_refused(chain, tmp_path):
     assert refused("dvae", tmp_path).endswith("give --init a folder that holds them")
     found = refused("prior", chain.prior, "--set", "prior.n_layer=3")
     assert "expected prior.n_layer = 2, as the inputs have it, found 3" in found
+    (tmp_path / "recipe.toml").write_text("dvae = 5")
+    assert "expected a table [dvae]" in refused("dvae", chain.dvae, "--config", tmp_path / "recipe.toml")
     other, config = tmp_path / "other.safetensors", open_artifact(chain.prior).config
     kind, history = "weights.prior.codes", open_artifact(chain.prior).history
 

@@ -38,7 +38,7 @@ def named(found: Artifact | None) -> dict[str, Artifact]:
     return {} if found is None else {"init": found}
 
 
-def sizes(found: Artifact | None, known: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+def sizes(found: Artifact | None, known: Mapping[str, Any], told: object) -> dict[str, Any]:
     """What inputs, and weights if there are any, decide of a model: `known` by the inputs, `told` by the recipe.
 
     Raises:
@@ -53,7 +53,8 @@ def sizes(found: Artifact | None, known: Mapping[str, Any], told: Mapping[str, A
                 f"expected inputs with {name} = {own[name]}, as {found.path} was trained with, found {value}; "
                 "make them by its tokenizer and its encoder"
             )
-    return {**{name: value for name, value in own.items() if name not in FREE or name not in told}, **known}
+    said = told if isinstance(told, Mapping) else {}  # what is no table is refused with the rest of the recipe
+    return {**{name: value for name, value in own.items() if name not in FREE or name not in said}, **known}
 
 
 def check_inputs(found: Artifact | None, header: Mapping[str, Any]) -> None:
