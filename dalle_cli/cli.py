@@ -50,7 +50,7 @@ STAGES: dict[str, dict[str, str]] = {
     },
     "Share": {
         "export": "Write pictures as PNG files with a manifest, which is again a data set.",
-        "info": "Say what an artifact is and how it was made.",
+        "info": "Say what an artifact is and how it was made; of a bundle, each of its weights.",
         "pull": "Fetch a bundle from a hub, and check it.",
         "push": "Put a bundle into a hub's repository, with a model card.",
     },

@@ -14,7 +14,7 @@ from artifact_files import array
 from conftest import Chain, run_bad, run_cli, run_ok
 from PIL import Image
 
-from dalle_cli import load
+from dalle_cli import bundle, load
 from dalle_cli.artifacts import open_artifact
 
 PROMPT = "a red circle on white"
@@ -172,6 +172,18 @@ def test_info(chain):
     assert [line.split()[0] for line in lines][-2:] == ["train-clip", "rerank"]
     assert "keep=0" in lines[-1]
     assert json.loads(run_ok("info", chain.best, "--history", "--json"))["history"][0]["stage"] == "tokenize"
+
+
+def test_info_of_a_bundle_tells_of_each_of_its_weights(chain, monkeypatch):
+    monkeypatch.setattr(bundle, "SHIPPED", chain.model.parent)
+    for name in (chain.model, chain.model.name):
+        about = json.loads(run_ok("info", name, "--json"))
+        kinds = {"clip.safetensors": "weights.clip", "dvae.safetensors": "weights.dvae"}
+        assert {file: about[file]["kind"] for file in about} == {**kinds, "prior.safetensors": "weights.prior.codes"}
+        text = run_ok("info", name)
+        assert all(about[file]["path"] in text for file in about)
+        heads = [line for line in run_ok("info", name, "--history").splitlines() if line.endswith(".safetensors:")]
+        assert heads == [f"{about[file]['path']}:" for file in about]
 
 
 def test_json_is_one_object(chain):

@@ -14,23 +14,41 @@ EXAMPLE = "dalle info prior.safetensors --history"
 
 
 def run(
-    path: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A file or a folder of shards.")],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="ARTIFACT", help="A file, a folder of shards, or a bundle: folder or name."),
+    ],
     as_json: Json = False,
     history: Annotated[bool, typer.Option("--history", help="Only the stages that led here, oldest first.")] = False,
 ) -> None:
-    """Say what an artifact is and how it was made."""
+    """Say what an artifact is and how it was made; of a bundle, each of its weights."""
     from dalle_cli import console
     from dalle_cli.artifacts import open_artifact
 
-    artifact = open_artifact(path)
-    if history and as_json:
-        console.emit_json({"history": artifact.history})
-    elif history:
-        console.emit("\n".join(_stage(entry) for entry in artifact.history) or "no history")
-    elif as_json:
-        console.emit_json(_describe(artifact))
+    artifacts = [open_artifact(file) for file in _files(path)]
+    if as_json:
+        told = [{"history": a.history} if history else _describe(a) for a in artifacts]
+        names = [a.path.name for a in artifacts]
+        console.emit_json(told[0] if len(told) == 1 else dict(zip(names, told, strict=True)))
     else:
-        console.emit(_text(_describe(artifact)))
+        console.emit("\n\n".join(_stages(a, len(artifacts)) if history else _text(_describe(a)) for a in artifacts))
+
+
+def _files(path: Path) -> list[Path]:
+    """What is to be described: the path itself, or the weights of the bundle that it is or names."""
+    from dalle_cli.artifacts.container import SHARDS
+
+    if not path.exists():
+        from dalle_cli.bundle import SHIPPED
+
+        path = SHIPPED / path if (SHIPPED / path).is_dir() else path
+    bundle = path.is_dir() and not any(path.glob(SHARDS))
+    return (sorted(path.glob("*.safetensors")) if bundle else []) or [path]
+
+
+def _stages(artifact: "Artifact", among: int) -> str:
+    lines = [_stage(entry) for entry in artifact.history] or ["no history"]
+    return "\n".join([f"{artifact.path}:"] * (among > 1) + lines)
 
 
 def _describe(artifact: "Artifact") -> dict[str, Any]:
