@@ -24,7 +24,7 @@ from dalle_cli.data.datasets import open_dataset
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
-from dalle_cli.training.decoder import DecoderTask, DecoderTrain
+from dalle_cli.training.decoder import DecoderTask, DecoderTrain, astray
 
 UNET = """
 width = 8
@@ -250,6 +250,7 @@ def test_arguments_that_do_not_go_together(unclip, tmp_path):
     for setting, says in (
         ("decoder.n_text=3", "as the inputs have it"),
         ("decoder.train.caption_dropout=2", "caption_dropout"),
+        ("decoder.train.embedding_noise=-1", "embedding_noise"),
         ("decoder.train.sheet_steps=0", "sheet_steps"),
         ("decoder.prediction=magic", "prediction"),
         ("decoder.schedule=magic", "schedule"),
@@ -300,6 +301,23 @@ def test_a_batch_joins_by_id_and_drops(unclip):
     assert none[4].all()
     assert (none[6] > 0).all()
     assert torch.equal(none[1], noise)
+
+
+def test_embeddings_go_astray_as_far_as_is_said_and_nothing_else_changes(unclip):
+    plain, off = (batch_of(unclip, validation=0.0, embedding_noise=most)[1] for most in (0.0, 2.0))
+    assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(plain, off, strict=True)) if i != 3)
+    rms = plain[3].square().mean(1).sqrt()
+    far = (off[3] - plain[3]).square().mean(1).sqrt() / rms  # of each what was drawn, U[0, 2], times some 1
+    assert abs(float(far.mean()) - 1) < 0.15
+    assert float(far.min()) < 0.2
+    assert 1.6 < float(far.max()) < 4
+    z = torch.randn(4, 6)
+    whole = astray(z, 0.5, 3, 7, range(4))
+    parts = [astray(z[rows], 0.5, 3, 7, slots) for rows, slots in ((slice(2), range(2)), (slice(2, 4), range(2, 4)))]
+    assert torch.equal(torch.cat(parts), whole)  # as among two processes
+    torch.testing.assert_close(astray(100 * z, 0.5, 3, 7, range(4)), 100 * whole)
+    assert not torch.equal(astray(z, 0.5, 3, 8, range(4)), whole)
+    assert not torch.equal(astray(z, 0.5, 4, 7, range(4)), whole)
 
 
 # Painting

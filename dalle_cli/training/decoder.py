@@ -6,6 +6,7 @@ Shapes: B batch, S side in pixels, D width of an embedding, T caption length.
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from dalle_cli.training.loop import Batch, mix
 
 VALIDATION_BATCH = 32
 N_PICKS = 4  # of the embedding and of the caption among several, and whether each is dropped
+_EMBEDDINGS = 5  # the last word of a seed, as in training/denoising.py
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class DecoderTrain(TrainConfig):
     flip: bool = False
     embedding_dropout: float = 0.1  # share of embeddings that are null, for guidance
     caption_dropout: float = 0.5
+    embedding_noise: float = 0.0  # up to so much of their rms is added to the entries of z_i, as a prior errs, too
     min_snr: float = 0.0  # gamma of Hang et al. 2023, who take 5; 0 = every timestep counts as much
     sheet_pictures: int = 12  # held-out embeddings that are painted at each validation; 0 = none
     sheet_steps: int = 20
@@ -56,6 +59,8 @@ class DecoderTrain(TrainConfig):
         for name in ("embedding_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DalleError(f"expected {name} in [0, 1], found {getattr(self, name)}")
+        if self.embedding_noise < 0:
+            raise DalleError(f"expected embedding_noise of at least 0, found {self.embedding_noise}; 0 is off")
         if self.min_snr < 0:
             raise DalleError(f"expected min_snr of at least 0, found {self.min_snr}; 5 is usual, 0 is off")
         if self.sheet_pictures < 0 or self.sheet_steps < 1:
@@ -78,6 +83,17 @@ def loss_of(
         figures["sketch"] = (conditioning.sketch.float() - small).square().mean()
         loss = loss + figures["sketch"]
     return loss, figures
+
+
+def astray(embeddings: Tensor, most: float, seed: int, step: int, slots: Sequence[int]) -> Tensor:
+    """Embeddings (B, D) with noise of U[0, most] of their entries' root mean square, of these slots of an update."""
+    if not most:
+        return embeddings
+    noise = np.empty(embeddings.shape, dtype=np.float32)
+    for i, slot in enumerate(slots):
+        rng = np.random.default_rng([seed, step, slot, _EMBEDDINGS])
+        noise[i] = most * rng.random() * rng.standard_normal(embeddings.shape[1], dtype=np.float32)
+    return embeddings + torch.from_numpy(noise) * embeddings.square().mean(1, keepdim=True).sqrt()
 
 
 class DecoderTask:
@@ -118,11 +134,12 @@ class DecoderTask:
             return drawn(self.seed, step, slots, c.n_timestep, c.image_size, N_PICKS)
 
         with closing(made_ahead(draw, start)) as draws:
-            for batch, own in zip(loader.batches(start), draws, strict=False):
+            for step, batch, own in zip(count(start), loader.batches(start), draws, strict=False):
                 rows = self._told(batch.rows, own.uniform[:, :2])
                 given = torch.from_numpy(own.uniform[:, 2] >= o.embedding_dropout)
                 lengths = rows[2].masked_fill(torch.from_numpy(own.uniform[:, 3] < o.caption_dropout), 0)
-                yield torch.from_numpy(batch.images), own.noise, own.t, rows[0], given, rows[1], lengths
+                embeddings = astray(rows[0], o.embedding_noise, self.seed, step, slots)
+                yield torch.from_numpy(batch.images), own.noise, own.t, embeddings, given, rows[1], lengths
 
     def _told(self, rows: NDArray[np.int64], picks: NDArray[np.float64]) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings, tokens and lengths of rows of the data set."""
