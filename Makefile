@@ -1,4 +1,4 @@
-# make pipelines   the main job: train, draw and look, on data in the repository; about fifteen minutes on two cores
+# make pipelines   the main job: train, draw and look, on data in the repository; about twelve minutes on two cores
 # make test        the tests; make test-all also runs the slow ones
 # PYTHON=python3.12 make ...   picks the interpreter that the virtual environment is made with
 
