@@ -132,7 +132,10 @@ DrawBatch = Annotated[
     ),
 ]
 Int8 = Annotated[
-    bool, typer.Option("--int8", help="Hold the prior's matrices as whole numbers of 8 bits: a quarter of the memory.")
+    bool,
+    typer.Option(
+        "--int8/--no-int8", help="Hold the prior's matrices as whole numbers of 8 bits: a quarter of the memory."
+    ),
 ]
 Compile = Annotated[
     bool,

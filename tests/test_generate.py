@@ -230,6 +230,17 @@ def test_an_option_that_differs_is_heeded(chain, drawn, tmp_path):
     assert np.array_equal(array(same, "codes"), array(drawn, "codes")[[3]])
 
 
+def test_int8_is_heeded_again_and_can_be_left_out(chain, drawn, tmp_path):
+    eight = again(chain, drawn, tmp_path / "x.safetensors", "--rows", "3,17", "--int8")
+    assert open_artifact(eight).history[-1]["options"]["int8"] is True
+    kept = again(chain, eight, tmp_path / "y.safetensors")
+    assert open_artifact(kept).history[-1]["options"]["int8"] is True
+    assert array(kept, "codes").tobytes() == array(eight, "codes").tobytes()
+    without = again(chain, eight, tmp_path / "z.safetensors", "--no-int8")
+    assert "int8" not in open_artifact(without).history[-1]["options"]
+    assert array(without, "codes").tobytes() == array(drawn, "codes")[[3, 17]].tobytes()
+
+
 def test_another_prior_is_refused(chain, drawn, tmp_path):
     shutil.copytree(chain.model, tmp_path / "model", ignore=shutil.ignore_patterns("*.run"))
     prior = open_artifact(chain.prior)
