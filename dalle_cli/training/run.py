@@ -38,9 +38,10 @@ LATER = {
     "timeout": 1800,
     "code_noise": 0.0,  # of the token prior
     "guidance": 1.0,  # of the priors
+    "sketch_batch": 256,  # of the token prior
 }
 # Of models, likewise.
-LATER_SIZES = {"sketch": 0}  # of the decoder
+LATER_SIZES = {"sketch": 0, "sketch_width": 384}  # of decoder and token prior
 # What does not change what is computed: a run is the same without.
 ASIDE = ("tensorboard", "parallel", "timeout", "sheet_prompts")
 
