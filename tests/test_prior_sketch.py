@@ -76,6 +76,33 @@ def test_a_hint_is_of_the_cell_that_the_next_code_lies_in():
     assert changed[2 * 4 + 1 :].all()
 
 
+def test_sketch_and_hint_are_those_of_plain_loops():
+    """Against numpy in float64, which shares no code."""
+    prior = made().double()
+    weights = {name: tensor.numpy() for name, tensor in prior.sketch.state_dict().items()}
+    sketches = prior.sketched(TOKENS, LENGTHS).numpy()
+    told = prior.hint.of(torch.from_numpy(sketches), 4).numpy()
+    for row, length in enumerate(LENGTHS.tolist()):
+        x = np.zeros(4)
+        for token in TOKENS[row, :length].tolist():
+            x = x + weights["word.weight"][token] / np.sqrt(length)
+        for layer in ("layer_1", "layer_2"):
+            x = weights[f"{layer}.weight"] @ x + weights[f"{layer}.bias"]
+            x = x / (1 + np.exp(-x))
+        expected = (weights["picture.weight"] @ x + weights["picture.bias"]).reshape(3, 2, 2)
+        np.testing.assert_allclose(sketches[row], expected, rtol=1e-10, atol=1e-12)
+        table = prior.hint.weight.numpy().reshape(16, 3, 3, 3)
+        for place in range(16):
+            r, c = place // 4 // 2, place % 4 // 2
+            hint = np.zeros(16)
+            for channel in range(3):
+                for dr in (-1, 0, 1):
+                    for dc in (-1, 0, 1):
+                        if 0 <= r + dr < 2 and 0 <= c + dc < 2:
+                            hint += table[:, channel, dr + 1, dc + 1] * expected[channel, r + dr, c + dc]
+            np.testing.assert_allclose(told[row, place], hint, rtol=1e-10, atol=1e-12)
+
+
 def test_without_a_hint_it_is_the_prior_without_a_sketch():
     prior, plain = made(), made(sketch=0)
     prior.hint.weight.zero_()

@@ -40,7 +40,8 @@ class Sketch(nn.Module):
         """
         if self.training:
             written = written & (torch.rand(written.shape, device=written.device) >= WORDS_LEFT_OUT)
-        words = (self.word(tokens) * written[..., None]).sum(1) / written.sum(1, keepdim=True).clamp(min=1).sqrt()
+        counts = written.sum(1, keepdim=True).clamp(min=1).to(self.word.weight.dtype)
+        words = (self.word(tokens) * written[..., None]).sum(1) / counts.sqrt()
         x = self.dropout(F.silu(self.layer_1(words)))
         x = self.dropout(F.silu(self.layer_2(x)))
         y: Tensor = self.picture(x).unflatten(1, (3, self.side, self.side))
