@@ -1,7 +1,7 @@
-# The DALL-E chain, shared by the recipes. A recipe sets DATA (a data set) and READY (files that say it is there),
-# and may set CONFIG, OUT, N, KEEP, WITHOUT (ids that CLIP and prior are trained without), PAIRS (the data set that the
-# prior learns from, if not DATA) and ENCODE (how its pictures are cropped). A stage that finds its work done leaves it
-# alone, so `make` may be repeated.
+# The DALL-E chain, shared by the recipes. A recipe sets DATA (a data set) and READY (files that say it is there), and
+# may set CONFIG, OUT, N, KEEP, WITHOUT (ids that CLIP and prior are trained without), PAIRS (the data set that CLIP and
+# the prior learn from, if not DATA) and ENCODE (how the prior's pictures are cropped). A stage that finds its work done
+# leaves it alone, so `make` may be repeated.
 
 DALLE ?= dalle
 PY ?= python3
@@ -30,7 +30,7 @@ $(OUT)/codes.safetensors: $(MODEL)/dvae.safetensors
 	$(DALLE) encode-images '$(PAIRS)' -m $< $(FLAGS) $(ENCODE) -o $@
 
 $(MODEL)/clip.safetensors: $(MODEL)/tokenizer.json
-	$(DALLE) train-clip $(DATA) -t $< $(FLAGS) $(LEAVE) --seed $(SEED) -o $@
+	$(DALLE) train-clip '$(PAIRS)' -t $< $(FLAGS) $(LEAVE) --seed $(SEED) -o $@
 
 $(MODEL)/prior.safetensors: $(OUT)/captions.safetensors $(OUT)/codes.safetensors
 	$(DALLE) train-prior $^ -t $(MODEL)/tokenizer.json $(FLAGS) $(LEAVE) --seed $(SEED) -o $@

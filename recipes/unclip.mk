@@ -14,13 +14,13 @@ SHARED := tokenizer.json $(PAINTERS)
 
 # z_i of the pictures, and captions with their z_t.
 $(OUT)/embeddings.safetensors: $(MODEL)/clip.safetensors
-	$(DALLE) encode-images $(DATA) -m $< $(FLAGS) -o $@
+	$(DALLE) encode-images '$(PAIRS)' -m $< $(FLAGS) -o $@
 
 $(OUT)/texts.safetensors: $(MODEL)/tokenizer.json $(MODEL)/clip.safetensors
-	$(DALLE) tokenize $(DATA) -t $< -m $(word 2,$^) $(FLAGS) -o $@
+	$(DALLE) tokenize '$(PAIRS)' -t $< -m $(word 2,$^) $(FLAGS) -o $@
 
 $(UNCLIP)/decoder.safetensors: $(OUT)/embeddings.safetensors $(OUT)/texts.safetensors $(UNCLIP_CONFIG)
-	$(DALLE) train-decoder $(DATA) $< --captions $(word 2,$^) $(NUMBERS) $(LEAVE) --seed $(SEED) -o $@
+	$(DALLE) train-decoder '$(PAIRS)' $< --captions $(word 2,$^) $(NUMBERS) $(LEAVE) --seed $(SEED) -o $@
 
 $(UNCLIP)/upsampler-%.safetensors: $(READY) $(UNCLIP_CONFIG)
 	$(DALLE) train-decoder $(DATA) --upsampler $* $(NUMBERS) --seed $(SEED) -o $@
