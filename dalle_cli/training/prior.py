@@ -83,6 +83,8 @@ class PriorTrain(TrainConfig):
 class PriorTask:
     """Captions and codes joined by id; each epoch draws one caption and one grid of codes of each id anew."""
 
+    colors: Floats | None = None  # of each code, where the model sketches
+
     def __init__(
         self,
         config: PriorConfig,
@@ -102,7 +104,6 @@ class PriorTask:
         self.model = Prior(config)
         self.places, self.held_out = pairs.split(train.validation)
         self.order = Order(len(self.places), train.batch_size, seed)
-        self.colors: Floats | None = None
         if config.sketch:
             if dvae is None:
                 told = "expected the dVAE beside -o or the codes for prior.sketch, found none; copy it there"
