@@ -225,6 +225,9 @@ def test_it_goes_on_where_it_was_stopped_and_in_parts(chain, trained, tmp_path):
     assert again.read_bytes() == open_artifact(whole).path.read_bytes()
     parts = train(chain, tmp_path / "c.safetensors", *steps, "--set", "prior.train.accumulate=2")
     one, two = (open_artifact(path) for path in (whole, parts))
+    odd = ("--set", "prior.train.accumulate=2", "--set", "prior.train.sketch_batch=7", "-o", tmp_path / "d.safetensors")
+    command = ("train-prior", chain.captions, chain.codes, "-t", chain.tokenizer, "--config", chain.recipe, *STEPS)
+    assert "expected sketch_batch a multiple of 2" in run_bad(*command, *odd)
     names = [name for name in one.headers[0].tensors if name.startswith("sketch.")]
     assert names
     for name in names:

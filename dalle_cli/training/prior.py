@@ -179,10 +179,13 @@ class PriorTask:
     def split(self, batch: Batch, parts: int, step: int, generator: torch.Generator) -> list[Batch]:
         """Equal parts; each carries how many caption tokens a part holds on average, which its text loss is over."""
         tokens, lengths, codes, *seen = batch
+        if seen and len(seen[0]) % parts:
+            found = f"found {len(seen[0])}"
+            raise DalleError(f"expected sketch_batch a multiple of {parts}, the parts of a batch, {found}; change it")
         lengths = self._drop_captions(lengths, generator)
         share = lengths.sum().clamp(min=1) / parts
         read = self._disturb(codes, generator)
-        chunks = zip(*(x.tensor_split(parts) for x in (tokens, lengths, codes, *seen, read)), strict=True)
+        chunks = zip(*(x.chunk(parts) for x in (tokens, lengths, codes, *seen, read)), strict=True)
         return [(*chunk, share, part) for *chunk, part in chunks]
 
     def units(self, batch: Batch) -> tuple[str, int]:
