@@ -150,7 +150,13 @@ Samples = Annotated[
     int, typer.Option("-n", "--samples", min=1, metavar="N", help="Candidates per prompt (the paper: 512).")
 ]
 Temperature = Annotated[
-    float, typer.Option(min=0.0, metavar="X", help="Below 1 is safer, above 1 wilder; 0 takes the likeliest.")
+    float | None,
+    typer.Option(
+        min=0.0,
+        metavar="X",
+        help="Below 1 is safer, above 1 wilder; 0 takes the likeliest. Left out: what the prior was made for, as "
+        "`info` tells, else 1.",
+    ),
 ]
 TopK = Annotated[int, typer.Option(min=0, metavar="N", help="Draw among the N likeliest codes only; 0 = all.")]
 TopP = Annotated[

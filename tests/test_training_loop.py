@@ -91,9 +91,8 @@ def test_a_setting_that_came_later_counts_as_its_default():
     first += " log_every validate_every checkpoint_every keep validation max_validation"
     later = {f.name: f.default for f in fields(TrainConfig) if f.name not in first.split()}
     assert EmbeddingPriorTrain().guidance == PriorTrain().guidance
-    assert (
-        later | {name: getattr(PriorTrain(), name) for name in ("code_noise", "guidance", "sketch_batch")} == runs.LATER
-    )
+    of_codes = {name: getattr(PriorTrain(), name) for name in ("code_noise", "guidance", "temperature")}
+    assert later | of_codes == runs.LATER
 
 
 # Plateau

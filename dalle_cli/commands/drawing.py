@@ -54,19 +54,22 @@ class Settings:
         return {k: v for k, v in asdict(self).items() if not silent.get(k)}
 
 
-def guidance(prior: "Artifact", said: float | None) -> float:
-    """The guidance to draw with: what was said, else what the prior's training wrote down for it, else none, 1.
+def made_for(prior: "Artifact", name: str, said: float | None) -> float:
+    """The guidance or the temperature to draw with: what was said, else what the prior's training wrote down, else 1.
 
     Raises:
-        DalleError: what was written down is no guidance.
+        DalleError: what was written down is none.
     """
     if said is not None:
         return said
     train = prior.config.get("train")
-    found = train.get("guidance", 1.0) if isinstance(train, dict) else 1.0
+    found = train.get(name, 1.0) if isinstance(train, dict) else 1.0
     if isinstance(found, bool) or not isinstance(found, int | float) or not found >= 0:
-        raise DalleError(f"expected train.guidance of at least 0 in {prior.path}, found {found!r}; give --guidance")
+        raise DalleError(f"expected train.{name} of at least 0 in {prior.path}, found {found!r}; give --{name}")
     return float(found)
+
+
+MADE_FOR = ("guidance", "temperature")  # of a prior over codes
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def run(
     images: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also keep the pictures as an artifact here.")
     ] = None,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = None,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     guidance: Guidance = None,

@@ -65,7 +65,8 @@ def of_codes(prior: "Artifact", rows: "Sequence[Candidate]", given: Mapping[str,
     from dalle_cli.commands import drawing, picture_prompt
 
     names = ("n", "temperature", "top_k", "top_p", "guidance", "seed", "guidance_from", "guidance_to", "int8")
-    said = {name: given[name] for name in names} | {"guidance": drawing.guidance(prior, given["guidance"])}
+    said = {name: given[name] for name in names}
+    said |= {name: drawing.made_for(prior, name, given[name]) for name in drawing.MADE_FOR}
     settings = drawing.Settings(**said)
     asked = picture_prompt.Asked(given["image"], given["keep_rows"], given["mask"])
     vae = bundle.weights(given["model"], "weights.dvae")
@@ -118,9 +119,9 @@ def of_embeddings(
 
 def _settings(ctx: typer.Context, prior: "Artifact") -> "EmbeddingSettings":
     """How embeddings are drawn; what was not said is left to the prior and its kind."""
-    from dalle_cli.commands.drawing import guidance
+    from dalle_cli.commands.drawing import made_for
     from dalle_cli.commands.drawing_embeddings import EmbeddingSettings
 
     names = ("n", "seed", "guidance_from", "guidance_to", "sampler", "steps")
     said = {name: ctx.params[name] for name in (*names, *(name for name in IF_SAID if is_given(ctx, name)))}
-    return EmbeddingSettings(**said, guidance=guidance(prior, ctx.params["guidance"]))
+    return EmbeddingSettings(**said, guidance=made_for(prior, "guidance", ctx.params["guidance"]))

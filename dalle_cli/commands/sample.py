@@ -54,7 +54,7 @@ def run(
     n: Samples = 16,
     out: DrawnOut = None,
     model: Model = None,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = None,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     guidance: Guidance = None,
@@ -109,7 +109,8 @@ def run(
     weights = bundle.weights(model, "weights.prior.codes")
     if past is not None:
         bundle.check_digest("prior", weights.digest, _entry(past)["inputs"].get("model", ""), past.path)
-    settings = build(drawing.Settings, {**told, "guidance": drawing.guidance(weights, told.get("guidance"))}, "sample")
+    told |= {name: drawing.made_for(weights, name, told.get(name)) for name in drawing.MADE_FOR}
+    settings = build(drawing.Settings, told, "sample")
     check_replaceable(target, "codes", force)
     kept = picture_prompt.of_bundle(asked, weights, model, machine)
     drawn = drawing.sample(drawing.Drawer(weights, wanted, settings, machine, compiled, kept), batch_size, past, rows)
@@ -129,13 +130,13 @@ def _embeddings(
     from dalle_cli.artifacts import write_artifact
     from dalle_cli.artifacts.container import check_replaceable
     from dalle_cli.commands import drawing_embeddings as drawing
-    from dalle_cli.commands.drawing import guidance
+    from dalle_cli.commands.drawing import made_for
     from dalle_cli.devices import arithmetic
 
     refuse(ctx, "a prior over embeddings", "image", "keep_rows", "mask", "int8", "compiled")
     given = ctx.params
     names = ("n", "guidance", "seed", "guidance_from", "guidance_to", "sampler", "steps")
-    told = {name: given[name] for name in names} | {"guidance": guidance(weights, given["guidance"])}
+    told = {name: given[name] for name in names} | {"guidance": made_for(weights, "guidance", given["guidance"])}
     told |= {name: given[name] for name in ("temperature", "top_k", "top_p") if is_given(ctx, name)}
     settings = drawing.EmbeddingSettings(**told)
     check_replaceable(target, "embeddings", given["force"])

@@ -22,15 +22,11 @@ def kept_in(dtype: torch.dtype, n_rows: int, on_cpu: bool) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Captions that were read once: logits of the first code (P, V), and keys and values (P, N, 1 + T, D) by layer.
-
-    `hints` (P, W*W, C) are what their sketches tell the codes' places, if the prior makes any.
-    """
+    """Captions that were read once: logits of the first code (P, V), and keys and values (P, N, 1 + T, D) by layer."""
 
     logits: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    hints: Tensor | None = None
 
     def repeat(self, times: int) -> "Prompt":
         """Each caption `times` times, one after another."""
@@ -38,7 +34,6 @@ class Prompt:
             self.logits.repeat_interleave(times, 0),
             tuple(x.repeat_interleave(times, 0) for x in self.keys),
             tuple(x.repeat_interleave(times, 0) for x in self.values),
-            None if self.hints is None else self.hints.repeat_interleave(times, 0),
         )
 
     @staticmethod
@@ -48,7 +43,6 @@ class Prompt:
             torch.cat([p.logits for p in prompts]),
             tuple(torch.cat(x) for x in zip(*(p.keys for p in prompts), strict=True)),
             tuple(torch.cat(x) for x in zip(*(p.values for p in prompts), strict=True)),
-            torch.cat(hints) if (hints := [p.hints for p in prompts if p.hints is not None]) else None,
         )
 
 
@@ -184,9 +178,6 @@ class Cache:
         `static` keeps the position in a tensor.
         """
         self.places, self.turns = places, turns
-        self.hints: Tensor | None = None  # (W*W - 1, P*K, C): of the place after each, whose code is predicted there
-        if prompt.hints is not None:
-            self.hints = prompt.hints.repeat_interleave(candidates, 0).transpose(0, 1)[1:].contiguous()
         self.position: Any = torch.zeros((), dtype=torch.int64, device=places.device) if static else 0
         self.logits = prompt.logits.repeat_interleave(candidates, 0)
         kind = StaticLayerCache if static else LayerCache

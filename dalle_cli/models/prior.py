@@ -24,7 +24,6 @@ from dalle_cli.models.cache import Cache, Prompt
 from dalle_cli.models.head import head_logits, head_loss
 from dalle_cli.models.mlp import gelu_linear
 from dalle_cli.models.modern import rms_norm, rotations, swiglu, turned
-from dalle_cli.models.sketch import Hint, Sketch
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,6 @@ class PriorConfig:
     conv_kernel: int = 11  # side of the last layer's window; odd
     dropout: float = 0.0  # of the embeddings and of what each half block adds
     text_weight: float = 1 / 8  # share of the caption in the loss; the image has the rest
-    sketch: int = 0  # s: a picture of this side, of the caption's words alone, which the codes' places see; 0 = none
-    sketch_width: int = 384  # of its layers
 
     def __post_init__(self) -> None:
         sizes = ("n_layer", "n_head", "n_embd", "n_text_vocab", "n_text", "n_image_vocab", "grid")
@@ -62,10 +59,6 @@ class PriorConfig:
         for name in ("dropout", "text_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DalleError(f"expected prior.{name} in [0, 1], found {getattr(self, name)}; correct the recipe")
-        if self.sketch < 0 or (self.sketch and self.grid % self.sketch):
-            raise DalleError(f"expected prior.sketch to divide the grid of {self.grid}, found {self.sketch}; change it")
-        if self.sketch_width < 3:
-            raise DalleError(f"expected prior.sketch_width of at least 3, found {self.sketch_width}; raise it")
         layer_kinds(1, self.attention)  # refuses an unknown kind
         if self.block not in ("paper", "modern"):
             raise DalleError(f'expected prior.block "paper" or "modern", found "{self.block}"; correct the recipe')
@@ -154,8 +147,6 @@ class Prior(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.text_head = nn.Linear(width, config.n_text_vocab)
         self.image_head = nn.Linear(width, config.n_image_vocab)
-        self.sketch = Sketch(config.n_text_vocab, config.sketch, config.sketch_width) if config.sketch else None
-        self.hint = Hint(width) if config.sketch else None
         kinds = layer_kinds(config.n_layer, config.attention)
         self.patterns = [Pattern(kind, config.n_text, config.grid, config.conv_kernel) for kind in kinds]
         self.initialize()
@@ -164,9 +155,7 @@ class Prior(nn.Module):
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """Draw matrices and embeddings from N(0, 0.02), what ends a residual branch by 1 / sqrt(2 n_layer) less."""
         for name, parameter in self.named_parameters():
-            if name.startswith("sketch."):
-                continue  # has sizes of its own
-            if name.endswith("bias") or name.startswith("hint."):
+            if name.endswith("bias"):
                 parameter.zero_()
             elif "norm" in name or name.endswith("sharpness"):
                 parameter.fill_(1)
@@ -174,8 +163,6 @@ class Prior(nn.Module):
                 residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
                 parameter.normal_(0, std, generator=generator)
-        if self.sketch is not None:
-            self.sketch.initialize(generator)
 
     def forward(self, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of every token and code: (B, T), (B,), (B, W, W) int64 -> (B, T, n_text_vocab), (B, W*W, V) float32.
@@ -195,35 +182,12 @@ class Prior(nn.Module):
             found = " x ".join(map(str, codes.shape[1:]))
             raise DalleError(f"expected codes of {grid} x {grid}, found {found}; use codes of the prior's own dVAE")
         images = self.code(codes.flatten(1)[:, :-1]) + self._places()[:-1]
-        if (hints := self._hints(tokens, lengths)) is not None:
-            images = images + hints[:, 1:]  # a place reads what lies where the next code will, which it predicts
         x = self.dropout(torch.cat([self._embed_text(tokens, lengths), images], dim=1))
         turns = self._turns(x)
         for block, pattern in zip(self.blocks, self.patterns, strict=True):
             x = block(x, pattern.attend, turns)
         y: Tensor = self.norm(x)
         return y
-
-    def sketched(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """The sketches of captions: (B, T), (B,) int64 -> (B, 3, s, s).
-
-        Raises: DalleError where the model has none.
-        """
-        if self.sketch is None:
-            raise DalleError("expected a prior that sketches, found one with sketch 0; train one with prior.sketch")
-        y: Tensor = self.sketch(tokens, self._written(lengths))
-        return y
-
-    def _hints(self, tokens: Tensor, lengths: Tensor) -> Tensor | None:
-        """What the caption's sketch tells each code's place, (B, W*W, C).
-
-        The sketch has a loss of its own: what it is does not depend on what the prior makes of it.
-        """
-        if self.sketch is None or self.hint is None:
-            return None
-        with torch.no_grad():
-            sketch = self.sketched(tokens, lengths)
-        return self.hint.of(sketch, self.config.grid)
 
     @property
     def n_positions(self) -> int:
@@ -239,21 +203,13 @@ class Prior(nn.Module):
         return 6.0 * (inner * self.n_positions + heads + 2 * config.n_embd * attended)
 
     def loss(
-        self,
-        tokens: Tensor,
-        lengths: Tensor,
-        codes: Tensor,
-        n_tokens: Tensor | None = None,
-        read: Tensor | None = None,
-        seen: tuple[Tensor, Tensor, Tensor] | None = None,
+        self, tokens: Tensor, lengths: Tensor, codes: Tensor, n_tokens: Tensor | None = None, read: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy by count of caption tokens (pads are no targets) and of codes, weighted (sec. 2.2).
 
         Shapes as `forward`; returns the loss and, detached, `text_nats` a token and `image_nats` a code. `n_tokens` ()
         is what the text loss is divided by if not by the batch's own tokens: for a part of a batch, its fair share.
         `read`, shaped as codes, stands in for them where they are read: what is to be predicted stays `codes`.
-        `seen` are captions and small pictures, (B', T), (B',), (B', 3, s, s) in [-1, 1], of which the sketch learns:
-        the squared error, `sketch`, is added.
         """
         x = self._read(tokens, lengths, codes if read is None else read)
         n_text, written = self.config.n_text, self._written(lengths)
@@ -263,11 +219,7 @@ class Prior(nn.Module):
         image = head_loss(self.image_head, x[:, n_text:].flatten(0, 1), codes.flatten()) / codes.numel()
         weight = self.config.text_weight
         parts = {"text_nats": text.detach(), "image_nats": image.detach()}
-        loss = weight * text + (1 - weight) * image
-        if seen is not None:
-            error = (self.sketched(*seen[:2]).float() - seen[2]).square().mean()
-            loss, parts["sketch"] = loss + error, error.detach()
-        return loss, parts
+        return weight * text + (1 - weight) * image, parts
 
     def prefill(self, tokens: Tensor, lengths: Tensor) -> Prompt:
         """Read captions once, for any number of candidates: (P, T), (P,) int64 -> Prompt.
@@ -286,8 +238,7 @@ class Prior(nn.Module):
         turns = self._turns(x)[:, : x.shape[1]]
         for block in self.blocks:
             x = block(x, attend, turns)
-        logits = head_logits(self.image_head, self.norm(x[:, -1]))
-        return Prompt(logits, tuple(keys), tuple(values), self._hints(tokens, lengths))
+        return Prompt(head_logits(self.image_head, self.norm(x[:, -1])), tuple(keys), tuple(values))
 
     def cache(self, prompt: Prompt, candidates: int = 1, static: bool = False) -> Cache:
         """Buffers to draw `candidates` grids for each caption of a prompt; `static` for a compiled `step`."""
@@ -297,10 +248,7 @@ class Prior(nn.Module):
 
     def step(self, codes: Tensor, cache: Cache) -> Tensor:
         """Take the codes at the cache's position, advance it, and give the logits of the next: (P*K,) -> (P*K, V)."""
-        place = cache.row(cache.places)
-        if cache.hints is not None:
-            place = place + cache.row(cache.hints)[0]
-        x = self.dropout((self.code(codes) + place)[:, None])
+        x = self.dropout((self.code(codes) + cache.row(cache.places))[:, None])
         turns = None if cache.turns is None else cache.row(cache.turns).transpose(0, 1)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block(x, partial(layer.attend, cache.position), turns)

@@ -11,10 +11,11 @@ PARALLEL = ("replicate", "shard")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def check_guidance(scale: float) -> None:
-    """Raises: DalleError if a prior's weights cannot be drawn with this."""
-    if not (math.isfinite(scale) and scale >= 0):
-        raise DalleError(f"expected guidance of at least 0, found {scale}; 1 is none")
+def check_drawing(**settings: float) -> None:
+    """Raises: DalleError if a prior's weights cannot be drawn with this guidance, or at this temperature."""
+    for name, value in settings.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise DalleError(f"expected {name} of at least 0, found {value}; 1 changes nothing")
 
 
 @dataclass(frozen=True)

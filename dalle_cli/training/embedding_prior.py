@@ -25,7 +25,7 @@ from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfi
 from dalle_cli.models.embedding_prior import EmbeddingPrior, EmbeddingPriorConfig
 from dalle_cli.models.embeddings import Principal, off_scale
 from dalle_cli.sampling.embeddings import Read, autoregressed, diffused, process_of
-from dalle_cli.training.config import TrainConfig, check_guidance
+from dalle_cli.training.config import TrainConfig, check_drawing
 from dalle_cli.training.loop import Batch, mix
 
 VALIDATION_BATCH = 64
@@ -58,7 +58,7 @@ class EmbeddingPriorTrain(TrainConfig):
         super().__post_init__()
         if not 0 <= self.caption_dropout <= 1:
             raise DalleError(f"expected caption_dropout in [0, 1], found {self.caption_dropout}; correct it")
-        check_guidance(self.guidance)
+        check_drawing(guidance=self.guidance)
         for name in ("scale", "drawn_captions"):
             if getattr(self, name) < 0:
                 raise DalleError(f"expected {name} of at least 0, found {getattr(self, name)}; raise it")

@@ -38,10 +38,10 @@ LATER = {
     "timeout": 1800,
     "code_noise": 0.0,  # of the token prior
     "guidance": 1.0,  # of the priors
-    "sketch_batch": 256,  # of the token prior
+    "temperature": 1.0,  # of the token prior
 }
 # Of models, likewise.
-LATER_SIZES = {"sketch": 0, "sketch_width": 384}  # of decoder and token prior
+LATER_SIZES = {"sketch": 0}  # of the decoder
 # What does not change what is computed: a run is the same without.
 ASIDE = ("tensorboard", "parallel", "timeout", "sheet_prompts")
 
@@ -93,7 +93,8 @@ class Run:
         mine, told = json.loads(json.dumps(self.config)).get("train"), _compared(config).get("train")
         if not isinstance(mine, dict) or not isinstance(told, dict):
             return False
-        end = {name: mine[name] for name in ("steps", "save_dtype", "guidance") if name in mine}
+        drawn = ("guidance", "temperature") if self.kind.startswith("weights.prior") else ()  # a dVAE's is of training
+        end = {name: mine[name] for name in ("steps", "save_dtype", *drawn) if name in mine}
         theirs = {**told, **end, "steps": told["steps"]}
         return self._same(artifact, {**config, "train": {**told, **end}}) and same_until(step, theirs, {**told, **end})
 

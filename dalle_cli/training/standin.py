@@ -141,14 +141,9 @@ def _prior(table: Mapping[str, Any]) -> Subject:
 
     def batch(n: int) -> Batch:
         codes = torch.randint(0, config.n_image_vocab, (n, config.grid, config.grid))
-        read = (*_captions(n, config.n_text_vocab, config.n_text), codes)
-        if not config.sketch:
-            return read
-        pictures = torch.rand(train.sketch_batch, 3, config.sketch, config.sketch)
-        return (*read, *_captions(train.sketch_batch, config.n_text_vocab, config.n_text), pictures)
+        return (*_captions(n, config.n_text_vocab, config.n_text), codes)
 
     def loss(model: Prior, batch: Batch, generator: torch.Generator) -> Loss:
-        tokens, lengths, codes, *seen = batch
-        return model.loss(tokens, lengths, codes, seen=(seen[0], seen[1], seen[2]) if seen else None)
+        return model.loss(*batch)
 
     return Subject("prior", train, lambda: Prior(config), batch, loss)

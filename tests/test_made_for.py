@@ -1,4 +1,4 @@
-"""The guidance that a prior's training wrote down: what is drawn with it where nothing else is said."""
+"""Guidance and temperature that a prior's training wrote down: what is drawn with them where nothing else is said."""
 
 import shutil
 from pathlib import Path
@@ -17,10 +17,10 @@ PROMPT = "a red circle on white"
 MUCH = 300.0  # of a tiny prior, for which captions mean little
 
 
-def told(path: Path, out: Path, guidance) -> Path:
-    """The weights as training with this setting would have written them."""
+def told(path: Path, out: Path, **settings) -> Path:
+    """The weights as training with these settings would have written them."""
     found = open_artifact(path)
-    config = {**found.config, "train": {**found.config["train"], "guidance": guidance}}
+    config = {**found.config, "train": {**found.config["train"], **settings}}
     save_tensors(out, found.kind, load_tensors(found), config, found.history, force=True)
     return out
 
@@ -29,7 +29,7 @@ def told(path: Path, out: Path, guidance) -> Path:
 def model(chain, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(chain.model, folder, ignore=shutil.ignore_patterns("*.run"))
-    told(folder / "prior.safetensors", folder / "prior.safetensors", MUCH)
+    told(folder / "prior.safetensors", folder / "prior.safetensors", guidance=MUCH)
     return folder
 
 
@@ -51,12 +51,25 @@ def test_it_is_taken_where_nothing_is_said(chain, model, tmp_path, stage, column
     assert not np.array_equal(own, none)
 
 
+@pytest.mark.parametrize(("stage", "column"), [("sample", "codes"), ("generate", "images")])
+def test_the_temperature_is_taken_likewise(chain, model, tmp_path, stage, column):
+    told(model / "prior.safetensors", model / "prior.safetensors", guidance=1, temperature=0)
+    own, history = drawn(stage, model, tmp_path / "own", column)
+    assert [entry["options"]["temperature"] for entry in history if entry["stage"] == "sample"] == [0]
+    said, _ = drawn(stage, chain.model, tmp_path / "said", column, "--temperature", 0)
+    none, _ = drawn(stage, chain.model, tmp_path / "none", column)
+    over, _ = drawn(stage, model, tmp_path / "over", column, "--temperature", 1)
+    np.testing.assert_array_equal(own, said)
+    np.testing.assert_array_equal(over, none)
+    assert not np.array_equal(own, none)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prior_over_embeddings_has_one_too(chain, tmp_path, kind):
     folder = plant(chain, tmp_path / kind, kind)
     none, _ = drawn("sample", folder, tmp_path / "none", "embeddings")
     said, _ = drawn("sample", folder, tmp_path / "said", "embeddings", "--guidance", 3)
-    told(folder / "drawer.safetensors", folder / "drawer.safetensors", 3)
+    told(folder / "drawer.safetensors", folder / "drawer.safetensors", guidance=3)
     own, history = drawn("sample", folder, tmp_path / "own", "embeddings")
     assert history[-1]["options"]["guidance"] == 3
     np.testing.assert_array_equal(own, said)
@@ -69,19 +82,32 @@ def test_what_was_drawn_is_drawn_again_with_the_guidance_of_then(model, tmp_path
     np.testing.assert_array_equal(array(tmp_path / "b", "codes"), codes[1:2])
 
 
-@pytest.mark.parametrize("guidance", [-1, "much", None, True])
-def test_what_is_no_guidance_is_said(model, tmp_path, guidance):
-    told(model / "prior.safetensors", model / "prior.safetensors", guidance)
+@pytest.mark.parametrize("name", ["guidance", "temperature"])
+@pytest.mark.parametrize("value", [-1, "much", None, True])
+def test_what_is_none_is_said(model, tmp_path, name, value):
+    told(model / "prior.safetensors", model / "prior.safetensors", **{name: value})
     error = run_bad("sample", PROMPT, "-m", model, "-o", tmp_path / "a")
-    assert "expected train.guidance of at least 0" in error
+    assert f"expected train.{name} of at least 0" in error
+    assert f"give --{name}" in error
 
 
-def test_training_writes_it_down_and_only_the_weights_follow_it(chain, tmp_path):
+def test_training_writes_them_down_and_only_the_weights_follow(chain, tmp_path):
     out = copy_run(chain.prior, tmp_path)
-    assert open_artifact(out).config["train"]["guidance"] == 1
-    result = run_cli(*training(chain, "prior", out, "--set", "prior.train.guidance=4"))
+    said = open_artifact(out).config["train"]
+    assert (said["guidance"], said["temperature"]) == (1, 1)
+    settings = ("--set", "prior.train.guidance=4", "--set", "prior.train.temperature=0.5")
+    result = run_cli(*training(chain, "prior", out, *settings))
     assert "resuming from update" in result.stderr
-    assert open_artifact(out).config["train"]["guidance"] == 4
+    said = open_artifact(out).config["train"]
+    assert (said["guidance"], said["temperature"]) == (4, 0.5)
     before, after = load_tensors(open_artifact(chain.prior)), load_tensors(open_artifact(out))
     assert all((before[name] == after[name]).all() for name in before)
-    assert "expected guidance" in run_bad(*training(chain, "prior", out, "--set", "prior.train.guidance=-1"))
+    for name in ("guidance", "temperature"):
+        assert f"expected {name}" in run_bad(*training(chain, "prior", out, "--set", f"prior.train.{name}=-1"))
+
+
+def test_a_temperature_of_a_dvae_is_of_its_training(chain, tmp_path):
+    """By another one the checkpoints are of another run."""
+    out = copy_run(chain.dvae, tmp_path)
+    result = run_cli(*training(chain, "dvae", out, "--set", "dvae.train.temperature=0.5"))
+    assert "resuming from update" not in result.stderr
