@@ -1,7 +1,7 @@
 # The DALL-E chain, shared by the recipes. A recipe sets DATA (a data set) and READY (files that say it is there), and
 # may set CONFIG, OUT, N, KEEP, WITHOUT (ids that CLIP and prior are trained without), PAIRS (the data set that CLIP and
-# the prior learn from, if not DATA) and ENCODE (how the prior's pictures are cropped). A stage that finds its work done
-# leaves it alone, so `make` may be repeated.
+# the prior learn from, if not DATA), ENCODE (how the prior's pictures are cropped) and TRAINED (where its weights go, if
+# they are not yet the model's). A stage that finds its work done leaves it alone, so `make` may be repeated.
 
 DALLE ?= dalle
 PY ?= python3
@@ -11,6 +11,7 @@ SEED ?= 0
 N ?= 16
 PAIRS ?= $(DATA)
 MODEL := $(OUT)/model
+TRAINED ?= $(MODEL)/prior.safetensors
 FLAGS := --config $(CONFIG)
 LEAVE = $(if $(WITHOUT),--without $(WITHOUT))
 
@@ -32,7 +33,7 @@ $(OUT)/codes.safetensors: $(MODEL)/dvae.safetensors
 $(MODEL)/clip.safetensors: $(MODEL)/tokenizer.json
 	$(DALLE) train-clip '$(PAIRS)' -t $< $(FLAGS) $(LEAVE) --seed $(SEED) -o $@
 
-$(MODEL)/prior.safetensors: $(OUT)/captions.safetensors $(OUT)/codes.safetensors
+$(TRAINED): $(OUT)/captions.safetensors $(OUT)/codes.safetensors
 	$(DALLE) train-prior $^ -t $(MODEL)/tokenizer.json $(FLAGS) $(LEAVE) --seed $(SEED) -o $@
 
 # From a file of prompts to pictures: NAME.txt -> codes -> pictures -> the best of each prompt.
