@@ -349,3 +349,27 @@ def test_the_notice_names_source_copyright_and_both_licences():
         "Miles Johnson",
     ):
         assert text in notice
+
+
+@pytest.mark.parametrize("goal", ["all", "small"])
+def test_the_prior_of_the_full_set_is_finished_on_pictures_as_they_are(tmp_path, goal):
+    """The small set's, which is learned by heart, is trained once; nothing is said of a rule that hides another."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.tar").touch()
+    done = subprocess.run(
+        ["make", "-n", goal, f"OUT={tmp_path}", "DALLE=dalle"], cwd=FOLDER, capture_output=True, text=True, check=True
+    )
+    assert "overriding" not in done.stderr
+    lines = done.stdout.replace("\\\n", "").replace(f"{tmp_path}/", "").splitlines()
+    trained = [line.split() for line in lines if line.startswith("dalle train-prior")]
+    encoded = {line.split(" -o ")[1]: line for line in lines if line.startswith("dalle encode-images")}
+    assert [words[words.index("-o") + 1] for words in trained][-1] == "model/prior.safetensors"
+    if goal == "small":
+        assert len(trained) == len(encoded) == 1
+        return
+    first, last = trained
+    assert last[last.index("--init") + 1] == first[first.index("-o") + 1]
+    assert (first[3], last[3]) == ("codes.safetensors", "still.safetensors")
+    assert ["--augment place" in encoded[name] for name in (first[3], last[3])] == [True, False]
+    assert all("--without" in words for words in trained)
+    assert first[first.index("--seed") + 1] != last[last.index("--seed") + 1]
