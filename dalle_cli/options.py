@@ -171,6 +171,15 @@ Guidance = Annotated[
         "prior was made for, as `info` tells, else 1.",
     ),
 ]
+SketchGuidance = Annotated[
+    float | None,
+    typer.Option(
+        "--sketch-guidance",
+        min=0.0,
+        metavar="X",
+        help="Of a prior that sketches first: what the sketch is guided by. Left out: what the prior was made for.",
+    ),
+]
 GuidanceFrom = Annotated[
     float, typer.Option(min=0.0, max=1.0, metavar="X", help="Guide from this share of the grid on, in raster order.")
 ]

@@ -16,6 +16,7 @@ from stage_runs import TRAINERS, checkpoints, rows, training
 from dalle_cli import load
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
+from dalle_cli.errors import DalleError
 from dalle_cli.models.dvae import DVAE
 
 # What is written at the end
@@ -36,6 +37,42 @@ def test_weights_are_stored_in_the_dtype_asked_for(chain, tmp_path, name, dtype)
     near, exact = (outputs(name, open_artifact(path)) for path in (out, whole))
     assert not torch.equal(near, exact)  # else nothing would have been rounded
     torch.testing.assert_close(near, exact, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_weights_in_eight_bits_are_each_rows_own_scale_away(chain, tmp_path, name):
+    whole = getattr(chain, name)
+    out = run_ok(*training(chain, name, tmp_path / "a.safetensors", "--set", f"{name}.train.save_dtype=int8"))
+    full, small = load_tensors(open_artifact(whole)), load_tensors(open_artifact(out))
+    assert full.keys() == small.keys()
+    stored = open_artifact(out).headers[0].tensors
+    for key, tensor in full.items():
+        if tensor.ndim < 2:
+            assert torch.equal(small[key], tensor), key
+            continue
+        assert stored[key].dtype == "I8"
+        for row, near in zip(tensor, small[key], strict=True):
+            step = row.abs().max() / 127
+            assert (row - near).abs().max() <= 0.501 * step + 1e-30
+    assert open_artifact(out).path.stat().st_size < 0.55 * open_artifact(whole).path.stat().st_size
+    near, exact = (outputs(name, open_artifact(path)) for path in (out, whole))
+    assert not torch.equal(near, exact)
+    torch.testing.assert_close(near, exact, rtol=0.1, atol=0.1)
+
+
+def test_scales_that_fit_nothing_are_refused(chain, tmp_path):
+    whole = open_artifact(chain.prior)
+    tensors = load_tensors(whole)
+    rows = tensors["code.weight"]
+    for wrong in (
+        {"code.weight": rows.to(torch.int8), "code.weight:scale": torch.ones(3)},
+        {"code.weight": rows, "code.weight:scale": torch.ones(len(rows))},
+        {"other:scale": torch.ones(2)},
+    ):
+        path = tmp_path / "wrong.safetensors"
+        save_tensors(path, whole.kind, {**tensors, **wrong}, whole.config, whole.history, force=True)
+        with pytest.raises(DalleError, match="expected rows of 8 bits beside their scales"):
+            load.prior(open_artifact(path), torch.device("cpu"))
 
 
 def outputs(name, weights):

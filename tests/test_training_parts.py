@@ -63,7 +63,7 @@ def test_the_dvae_learning_rate_comes_down_by_lr_steps():
             {"schedule": "linear"},
             {"ema": 1.0},
             {"validation": 1.0},
-            {"save_dtype": "int8"},
+            {"save_dtype": "int4"},
         ),
         *({"lr": -1.0}, {"weight_decay": -0.1}, {"warmup": -1}, {"eps": -1.0}, {"clip_norm": -1.0}, {"beta1": 1.0}),
         {"optimizer": "lion"},

@@ -266,7 +266,7 @@ def clip(case: Case, advance: Callable[[], None]) -> Seat:
 
 def prior(case: Case, advance: Callable[[], None]) -> Seat:
     """A prior over codes, on captions and codes."""
-    from dalle_cli import load
+    from dalle_cli import bundle, load
     from dalle_cli.commands import judging
     from dalle_cli.evaluation.doctor_codes import examine_prior
     from dalle_cli.evaluation.doctor_inputs import judged
@@ -276,7 +276,8 @@ def prior(case: Case, advance: Callable[[], None]) -> Seat:
     pairs = joined(case, "codes")
     model = load.prior(case.weights, case.machine.device)
     judging.check_made_for(case.weights, model, pairs.captions, pairs.latents)
-    task = PriorTask(model.config, learning(PriorTrain, case), pairs, None, case.seed)
+    dvae = bundle.find_weights(case.weights.fact("encoder", str), case.weights.path.parent, pairs.latents.path.parent)
+    task = PriorTask(model.config, learning(PriorTrain, case), pairs, None, case.seed, dvae)
     places, kept = judged(task.held_out, task.places, case.limit)
     counts = judging.count(model, pairs, task.places, BATCH)
     others = judging.other_captions(pairs, places, BATCH)

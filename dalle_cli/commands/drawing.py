@@ -6,7 +6,7 @@ Shapes: P prompts, K candidates of each, N = P * K, T caption length, H W code g
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,11 +37,12 @@ class Settings:
     seed: int
     guidance_from: float = 0.0
     guidance_to: float = 1.0
+    sketch_guidance: float | None = None  # of a prior that sketches
     int8: bool = False  # the prior's matrices, by which the likelihoods change a little
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "guidance"):
-            if not math.isfinite(value := getattr(self, name)):
+        for name in ("temperature", "top_p", "guidance", "sketch_guidance"):
+            if (value := getattr(self, name)) is not None and not math.isfinite(value):
                 raise DalleError(f"expected a finite --{name.replace('_', '-')}, found {value}")
         if self.guidance_from > self.guidance_to:
             found = f"{self.guidance_from} and {self.guidance_to}"
@@ -51,11 +52,12 @@ class Settings:
         """What a history says of them; of those that are seldom given, only where they are."""
         whole = (self.guidance_from, self.guidance_to) == (0, 1)
         silent = {"guidance_from": whole, "guidance_to": whole, "int8": not self.int8}
+        silent["sketch_guidance"] = self.sketch_guidance is None
         return {k: v for k, v in asdict(self).items() if not silent.get(k)}
 
 
 def made_for(prior: "Artifact", name: str, said: float | None) -> float:
-    """The guidance or the temperature to draw with: what was said, else what the prior's training wrote down, else 1.
+    """A guidance or the temperature to draw with: what was said, else what the prior's training wrote down, else 1.
 
     Raises:
         DalleError: what was written down is none.
@@ -65,11 +67,25 @@ def made_for(prior: "Artifact", name: str, said: float | None) -> float:
     train = prior.config.get("train")
     found = train.get(name, 1.0) if isinstance(train, dict) else 1.0
     if isinstance(found, bool) or not isinstance(found, int | float) or not found >= 0:
-        raise DalleError(f"expected train.{name} of at least 0 in {prior.path}, found {found!r}; give --{name}")
+        raise DalleError(
+            f"expected train.{name} of at least 0 in {prior.path}, found {found!r}; give --{name.replace('_', '-')}"
+        )
     return float(found)
 
 
-MADE_FOR = ("guidance", "temperature")  # of a prior over codes
+def all_made_for(prior: "Artifact", said: Mapping[str, Any]) -> dict[str, float]:
+    """What a prior over codes is drawn with, as `made_for` finds each.
+
+    Raises:
+        DalleError: what was written down is none, or a guidance of sketches is said of a prior that draws none.
+    """
+    names = ["guidance", "temperature"]
+    if prior.fact("model", dict).get("sketch"):
+        names.append("sketch_guidance")
+    elif said.get("sketch_guidance") is not None:
+        found = f"found none in {prior.path}"
+        raise DalleError(f"expected a prior that sketches for --sketch-guidance, {found}; leave it out")
+    return {name: made_for(prior, name, said.get(name)) for name in names}
 
 
 @dataclass(frozen=True)
@@ -184,6 +200,7 @@ class Drawer:
             top_p=s.top_p,
             guidance_scale=s.guidance,
             guidance_span=(s.guidance_from, s.guidance_to),
+            sketch_guidance=1.0 if s.sketch_guidance is None else s.sketch_guidance,
             captions=[of[row.text] for row in self.rows],
             given=None if self.kept is None else torch.from_numpy(self.kept.codes),
             kept=None if self.kept is None else torch.from_numpy(self.kept.cells),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dalle_cli.devices import Arithmetic
 
 PRIORS = {"codes": "weights.prior.codes", "embeddings": "weights.prior.embeddings"}  # the first where there are both
-OF_CODES = ("image", "keep_rows", "mask", "int8", "compiled")
+OF_CODES = ("sketch_guidance", "image", "keep_rows", "mask", "int8", "compiled")
 OF_EMBEDDINGS = ("sampler", "steps", "decoder_sampler", "decoder_steps", "decoder_guidance", "eta", "upsampler_steps")
 IF_SAID = ("temperature", "top_k", "top_p")  # which a diffusion prior over embeddings does not know
 
@@ -66,7 +66,7 @@ def of_codes(prior: "Artifact", rows: "Sequence[Candidate]", given: Mapping[str,
 
     names = ("n", "temperature", "top_k", "top_p", "guidance", "seed", "guidance_from", "guidance_to", "int8")
     said = {name: given[name] for name in names}
-    said |= {name: drawing.made_for(prior, name, given[name]) for name in drawing.MADE_FOR}
+    said |= drawing.all_made_for(prior, given)
     settings = drawing.Settings(**said)
     asked = picture_prompt.Asked(given["image"], given["keep_rows"], given["mask"])
     vae = bundle.weights(given["model"], "weights.dvae")

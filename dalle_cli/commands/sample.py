@@ -29,6 +29,7 @@ from dalle_cli.options import (
     SamplerSteps,
     Samples,
     Seed,
+    SketchGuidance,
     Temperature,
     TopK,
     TopP,
@@ -60,6 +61,7 @@ def run(
     guidance: Guidance = None,
     guidance_from: GuidanceFrom = 0.0,
     guidance_to: GuidanceTo = 1.0,
+    sketch_guidance: SketchGuidance = None,
     sampler: SamplerName = None,
     steps: SamplerSteps = None,
     seed: Seed = 0,
@@ -87,7 +89,8 @@ def run(
 
     told: dict[str, Any] = {
         "n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance, "seed": seed,
-        "guidance_from": guidance_from, "guidance_to": guidance_to, "int8": int8, "dtype": dtype,
+        "guidance_from": guidance_from, "guidance_to": guidance_to, "sketch_guidance": sketch_guidance, "int8": int8,
+        "dtype": dtype,
     }  # fmt: skip
     past, asked = None, picture_prompt.Asked(image, keep_rows, mask)
     if source is not None:
@@ -109,7 +112,7 @@ def run(
     weights = bundle.weights(model, "weights.prior.codes")
     if past is not None:
         bundle.check_digest("prior", weights.digest, _entry(past)["inputs"].get("model", ""), past.path)
-    told |= {name: drawing.made_for(weights, name, told.get(name)) for name in drawing.MADE_FOR}
+    told |= drawing.all_made_for(weights, told)
     settings = build(drawing.Settings, told, "sample")
     check_replaceable(target, "codes", force)
     kept = picture_prompt.of_bundle(asked, weights, model, machine)
@@ -133,7 +136,7 @@ def _embeddings(
     from dalle_cli.commands.drawing import made_for
     from dalle_cli.devices import arithmetic
 
-    refuse(ctx, "a prior over embeddings", "image", "keep_rows", "mask", "int8", "compiled")
+    refuse(ctx, "a prior over embeddings", "image", "keep_rows", "mask", "int8", "compiled", "sketch_guidance")
     given = ctx.params
     names = ("n", "guidance", "seed", "guidance_from", "guidance_to", "sampler", "steps")
     told = {name: given[name] for name in names} | {"guidance": made_for(weights, "guidance", given["guidance"])}

@@ -172,12 +172,19 @@ class Cache:
         places: Tensor,
         static: bool = False,
         turns: Tensor | None = None,
+        shown: tuple[int, int] | None = None,
     ) -> None:
         """`places` (W*W, C) are the summed row and column embeddings, `turns` (W*W - 1, 2, D) the codes' rotations.
 
-        `static` keeps the position in a tensor.
+        `static` keeps the position in a tensor. `shown` are the widths of what places may see of sketches.
         """
         self.places, self.turns = places, turns
+        rows = len(prompt.logits) * candidates
+        self.hints: tuple[Tensor, Tensor] | None = None  # of each position and row: read, and shown before the head
+        if shown is not None:
+            before, after = (places.new_zeros(len(places) - 1, rows, width) for width in shown)
+            self.hints = before, after
+        self.sees = torch.zeros(rows, 1, dtype=torch.bool, device=places.device)
         self.position: Any = torch.zeros((), dtype=torch.int64, device=places.device) if static else 0
         self.logits = prompt.logits.repeat_interleave(candidates, 0)
         kind = StaticLayerCache if static else LayerCache
@@ -191,10 +198,18 @@ class Cache:
 
         CUDA graphs would otherwise copy what they read at each step, and are not made at all of what they write.
         """
-        for holder in (self, *self.layers):
-            for tensor in vars(holder).values():
-                if isinstance(tensor, Tensor):
-                    torch._dynamo.mark_static_address(tensor)
+        kept = [value for holder in (self, *self.layers) for value in vars(holder).values()]
+        for tensor in (*kept, *(self.hints or ())):
+            if isinstance(tensor, Tensor):
+                torch._dynamo.mark_static_address(tensor)
+
+    def show(self, ahead: Tensor, seen: Tensor) -> None:
+        """Have the first K rows see (W*W - 1, K, C) and (W*W - 1, K, H), in the same buffers; the others nothing."""
+        assert self.hints is not None
+        n = ahead.shape[1]
+        for table, own in zip(self.hints, (ahead, seen), strict=True):
+            table[:, :n] = own
+        self.sees[:n] = True
 
     def advance(self) -> None:
         """Go to the next position; a tensor is changed in place."""

@@ -24,6 +24,9 @@ from dalle_cli.models.cache import Cache, Prompt
 from dalle_cli.models.head import head_logits, head_loss
 from dalle_cli.models.mlp import gelu_linear
 from dalle_cli.models.modern import rms_norm, rotations, swiglu, turned
+from dalle_cli.models.sketch import Hint, Sketch
+
+Told = tuple[Tensor, Tensor]  # sketches (B, 3, s, s), and who sees them (B,) bool
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class PriorConfig:
     conv_kernel: int = 11  # side of the last layer's window; odd
     dropout: float = 0.0  # of the embeddings and of what each half block adds
     text_weight: float = 1 / 8  # share of the caption in the loss; the image has the rest
+    sketch: int = 0  # s: side of a small picture, drawn of the caption first, that the codes follow; 0 = none
+    sketch_width: int = 384  # of its layers
 
     def __post_init__(self) -> None:
         sizes = ("n_layer", "n_head", "n_embd", "n_text_vocab", "n_text", "n_image_vocab", "grid")
@@ -59,6 +64,10 @@ class PriorConfig:
         for name in ("dropout", "text_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DalleError(f"expected prior.{name} in [0, 1], found {getattr(self, name)}; correct the recipe")
+        if self.sketch < 0 or (self.sketch and self.grid % self.sketch):
+            raise DalleError(f"expected prior.sketch to divide the grid of {self.grid}, found {self.sketch}; change it")
+        if self.sketch_width < 5:
+            raise DalleError(f"expected prior.sketch_width of at least 5, found {self.sketch_width}; raise it")
         layer_kinds(1, self.attention)  # refuses an unknown kind
         if self.block not in ("paper", "modern"):
             raise DalleError(f'expected prior.block "paper" or "modern", found "{self.block}"; correct the recipe')
@@ -147,6 +156,9 @@ class Prior(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.text_head = nn.Linear(width, config.n_text_vocab)
         self.image_head = nn.Linear(width, config.n_image_vocab)
+        sizes = (config.n_text_vocab, config.n_image_vocab, config.sketch, config.sketch_width)
+        self.sketch = Sketch(*sizes) if config.sketch else None
+        self.hint = Hint(width, config.sketch, config.grid) if config.sketch else None
         kinds = layer_kinds(config.n_layer, config.attention)
         self.patterns = [Pattern(kind, config.n_text, config.grid, config.conv_kernel) for kind in kinds]
         self.initialize()
@@ -155,6 +167,8 @@ class Prior(nn.Module):
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """Draw matrices and embeddings from N(0, 0.02), what ends a residual branch by 1 / sqrt(2 n_layer) less."""
         for name, parameter in self.named_parameters():
+            if name.startswith(("sketch.", "hint.")):
+                continue  # have sizes of their own
             if name.endswith("bias"):
                 parameter.zero_()
             elif "norm" in name or name.endswith("sharpness"):
@@ -163,31 +177,58 @@ class Prior(nn.Module):
                 residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
                 parameter.normal_(0, std, generator=generator)
+        for part in (self.sketch, self.hint):
+            if part is not None:
+                part.initialize(generator)
 
-    def forward(self, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, lengths: Tensor, codes: Tensor, told: Told | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits of every token and code: (B, T), (B,), (B, W, W) int64 -> (B, T, n_text_vocab), (B, W*W, V) float32.
 
-        Tokens at and beyond a caption's length are not read: the pad embedding of their position stands there.
+        Tokens at and beyond a caption's length are not read: the pad embedding of their position stands there. `told`
+        are sketches to follow; without, the caption alone is.
 
         Raises: DalleError where the shapes are not the model's.
         """
-        x = self._read(tokens, lengths, codes)
+        x = self._read(tokens, lengths, codes, told)
         n_text = self.config.n_text
         return head_logits(self.text_head, x[:, :n_text]), head_logits(self.image_head, x[:, n_text:])
 
-    def _read(self, tokens: Tensor, lengths: Tensor, codes: Tensor) -> Tensor:
+    def _read(self, tokens: Tensor, lengths: Tensor, codes: Tensor, told: Told | None = None) -> Tensor:
         """What stands before the heads: (B, L, C)."""
         grid = self.config.grid
         if codes.shape[1:] != (grid, grid):
             found = " x ".join(map(str, codes.shape[1:]))
             raise DalleError(f"expected codes of {grid} x {grid}, found {found}; use codes of the prior's own dVAE")
         images = self.code(codes.flatten(1)[:, :-1]) + self._places()[:-1]
+        hints = None if told is None else self._hints(*told)
+        if hints is not None:
+            images = images + hints[0]
         x = self.dropout(torch.cat([self._embed_text(tokens, lengths), images], dim=1))
         turns = self._turns(x)
         for block, pattern in zip(self.blocks, self.patterns, strict=True):
             x = block(x, pattern.attend, turns)
         y: Tensor = self.norm(x)
+        if hints is not None and told is not None and self.hint is not None:
+            first = self.config.n_text + 1
+            y = torch.cat([y[:, :first], self._followed(y[:, first:], hints[1], told[1][:, None, None])], dim=1)
         return y
+
+    def _hints(self, sketch: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
+        """What each place but the last reads of sketches, and is shown of them before the head; for some it is nothing.
+
+        Raises: DalleError where the model follows none.
+        """
+        if self.hint is None:
+            raise DalleError("expected a prior that sketches, found one with sketch 0; train one with prior.sketch")
+        ahead, seen = self.hint.of(sketch)
+        return ahead * sees[:, None, None], seen
+
+    def _followed(self, state: Tensor, seen: Tensor, sees: Tensor) -> Tensor:
+        """What stands before the head, joined with what is seen where anything is."""
+        assert self.hint is not None
+        return torch.where(sees, self.hint(state, seen), state)
 
     @property
     def n_positions(self) -> int:
@@ -203,16 +244,23 @@ class Prior(nn.Module):
         return 6.0 * (inner * self.n_positions + heads + 2 * config.n_embd * attended)
 
     def loss(
-        self, tokens: Tensor, lengths: Tensor, codes: Tensor, n_tokens: Tensor | None = None, read: Tensor | None = None
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        codes: Tensor,
+        n_tokens: Tensor | None = None,
+        read: Tensor | None = None,
+        told: Told | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy by count of caption tokens (pads are no targets) and of codes, weighted (sec. 2.2).
 
         Shapes as `forward`; returns the loss and, detached, `text_nats` a token and `image_nats` a code. `n_tokens` ()
         is what the text loss is divided by if not by the batch's own tokens: for a part of a batch, its fair share.
         `read`, shaped as codes, stands in for them where they are read: what is to be predicted stays `codes`.
+        `told` as in `forward`.
         """
-        x = self._read(tokens, lengths, codes if read is None else read)
-        n_text, written = self.config.n_text, self._written(lengths)
+        x = self._read(tokens, lengths, codes if read is None else read, told)
+        n_text, written = self.config.n_text, self.written(lengths)
         if n_tokens is None:
             n_tokens = lengths.sum().clamp(min=1)  # a batch may hold null captions only
         text = head_loss(self.text_head, x[:, :n_text][written], tokens[written]) / n_tokens
@@ -244,18 +292,33 @@ class Prior(nn.Module):
         """Buffers to draw `candidates` grids for each caption of a prompt; `static` for a compiled `step`."""
         turns = self._turns(self.start)[:, 1 + self.config.n_text :].transpose(0, 1)
         modern = self.config.block == "modern"
-        return Cache(prompt, self.patterns, candidates, self._places(), static, turns if modern else None)
+        wide = None if self.hint is None else (self.hint.ahead.out_features, self.hint.seen.out_features)
+        return Cache(prompt, self.patterns, candidates, self._places(), static, turns if modern else None, wide)
+
+    @torch.inference_mode()
+    def show(self, sketch: Tensor, cache: Cache) -> None:
+        """Have the first candidates of a cache follow sketches, (K, 3, s, s); the others, as the null ones, see none.
+
+        Raises: DalleError where the model follows none.
+        """
+        sees = torch.ones(len(sketch), dtype=torch.bool, device=sketch.device)
+        cache.show(*(x.transpose(0, 1) for x in self._hints(sketch, sees)))
 
     def step(self, codes: Tensor, cache: Cache) -> Tensor:
         """Take the codes at the cache's position, advance it, and give the logits of the next: (P*K,) -> (P*K, V)."""
-        x = self.dropout((self.code(codes) + cache.row(cache.places))[:, None])
+        x = self.code(codes) + cache.row(cache.places)
+        hints = None if cache.hints is None else [cache.row(table)[0] for table in cache.hints]
+        x = self.dropout((x if hints is None else x + hints[0])[:, None])
         turns = None if cache.turns is None else cache.row(cache.turns).transpose(0, 1)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block(x, partial(layer.attend, cache.position), turns)
         cache.advance()
-        return head_logits(self.image_head, self.norm(x[:, 0]))
+        y = self.norm(x[:, 0])
+        if hints is not None:
+            y = self._followed(y, hints[1], cache.sees)
+        return head_logits(self.image_head, y)
 
-    def _written(self, lengths: Tensor) -> Tensor:
+    def written(self, lengths: Tensor) -> Tensor:
         """Whether a caption position holds a token, not a pad: (B,) -> (B, T) bool."""
         return torch.arange(self.config.n_text, device=lengths.device) < lengths[:, None]
 
@@ -265,7 +328,7 @@ class Prior(nn.Module):
         if tokens.shape[1] != n_text:
             found = f"found {tokens.shape[1]}"
             raise DalleError(f"expected captions of {n_text} positions, {found}; tokenize with the prior's own length")
-        x = torch.where(self._written(lengths)[..., None], self.token(tokens), self.pad.weight)
+        x = torch.where(self.written(lengths)[..., None], self.token(tokens), self.pad.weight)
         start = self.start.expand(len(x), 1, -1)
         return torch.cat([start, x], dim=1) + self.text_position.weight
 

@@ -17,6 +17,7 @@ from dalle_cli import devices
 from dalle_cli.errors import DalleError
 from dalle_cli.models.cache import Cache, Prompt
 from dalle_cli.models.prior import Prior
+from dalle_cli.sampling.sketches import draw_sketches
 from dalle_cli.sampling.truncation import top_k as keep_top_k
 from dalle_cli.sampling.truncation import top_p as keep_top_p
 
@@ -36,6 +37,7 @@ def sample_codes(
     top_p: float | None = None,
     guidance_scale: float = 1.0,
     guidance_span: tuple[float, float] = (0.0, 1.0),
+    sketch_guidance: float = 1.0,
     captions: Sequence[int] | None = None,
     given: Tensor | None = None,
     kept: Tensor | None = None,
@@ -60,6 +62,7 @@ def sample_codes(
         top_p=top_p,
         guidance_scale=guidance_scale,
         guidance_span=guidance_span,
+        sketch_guidance=sketch_guidance,
         captions=captions,
         given=given,
         kept=kept,
@@ -83,6 +86,7 @@ def sample_batches(
     top_p: float | None = None,
     guidance_scale: float = 1.0,
     guidance_span: tuple[float, float] = (0.0, 1.0),
+    sketch_guidance: float = 1.0,
     captions: Sequence[int] | None = None,
     given: Tensor | None = None,
     kept: Tensor | None = None,
@@ -95,6 +99,7 @@ def sample_batches(
     The logits are guided, null + guidance_scale * (conditional - null), divided by `temperature` (0: the likeliest
     code), cut to `top_k` and then to `top_p` (None or 0: not), and drawn from. `guidance_span` is the part of the grid
     that is guided, from and to as shares of its codes in raster order; elsewhere the logits are the conditional ones.
+    A prior that sketches draws each candidate's sketch first, with `sketch_guidance`, and its null rows see none.
     `captions` are the rows of `tokens`, one for each index; without it there is one caption, or one for each. A caption
     is read once for all its candidates that follow one another in whole batches, the null caption once a call.
     Where `kept` (W, W) bool is true, the code of `given`, (W, W) or (N, W, W) int64, stands instead of a drawn one, and
@@ -137,6 +142,11 @@ def sample_batches(
             held = wanted
         noise = torch.stack([uniforms(seed, indices[row], prior.config.grid**2) for row in rows]).to(device)
         own_codes = grids[rows].to(device)
+        if prior.config.sketch:
+            numbers = [indices[row] for row in rows]
+            seen = None if kept is None else (own_codes.view(-1, *kept.shape), kept.to(device))
+            captioned = tokens[own], lengths[own], numbers
+            prior.show(draw_sketches(prior, *captioned, seed, guidance_scale=sketch_guidance, kept=seen), cache)
         yield _draw_grids(prior, step, cache, noise, 2 if span else 1, choose, own_codes, fixed, n, progress).clone()
 
 

@@ -42,7 +42,10 @@ def candidate_bytes(prior: Prior, guided: bool, own_captions: bool, dtype: torch
     caches = 2 * slots * config.n_embd  # keys and values
     seen = config.n_text + 1 + max(pattern.n_slots for pattern in prior.patterns)
     activations = 16 * config.n_embd + 4 * config.n_head * seen + _ROWS_OF_LOGITS * config.n_image_vocab
-    drawn = (2 if guided else 1) * (dtype.itemsize * caches + 4 * activations)
+    hints = 0
+    if prior.hint is not None:
+        hints = config.grid**2 * (prior.hint.ahead.out_features + prior.hint.seen.out_features)
+    drawn = (2 if guided else 1) * (dtype.itemsize * caches + 4 * (activations + hints))
     if not own_captions:
         return drawn
     kept = dtype.itemsize * (2 * config.n_layer + _WIDTHS_OF_READING)

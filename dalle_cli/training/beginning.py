@@ -12,6 +12,8 @@ from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.errors import DalleError
 
 FREE = ("dropout",)  # settings of a model that its weights say nothing of
+LATER = ("sketch", "sketch_width")  # sizes of what a token prior may be given later, as it changes little at first
+LATER_PARTS = ("sketch.", "hint.")
 CHECKPOINT = "checkpoint"
 AVERAGE = "ema/"  # what is taken of a checkpoint
 
@@ -41,6 +43,8 @@ def named(found: Artifact | None) -> dict[str, Artifact]:
 def sizes(found: Artifact | None, known: Mapping[str, Any], told: object) -> dict[str, Any]:
     """What inputs, and weights if there are any, decide of a model: `known` by the inputs, `told` by the recipe.
 
+    A recipe may ask for a sketch where the weights are of a token prior that has none.
+
     Raises:
         DalleError: the inputs have another size than the weights.
     """
@@ -54,7 +58,8 @@ def sizes(found: Artifact | None, known: Mapping[str, Any], told: object) -> dic
                 "make them by its tokenizer and its encoder"
             )
     said = told if isinstance(told, Mapping) else {}  # what is no table is refused with the rest of the recipe
-    return {**{name: value for name, value in own.items() if name not in FREE or name not in said}, **known}
+    free = (*FREE, *LATER) if "n_image_vocab" in own and not own.get("sketch") else FREE
+    return {**{name: value for name, value in own.items() if name not in free or name not in said}, **known}
 
 
 def check_inputs(found: Artifact | None, header: Mapping[str, Any]) -> None:
@@ -71,7 +76,7 @@ def check_inputs(found: Artifact | None, header: Mapping[str, Any]) -> None:
 
 
 def begin(model: nn.Module, found: Artifact) -> None:
-    """Copy weights into a model; of a checkpoint, the running average.
+    """Copy weights into a model; of a checkpoint, the running average. A sketch that the weights have not stays new.
 
     Raises:
         DalleError: a tensor is missing, unknown, or of another shape.
@@ -79,6 +84,8 @@ def begin(model: nn.Module, found: Artifact) -> None:
     tensors = load_tensors(found)
     if found.kind == CHECKPOINT:
         tensors = {name.removeprefix(AVERAGE): t for name, t in tensors.items() if name.startswith(AVERAGE)}
+    if not any(name.startswith(LATER_PARTS) for name in tensors):
+        tensors |= {name: t for name, t in model.state_dict().items() if name.startswith(LATER_PARTS)}
     own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     given = {name: tuple(t.shape) for name, t in tensors.items()}
     for name in sorted(own.keys() | given.keys()):

@@ -8,7 +8,7 @@ from dalle_cli.training.schedules import LEARNING_RATES
 
 OPTIMIZERS = ("adamw", "muon")
 PARALLEL = ("replicate", "shard")
-SAVE_DTYPES = ("float32", "bfloat16", "float16")
+SAVE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def check_drawing(**settings: float) -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -21,14 +22,28 @@ from dalle_cli.data.pairs import Ints, Pairs
 from dalle_cli.data.sheet import sheet
 from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.errors import DalleError
+from dalle_cli.models.dvae import DVAE
 from dalle_cli.models.pixels import to_uint8
 from dalle_cli.models.prior import Prior, PriorConfig, disturb_codes, drop_captions
 from dalle_cli.sampling.autoregressive import sample_codes
+from dalle_cli.sampling.sketches import N_TIMESTEP, sketch_losses
 from dalle_cli.training.config import TrainConfig, check_drawing
 from dalle_cli.training.loop import Batch, mix
 
 VALIDATION_BATCH = 64
+COLORS_AT_ONCE = 256  # codes
+UNTOLD = 0.15  # share of the pairs that follow no sketch: drawing is guided by what the prior would do without one
+NOISE = 0.3  # the most that is added to a true sketch, whose like is drawn with errors
 AHEAD = 2  # batches that lie ready: encoding captions anew takes some 40 microseconds each
+
+
+@torch.inference_mode()
+def code_colors(dvae: DVAE) -> Tensor:
+    """The mean color of a picture of each code alone: (V, 3) float32 in [-1, 1]."""
+    side = 4  # codes; a decoder looks no further than to its neighbors
+    codes = torch.arange(dvae.config.n_vocab)[:, None, None].expand(-1, side, side)
+    parts = [to_uint8(dvae.decode(part)).float().mean((2, 3)) for part in torch.split(codes, COLORS_AT_ONCE)]
+    return torch.cat(parts) / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,8 @@ class PriorTrain(TrainConfig):
     guidance: float = 1.0  # what the weights are drawn with where nothing else is said; 1 = none
     temperature: float = 1.0  # likewise
     code_noise: float = 0.0  # share of codes that are read as any other: against learning few pictures by heart
+    sketch_batch: int = 256  # pairs of an update, beside its own, that a sketch learns from, if the model draws one
+    sketch_guidance: float = 1.0  # what sketches are drawn with; 1 = none
     sheet_prompts: int = 12  # held-out captions that are drawn at each validation, if the dVAE is there; 0 = none
 
     def __post_init__(self) -> None:
@@ -56,7 +73,9 @@ class PriorTrain(TrainConfig):
         for name in ("bpe_dropout", "caption_dropout", "code_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DalleError(f"expected {name} in [0, 1], found {getattr(self, name)}")
-        check_drawing(guidance=self.guidance, temperature=self.temperature)
+        check_drawing(guidance=self.guidance, temperature=self.temperature, sketch_guidance=self.sketch_guidance)
+        if self.sketch_batch < 1:
+            raise DalleError(f"expected sketch_batch of at least 1, found {self.sketch_batch}; raise it")
         if self.sheet_prompts < 0:
             raise DalleError(f"expected sheet_prompts of at least 0, found {self.sheet_prompts}; raise it")
 
@@ -73,13 +92,22 @@ class PriorTask:
         seed: int,
         dvae: Artifact | None = None,
     ):
-        """`dvae` are the weights that made the codes, for pictures on the way."""
+        """`dvae` are the weights that made the codes, for pictures on the way and for what a sketch learns from.
+
+        Raises: DalleError where a sketch is asked for and there is no dVAE.
+        """
         self.config, self.options, self.pairs, self.tokenizer, self.seed = config, train, pairs, tokenizer, seed
         self.dvae = dvae
         torch.manual_seed(mix(seed, -1))
         self.model = Prior(config)
         self.places, self.held_out = pairs.split(train.validation)
         self.order = Order(len(self.places), train.batch_size, seed)
+        if self.model.sketch is not None:
+            if dvae is None:
+                told = "expected the dVAE beside -o or the codes for prior.sketch, found none; copy it there"
+                raise DalleError(told)
+            self.model.sketch.colors.copy_(code_colors(load.dvae(dvae, torch.device("cpu"))))
+            self.sketch_order = Order(len(self.places), train.sketch_batch, mix(seed, 2))
 
     def batches(self, start: int) -> Generator[Batch]:
         """What `batch` gives, from update `start` on, made while the model computes."""
@@ -91,7 +119,10 @@ class PriorTask:
                 yield ready
 
     def batch(self, step: int) -> Batch:
-        """Tokens (B, T), lengths (B,), codes (B, H, W), all int64: a function of the seed and the step."""
+        """Tokens (B, T), lengths (B,), codes (B, H, W), all int64: a function of the seed and the step.
+
+        With a sketch as many again, (B', ...), that it learns from.
+        """
         _, rows = self.order.batch(step)
         rng = np.random.default_rng((self.seed, 1, step))
         captions, latents = self.pairs.draw(self.places[rows], rng.random((len(rows), 2)))
@@ -99,7 +130,13 @@ class PriorTask:
             tokens, lengths = self._drop_merges(captions, rng)
         else:
             tokens, lengths = self.pairs.tokens(captions)
-        return torch.from_numpy(tokens), torch.from_numpy(lengths), torch.from_numpy(self.pairs.codes(latents))
+        arrays = [tokens, lengths, self.pairs.codes(latents)]
+        if self.model.sketch is not None:
+            _, rows = self.sketch_order.batch(step)
+            rng = np.random.default_rng((self.seed, 2, step))
+            captions, latents = self.pairs.draw(self.places[rows], rng.random((len(rows), 2)))
+            arrays += [*self.pairs.tokens(captions), self.pairs.codes(latents)]
+        return tuple(map(torch.from_numpy, arrays))
 
     def _drop_merges(self, rows: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
         """Captions encoded anew with BPE dropout (app. B), from the text that the artifact keeps."""
@@ -114,12 +151,46 @@ class PriorTask:
         return tokens, lengths
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The prior's loss, in nats, after some captions were made null for guidance and some codes disturbed."""
-        tokens, lengths, codes, *whole = batch
-        if whole:  # a part, as `split` makes them
-            return self.model.loss(tokens, lengths, codes, *whole)
+        """The prior's loss, in nats, after some captions were made null for guidance and some codes disturbed.
+
+        With a sketch, too: of 15% of the pairs it is hidden, the others see the true one with some noise; what draws
+        it learns v from pairs of its own, `sketch` being the squared error.
+        """
+        if batch[-1].ndim:  # a whole one, not a part as `split` makes them
+            return self._loss(self._made(batch, generator))
+        return self._loss(batch[:-1], batch[-1])
+
+    def _made(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """A batch with all that is drawn at random for it: tokens, lengths, codes, and codes as they are read.
+
+        With a sketch, further: sketches and who sees them, and as `sketch_losses` takes them tokens, lengths,
+        pictures, timesteps and noise.
+        """
+        tokens, lengths, codes, *own = batch
         lengths = self._drop_captions(lengths, generator)
-        return self.model.loss(tokens, lengths, codes, read=self._disturb(codes, generator))
+        made = (tokens, lengths, codes, self._disturb(codes, generator))
+        sketch = self.model.sketch
+        if sketch is None:
+            return made
+        with torch.no_grad():
+            true, pictures = sketch.of(codes), sketch.of(own[2])
+        device = generator.device
+        uniform = partial(torch.rand, generator=generator, device=device)
+        normal = partial(torch.randn, generator=generator, device=device)
+        told = true + (NOISE * uniform(len(true), 1, 1, 1) * normal(true.shape)).to(true)
+        sees = (uniform(len(true)) >= UNTOLD).to(true.device)
+        times = torch.randint(N_TIMESTEP, (len(pictures),), generator=generator, device=device).to(true.device)
+        noise = normal(pictures.shape).to(true)
+        return (*made, told, sees, own[0], self._drop_captions(own[1], generator), pictures, times, noise)
+
+    def _loss(self, made: Batch, n_tokens: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens, lengths, codes, read, *own = made
+        told = (own[0], own[1]) if own else None
+        loss, parts = self.model.loss(tokens, lengths, codes, n_tokens, read, told)
+        if own:
+            parts["sketch"] = sketch_losses(self.model, *own[2:]).mean()
+            loss, parts["sketch"] = loss + parts["sketch"], parts["sketch"].detach()
+        return loss, parts
 
     def _drop_captions(self, lengths: Tensor, generator: torch.Generator) -> Tensor:
         probability = self.options.caption_dropout
@@ -131,12 +202,12 @@ class PriorTask:
 
     def split(self, batch: Batch, parts: int, step: int, generator: torch.Generator) -> list[Batch]:
         """Equal parts; each carries how many caption tokens a part holds on average, which its text loss is over."""
-        tokens, lengths, codes = batch
-        lengths = self._drop_captions(lengths, generator)
-        share = lengths.sum().clamp(min=1) / parts
-        read = self._disturb(codes, generator)
-        chunks = zip(*(x.chunk(parts) for x in (tokens, lengths, codes, read)), strict=True)
-        return [(*chunk, share, part) for *chunk, part in chunks]
+        if self.model.sketch is not None and len(batch[3]) % parts:
+            found = f"found {len(batch[3])}"
+            raise DalleError(f"expected sketch_batch a multiple of {parts}, the parts of a batch, {found}; change it")
+        made = self._made(batch, generator)
+        share = made[1].sum().clamp(min=1) / parts
+        return [(*chunk, share) for chunk in zip(*(x.chunk(parts) for x in made), strict=True)]
 
     def units(self, batch: Batch) -> tuple[str, int]:
         """Positions of the stream."""
@@ -147,12 +218,15 @@ class PriorTask:
         return self.options.batch_size * self.model.flops()
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Nats per code and per text token on held-out pictures, each with the first of its captions."""
+        """Nats per code and per text token on held-out pictures, each with the first of its captions.
+
+        `sketched_nats` are of codes that follow the true sketch.
+        """
         assert isinstance(model, Prior)
         places = self.held_out[: self.options.max_validation]
         if not len(places):
             return {}
-        text = image = tokens_seen = 0.0
+        text = image = tokens_seen = sketched = 0.0
         for chunk in np.array_split(places, -(-len(places) // VALIDATION_BATCH)):
             captions, latents = self.pairs.draw(chunk, np.zeros((len(chunk), 2)))
             arrays = (*self.pairs.tokens(captions), self.pairs.codes(latents))
@@ -162,7 +236,11 @@ class PriorTask:
             text += parts["text_nats"].item() * n_tokens
             tokens_seen += n_tokens
             image += parts["image_nats"].item() * len(chunk)
-        return {"image_nats": image / len(places), "text_nats": text / max(tokens_seen, 1)}
+            if model.sketch is not None:
+                told = model.sketch.of(codes), torch.ones_like(lengths, dtype=torch.bool)
+                sketched += model.loss(tokens, lengths, codes, told=told)[1]["image_nats"].item() * len(chunk)
+        figures = {"image_nats": image / len(places), "text_nats": text / max(tokens_seen, 1)}
+        return figures if model.sketch is None else {**figures, "sketched_nats": sketched / len(places)}
 
     def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
         """What the first held-out captions, always the same ones, look like by now; nothing without a dVAE."""
@@ -173,8 +251,11 @@ class PriorTask:
         captions, _ = self.pairs.draw(places, np.zeros((len(places), 2)))
         tokens, lengths = map(torch.from_numpy, self.pairs.tokens(captions))
         with torch.autocast(device.type, enabled=False):
-            numbers, scale, heat = range(len(places)), self.options.guidance, self.options.temperature
-            codes = sample_codes(model, tokens, lengths, numbers, self.seed, guidance_scale=scale, temperature=heat)
+            numbers, told = range(len(places)), self.options
+            codes = sample_codes(
+                model, tokens, lengths, numbers, self.seed, guidance_scale=told.guidance, temperature=told.temperature,
+                sketch_guidance=told.sketch_guidance,
+            )  # fmt: skip
             pixels = to_uint8(load.dvae(self.dvae, device).decode(codes)).cpu().numpy()
         texts = self.pairs.captions.strings("text")
         path.parent.mkdir(parents=True, exist_ok=True)

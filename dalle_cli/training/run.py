@@ -39,9 +39,11 @@ LATER = {
     "code_noise": 0.0,  # of the token prior
     "guidance": 1.0,  # of the priors
     "temperature": 1.0,  # of the token prior
+    "sketch_batch": 256,  # likewise
+    "sketch_guidance": 1.0,
 }
 # Of models, likewise.
-LATER_SIZES = {"sketch": 0}  # of the decoder
+LATER_SIZES = {"sketch": 0, "sketch_width": 384}  # of decoder and token prior
 # What does not change what is computed: a run is the same without.
 ASIDE = ("tensorboard", "parallel", "timeout", "sheet_prompts")
 
@@ -93,7 +95,9 @@ class Run:
         mine, told = json.loads(json.dumps(self.config)).get("train"), _compared(config).get("train")
         if not isinstance(mine, dict) or not isinstance(told, dict):
             return False
-        drawn = ("guidance", "temperature") if self.kind.startswith("weights.prior") else ()  # a dVAE's is of training
+        drawn = (
+            ("guidance", "temperature", "sketch_guidance") if self.kind.startswith("weights.prior") else ()
+        )  # a dVAE's is of training
         end = {name: mine[name] for name in ("steps", "save_dtype", *drawn) if name in mine}
         theirs = {**told, **end, "steps": told["steps"]}
         return self._same(artifact, {**config, "train": {**told, **end}}) and same_until(step, theirs, {**told, **end})

@@ -18,6 +18,7 @@ from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.pixels import from_uint8
 from dalle_cli.models.prior import Prior, PriorConfig
+from dalle_cli.sampling.sketches import sketch_losses
 from dalle_cli.training.clip import CLIPTrain
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.dvae import DVAETrain
@@ -141,9 +142,19 @@ def _prior(table: Mapping[str, Any]) -> Subject:
 
     def batch(n: int) -> Batch:
         codes = torch.randint(0, config.n_image_vocab, (n, config.grid, config.grid))
-        return (*_captions(n, config.n_text_vocab, config.n_text), codes)
+        read = (*_captions(n, config.n_text_vocab, config.n_text), codes)
+        if not config.sketch:
+            return read
+        own = torch.rand(train.sketch_batch, 3, config.sketch, config.sketch)
+        return (*read, *_captions(train.sketch_batch, config.n_text_vocab, config.n_text), own)
 
     def loss(model: Prior, batch: Batch, generator: torch.Generator) -> Loss:
-        return model.loss(*batch)
+        if model.sketch is None:
+            return model.loss(batch[0], batch[1], batch[2])
+        tokens, lengths, codes, *captions, pictures = batch
+        told = model.sketch.of(codes), torch.ones_like(lengths, dtype=torch.bool)
+        loss, parts = model.loss(tokens, lengths, codes, told=told)
+        t, noise = torch.zeros_like(captions[1]), torch.ones_like(pictures)
+        return loss + sketch_losses(model, captions[0], captions[1], pictures, t, noise).mean(), parts
 
     return Subject("prior", train, lambda: Prior(config), batch, loss)

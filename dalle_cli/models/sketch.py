@@ -1,0 +1,134 @@
+"""A sketch: a small picture of what a caption's words may stand for, drawn before the codes, which then follow it.
+
+Not in the papers, but the cascade of the second one (sec. 2.1) in small: a diffusion of s x s pixels that reads a
+caption as words in no order, and a token prior whose places see that picture. It sees hundreds of times as many pairs a
+second as the prior does. B batch, T caption positions, s side of a sketch, W side of the code grid, C width of the
+prior.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WORDS_LEFT_OUT = 0.1  # share of a caption's words, in training
+DROPOUT = 0.05
+N_LAYER = 3
+N_WAVES = 32  # of the timestep's features
+LONGEST_WAVE = 1000.0
+FOLLOWING = 256  # width of the layer that joins a sketch with what the prior would draw
+WINDOW = 3  # side of what a place sees of the sketch: its own cell and those around it
+
+
+class Sketch(nn.Module):
+    """From words, a timestep and a noised picture to v; and what codes look like from afar, which it learns from."""
+
+    colors: Tensor
+
+    def __init__(self, n_vocab: int, n_codes: int, side: int, width: int) -> None:
+        super().__init__()
+        self.side = side
+        self.word = nn.Embedding(n_vocab, width // 5)
+        self.words_in = nn.Linear(width // 5, width)
+        self.words_out = nn.Linear(width, width)
+        self.time = nn.Linear(2 * N_WAVES, width)
+        self.picture_in = nn.Linear(3 * side**2, width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(N_LAYER))
+        self.picture_out = nn.Linear(width, 3 * side**2)
+        self.dropout = nn.Dropout(DROPOUT)
+        self.register_buffer("colors", torch.zeros(n_codes, 3))  # of a picture of each code alone, in [-1, 1]
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Words from N(0, 0.3), matrices from N(0, 1 / (3 inputs)), nothing from what ends a layer, no biases."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or name.endswith("outer.weight"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1)
+            else:
+                deviation = 0.3 if name == "word.weight" else (3 * parameter.shape[1]) ** -0.5
+                parameter.normal_(0, deviation, generator=generator)
+
+    def of(self, codes: Tensor) -> Tensor:
+        """What codes look like from afar: (B, W, W) int64 -> (B, 3, s, s), each cell the mean of its codes' colors."""
+        return F.avg_pool2d(self.colors[codes].movedim(-1, 1), codes.shape[-1] // self.side)
+
+    def read(self, tokens: Tensor, written: Tensor) -> Tensor:
+        """Captions (B, T) int64, and where they hold a token (B, T) bool -> (B, width); in training without some words.
+
+        One without tokens is the null caption.
+        """
+        if self.training:
+            written = written & (torch.rand(written.shape, device=written.device) >= WORDS_LEFT_OUT)
+        counts = written.sum(1, keepdim=True).clamp(min=1).to(self.word.weight.dtype)
+        words = (self.word(tokens) * written[..., None]).sum(1) / counts.sqrt()
+        y: Tensor = self.words_out(self.dropout(F.silu(self.words_in(words))))
+        return y
+
+    def forward(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
+        """v of noised pictures: (B, 3, s, s), timesteps (B,) out of 1000, as `read` gives words -> (B, 3, s, s)."""
+        exact = torch.promote_types(x.dtype, torch.float32)  # bfloat16 knows no 999.5
+        waves = torch.exp(torch.arange(N_WAVES, device=x.device, dtype=exact) * (-math.log(LONGEST_WAVE) / N_WAVES))
+        turns = t[:, None].to(waves.dtype) * waves * (math.pi / 2)
+        y = self.picture_in(x.flatten(1)) + self.time(torch.cat([turns.sin(), turns.cos()], dim=-1)) + words
+        for layer in self.layers:
+            y = y + self.dropout(layer(y))
+        v: Tensor = self.picture_out(F.silu(y))
+        return v.view_as(x)
+
+
+class Layer(nn.Module):
+    """Norm, and two matrices about a SiLU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width) -> the same."""
+        y: Tensor = self.outer(F.silu(self.inner(self.norm(x))))
+        return y
+
+
+class Hint(nn.Module):
+    """What the codes' places see of a sketch: the cell that the next code lies in and those around it.
+
+    It is added to what a place reads, and joined with what stands before the head, where it begins as nothing. W*W - 1
+    places have one: the first code is drawn without.
+    """
+
+    def __init__(self, width: int, side: int, grid: int) -> None:
+        super().__init__()
+        cells, self.grid, self.ratio = 3 * WINDOW**2, grid, grid // side
+        self.ahead = nn.Linear(cells, width, bias=False)
+        self.seen = nn.Linear(cells, FOLLOWING, bias=False)
+        self.corner = nn.Parameter(torch.empty(self.ratio, self.ratio, FOLLOWING))  # which of a cell's places it is
+        self.state = nn.Linear(width, FOLLOWING)
+        self.outer = nn.Linear(FOLLOWING, width)
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Matrices from N(0, 0.1) and N(0, 0.2) for what is seen, N(0, 1 / (3 inputs)) else; no biases, no effect."""
+        self.ahead.weight.normal_(0, 0.1, generator=generator)
+        self.seen.weight.normal_(0, 0.2, generator=generator)
+        self.state.weight.normal_(0, (3 * self.state.in_features) ** -0.5, generator=generator)
+        for parameter in (self.corner, self.state.bias, self.outer.weight, self.outer.bias):
+            parameter.zero_()
+
+    def of(self, sketch: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, s, s) -> what each place but the last reads (B, W*W - 1, C), and is shown before the head (.., H)."""
+        side = sketch.shape[-1]
+        cells = F.unfold(sketch.to(self.ahead.weight.dtype), WINDOW, padding=WINDOW // 2).mT
+        cells = cells.reshape(len(sketch), side, side, -1)
+        seen = self.seen(cells)[:, :, None, :, None] + self.corner[:, None]  # (B, s, r, s, r, H)
+        ahead = self.ahead(cells).repeat_interleave(self.ratio, 1).repeat_interleave(self.ratio, 2)
+        return ahead.flatten(1, 2)[:, 1:], seen.reshape(len(sketch), self.grid**2, -1)[:, 1:]
+
+    def forward(self, state: Tensor, seen: Tensor) -> Tensor:
+        """What stands before the head, with what is seen: (..., C), (..., H) -> (..., C)."""
+        y: Tensor = state + self.outer(F.silu(self.state(state) + seen))
+        return y

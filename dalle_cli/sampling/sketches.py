@@ -1,0 +1,91 @@
+"""Draw the small picture that a token prior's codes then follow, by diffusion (`models/sketch.py`).
+
+P captions, T their positions, N candidates, s side of a sketch, W side of the code grid. A candidate's noise is a
+function of (seed, its index) alone, so its sketch is the same whatever is drawn beside it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dalle_cli.diffusion import samplers, schedules
+from dalle_cli.diffusion.denoiser import Denoised, Guidance, Threshold, denoiser
+from dalle_cli.diffusion.losses import losses
+from dalle_cli.diffusion.noise import row_noise
+from dalle_cli.diffusion.process import Process, to_epsilon
+from dalle_cli.errors import DalleError
+from dalle_cli.models.prior import Prior
+from dalle_cli.models.sketch import Sketch
+
+STAGE = "sketch"  # in the noise's name
+N_TIMESTEP = 1000
+STEPS = 30  # of DDIM
+PROCESS = Process(schedules.cosine(N_TIMESTEP), "v")
+
+
+def sketch_losses(prior: Prior, tokens: Tensor, lengths: Tensor, pictures: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Squared error of v: captions (B, T), (B,), pictures (B, 3, s, s), timesteps (B,), noise as pictures -> (B,).
+
+    Raises: DalleError where the prior draws no sketch.
+    """
+    x = PROCESS.noised(pictures, t, noise)
+    sketch = _of(prior)
+    output = sketch(x, t, sketch.read(tokens, prior.written(lengths)))
+    return losses(PROCESS, output, pictures, x, t, noise).total
+
+
+@torch.inference_mode()
+def draw_sketches(
+    prior: Prior,
+    tokens: Tensor,
+    lengths: Tensor,
+    indices: Sequence[int],
+    seed: int,
+    *,
+    guidance_scale: float = 1.0,
+    kept: tuple[Tensor, Tensor] | None = None,
+    steps: int = STEPS,
+) -> Tensor:
+    """One sketch for each candidate: (N, T), (N,) int64 -> (N, 3, s, s) float32 in [-1, 1], on the prior's device.
+
+    `kept` are codes (N, W, W) and which of them stay, (W, W) bool: a cell all of whose codes stay is at every step what
+    they look like.
+
+    Raises: DalleError where the prior draws no sketch.
+    """
+    sketch = _of(prior)
+    training = sketch.training
+    sketch.eval()
+    with torch.autocast(tokens.device.type, enabled=False):
+        words = sketch.read(tokens, prior.written(lengths))
+        null = sketch.read(tokens[:1], prior.written(torch.zeros_like(lengths[:1])))
+    rows = torch.cat([words, null.expand_as(words)])
+    free = denoiser(lambda x, t: sketch(x, t, rows[: len(x)]), PROCESS, Guidance(guidance_scale), Threshold())
+    noise = row_noise(seed, indices, STAGE)
+    x = noise(0, (3, sketch.side, sketch.side)).to(words.device)
+    known = None if kept is None else (sketch.of(kept[0]), _whole_cells(kept[1], sketch.side))
+
+    def denoise(x: Tensor, t: float) -> Denoised:
+        found = free(x, t)
+        if known is None:
+            return found
+        x_start = torch.where(known[1], known[0], found.x_start)
+        return Denoised(x_start, to_epsilon("x_start", x_start, x, PROCESS.schedule.level(t)))
+
+    with torch.autocast(x.device.type, enabled=False):
+        drawn = samplers.ddim(denoise, x, schedules.spaced(PROCESS.schedule, steps))
+    sketch.train(training)
+    return drawn
+
+
+def _whole_cells(kept: Tensor, side: int) -> Tensor:
+    """Where all codes of a cell are kept: (W, W) bool -> (s, s) bool."""
+    ratio = len(kept) // side
+    return kept.view(side, ratio, side, ratio).all(3).all(1)
+
+
+def _of(prior: Prior) -> Sketch:
+    if prior.sketch is None:
+        raise DalleError("expected a prior that sketches, found one with sketch 0; train one with prior.sketch")
+    return prior.sketch
