@@ -353,7 +353,7 @@ def test_the_notice_names_source_copyright_and_both_licences():
 
 @pytest.mark.parametrize("goal", ["all", "small"])
 def test_the_prior_of_the_full_set_is_finished_on_pictures_as_they_are(tmp_path, goal):
-    """And at last learns to sketch. The small set's, which is learned by heart, is trained once; nothing is said of a rule that hides another."""
+    """And at last learns to sketch. The small one, learned by heart, is trained once; no rule hides another."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.tar").touch()
     done = subprocess.run(

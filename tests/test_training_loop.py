@@ -83,6 +83,9 @@ def test_a_checkpoint_of_before_the_loop_remembered_anything(tmp_path):
     assert train_toy(tmp_path / "cut", c) == whole
 
 
+LATER_OF_CODES = ("code_noise", "guidance", "temperature", "sketch_batch", "sketch_guidance")
+
+
 def test_a_setting_that_came_later_counts_as_its_default():
     """Fields that the first release's weights named; every other one must be known as later, those of a model too."""
     first = (
@@ -91,7 +94,7 @@ def test_a_setting_that_came_later_counts_as_its_default():
     first += " log_every validate_every checkpoint_every keep validation max_validation"
     later = {f.name: f.default for f in fields(TrainConfig) if f.name not in first.split()}
     assert EmbeddingPriorTrain().guidance == PriorTrain().guidance
-    of_codes = {name: getattr(PriorTrain(), name) for name in ("code_noise", "guidance", "temperature")}
+    of_codes = {name: getattr(PriorTrain(), name) for name in LATER_OF_CODES}
     assert later | of_codes == runs.LATER
 
 

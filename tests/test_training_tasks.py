@@ -76,7 +76,7 @@ def test_code_noise_is_in_what_the_prior_reads_alone(double):
         with torch.no_grad():
             logits = task.model(batch[0], *seen[-1])[1]
         torch.testing.assert_close(found, F.cross_entropy(logits.flatten(0, 1), batch[2].flatten()).double())
-    (plain_lengths, plain), (noisy_lengths, noisy) = seen[0], seen[2]
+    (plain_lengths, plain, *_), (noisy_lengths, noisy, *_) = seen[0], seen[2]
     assert torch.equal(plain_lengths, noisy_lengths)
     assert torch.equal(plain, batch[2])
     assert not torch.equal(noisy, batch[2])

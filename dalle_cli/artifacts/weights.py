@@ -36,7 +36,15 @@ def save_tensors(
 SCALE = ":scale"  # behind the name of a matrix in 8 bits: what each of its rows is times
 
 
-def in_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def stored_as(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The tensors with all floating ones in `dtype`, by torch's name for it; in int8 matrices alone."""
+    if dtype == "int8":
+        return _in_eight_bits(tensors)
+    kind: torch.dtype = getattr(torch, dtype)
+    return {name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _in_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Floating tensors of rows (two dimensions or more) as int8, and beside each `NAME:scale` (rows,) float32.
 
     A row is scaled by its largest number, which is 127; what is no row of numbers stays as it is.
@@ -54,7 +62,7 @@ def in_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _of_eight_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `in_eight_bits`, but for the rounding, in float32."""
+    """The inverse of `_in_eight_bits`, but for the rounding, in float32."""
     whole = {name: t for name, t in tensors.items() if not name.endswith(SCALE)}
     for name in tensors.keys() - whole.keys():
         rows = whole[name.removesuffix(SCALE)]

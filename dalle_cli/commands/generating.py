@@ -62,12 +62,12 @@ def way(ctx: typer.Context, rows: "Sequence[Candidate]", machine: "Arithmetic") 
 
 def of_codes(prior: "Artifact", rows: "Sequence[Candidate]", given: Mapping[str, Any], machine: "Arithmetic") -> Way:
     """Codes, which a dVAE decodes."""
-    from dalle_cli.commands import drawing, picture_prompt
+    from dalle_cli.commands import drawing, drawn_with, picture_prompt
 
     names = ("n", "temperature", "top_k", "top_p", "guidance", "seed", "guidance_from", "guidance_to", "int8")
     said = {name: given[name] for name in names}
-    said |= drawing.all_made_for(prior, given)
-    settings = drawing.Settings(**said)
+    said |= drawn_with.all_made_for(prior, given)
+    settings = drawn_with.Settings(**said)
     asked = picture_prompt.Asked(given["image"], given["keep_rows"], given["mask"])
     vae = bundle.weights(given["model"], "weights.dvae")
     dvae = drawing.decoder(vae, prior.fact("encoder", str), prior.path, machine)
@@ -119,8 +119,8 @@ def of_embeddings(
 
 def _settings(ctx: typer.Context, prior: "Artifact") -> "EmbeddingSettings":
     """How embeddings are drawn; what was not said is left to the prior and its kind."""
-    from dalle_cli.commands.drawing import made_for
     from dalle_cli.commands.drawing_embeddings import EmbeddingSettings
+    from dalle_cli.commands.drawn_with import made_for
 
     names = ("n", "seed", "guidance_from", "guidance_to", "sampler", "steps")
     said = {name: ctx.params[name] for name in (*names, *(name for name in IF_SAID if is_given(ctx, name)))}

@@ -81,7 +81,7 @@ def run(
     from dalle_cli import bundle, console
     from dalle_cli.artifacts import write_artifact
     from dalle_cli.artifacts.container import check_replaceable
-    from dalle_cli.commands import drawing, picture_prompt
+    from dalle_cli.commands import drawing, drawn_with, picture_prompt
     from dalle_cli.config import build
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
@@ -112,8 +112,8 @@ def run(
     weights = bundle.weights(model, "weights.prior.codes")
     if past is not None:
         bundle.check_digest("prior", weights.digest, _entry(past)["inputs"].get("model", ""), past.path)
-    told |= drawing.all_made_for(weights, told)
-    settings = build(drawing.Settings, told, "sample")
+    told |= drawn_with.all_made_for(weights, told)
+    settings = build(drawn_with.Settings, told, "sample")
     check_replaceable(target, "codes", force)
     kept = picture_prompt.of_bundle(asked, weights, model, machine)
     drawn = drawing.sample(drawing.Drawer(weights, wanted, settings, machine, compiled, kept), batch_size, past, rows)
@@ -133,7 +133,7 @@ def _embeddings(
     from dalle_cli.artifacts import write_artifact
     from dalle_cli.artifacts.container import check_replaceable
     from dalle_cli.commands import drawing_embeddings as drawing
-    from dalle_cli.commands.drawing import made_for
+    from dalle_cli.commands.drawn_with import made_for
     from dalle_cli.devices import arithmetic
 
     refuse(ctx, "a prior over embeddings", "image", "keep_rows", "mask", "int8", "compiled", "sketch_guidance")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dalle_cli import console
 from dalle_cli.artifacts import Artifact
-from dalle_cli.artifacts.weights import in_eight_bits
+from dalle_cli.artifacts.weights import stored_as
 from dalle_cli.devices import Arithmetic, compiled, keep_freed_memory
 from dalle_cli.errors import DalleError
 from dalle_cli.training.beginning import begin
@@ -360,14 +360,6 @@ class Trainer:
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint whose names begin with `part/`, without it; none in a checkpoint older than that."""
     return {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
-
-
-def stored_as(tensors: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """The tensors with all floating ones in `dtype`, by torch's name for it; in int8 matrices alone."""
-    if dtype == "int8":
-        return in_eight_bits(tensors)
-    kind: torch.dtype = getattr(torch, dtype)
-    return {name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def train(
