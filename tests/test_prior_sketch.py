@@ -9,6 +9,7 @@ from conftest import run_bad, run_ok
 
 from dalle_cli import load
 from dalle_cli.artifacts import open_artifact
+from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.data.pairs import Pairs
 from dalle_cli.errors import DalleError
 from dalle_cli.models.cache import Prompt
@@ -102,7 +103,7 @@ def test_sketch_and_hint_are_those_of_plain_loops():
         angles = [t[row].item() * 1000.0 ** (-k / 32) * np.pi / 2 for k in range(32)]
         y = linear("picture_in", noised[row].numpy().ravel()) + words
         y = y + linear("time", np.array([np.sin(a) for a in angles] + [np.cos(a) for a in angles]))
-        for layer in range(3):
+        for layer in range(4):
             normed = (y - y.mean()) / np.sqrt(y.var() + 1e-5)
             normed = normed * weights[f"layers.{layer}.norm.weight"] + weights[f"layers.{layer}.norm.bias"]
             y = y + linear(f"layers.{layer}.outer", silu(linear(f"layers.{layer}.inner", normed)))
@@ -322,6 +323,7 @@ def test_figures_tell_of_it(trained):
     assert steps[-1] < 0.8 * steps[0]
     last = [row["validation"] for row in rows if "validation" in row][-1]
     assert last["sketched_nats"] < last["image_nats"]
+    assert 0 < last["sketch"] < 1  # the error of one that gives nothing is that of noise and pictures
 
 
 def test_it_goes_on_where_it_was_stopped(chain, tmp_path):
@@ -351,6 +353,28 @@ def test_a_prior_may_be_given_a_sketch_later_and_keeps_what_it_has(chain, traine
     command = ("train-prior", chain.captions, chain.codes, "-t", chain.tokenizer, "--config", chain.recipe, "--init")
     line = run_bad(*command, trained, *settings("sketch=2"), "-o", tmp_path / "b.safetensors")
     assert "expected prior.sketch = 4" in line
+
+
+def test_the_sketch_alone_may_be_trained_and_of_another_width_begins_anew(chain, trained, tmp_path):
+    """The prior proper and its hint keep their bytes."""
+    (tmp_path / "dvae.safetensors").write_bytes(chain.dvae.read_bytes())
+    for name, width in (("a", 60), ("b", 80)):
+        alone = settings("train.sketch_only=true", "train.steps=3", f"sketch_width={width}")
+        out = train(chain, tmp_path / f"{name}.safetensors", "--init", trained, *alone)
+        before, after = (load_tensors(open_artifact(path)) for path in (trained / "prior.safetensors", out))
+        rest = [key for key in before if not key.startswith("sketch.")]
+        assert any(key.startswith("hint.") for key in rest)
+        assert all(torch.equal(before[key], after[key]) for key in rest)
+        shapes = {tuple(t[f"sketch.layers.{i}.inner.weight"].shape) for t in (after,) for i in range(4)}
+        assert shapes == {(width, width)}
+        near = before["sketch.word.weight"]
+        if width == 60:  # it goes on
+            assert 0 < (after["sketch.word.weight"] - near).abs().max() < 0.05
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.run/metrics.jsonl").read_text().splitlines()]
+        assert all("image_nats" not in row for row in rows if "sketch" in row)
+    command = ("train-prior", chain.captions, chain.codes, "-t", chain.tokenizer, "--config", chain.recipe)
+    line = run_bad(*command, *settings("train.sketch_only=true"), "-o", tmp_path / "c.safetensors")
+    assert "expected prior.sketch beside prior.train.sketch_only, found none" in line
 
 
 def test_parts_of_a_batch_teach_what_the_whole_does(chain):

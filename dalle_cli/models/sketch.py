@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WORDS_LEFT_OUT = 0.1  # share of a caption's words, in training
-DROPOUT = 0.05
-N_LAYER = 3
+DROPOUT = 0.1
+N_LAYER = 4
 N_WAVES = 32  # of the timestep's features
 LONGEST_WAVE = 1000.0
 FOLLOWING = 256  # width of the layer that joins a sketch with what the prior would draw

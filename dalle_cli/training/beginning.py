@@ -43,7 +43,7 @@ def named(found: Artifact | None) -> dict[str, Artifact]:
 def sizes(found: Artifact | None, known: Mapping[str, Any], told: object) -> dict[str, Any]:
     """What inputs, and weights if there are any, decide of a model: `known` by the inputs, `told` by the recipe.
 
-    A recipe may ask for a sketch where the weights are of a token prior that has none.
+    A recipe may ask for a sketch where the weights are of a token prior that has none, or one of another width.
 
     Raises:
         DalleError: the inputs have another size than the weights.
@@ -58,8 +58,12 @@ def sizes(found: Artifact | None, known: Mapping[str, Any], told: object) -> dic
                 "make them by its tokenizer and its encoder"
             )
     said = told if isinstance(told, Mapping) else {}  # what is no table is refused with the rest of the recipe
-    free = (*FREE, *LATER) if "n_image_vocab" in own and not own.get("sketch") else FREE
-    return {**{name: value for name, value in own.items() if name not in free or name not in said}, **known}
+    free = {name for name in (*FREE, *LATER) if name in said}
+    if own.get("sketch"):
+        free.discard("sketch")
+    elif "n_image_vocab" not in own:  # no token prior
+        free -= {*LATER}
+    return {**{name: value for name, value in own.items() if name not in free}, **known}
 
 
 def check_inputs(found: Artifact | None, header: Mapping[str, Any]) -> None:
@@ -75,8 +79,14 @@ def check_inputs(found: Artifact | None, header: Mapping[str, Any]) -> None:
             )
 
 
+def _width(model: nn.Module) -> object:
+    return getattr(getattr(model, "config", None), "sketch_width", None)
+
+
 def begin(model: nn.Module, found: Artifact) -> None:
-    """Copy weights into a model; of a checkpoint, the running average. A sketch that the weights have not stays new.
+    """Copy weights into a model; of a checkpoint, the running average.
+
+    A sketch that the weights have not, or of another width, stays new.
 
     Raises:
         DalleError: a tensor is missing, unknown, or of another shape.
@@ -84,8 +94,11 @@ def begin(model: nn.Module, found: Artifact) -> None:
     tensors = load_tensors(found)
     if found.kind == CHECKPOINT:
         tensors = {name.removeprefix(AVERAGE): t for name, t in tensors.items() if name.startswith(AVERAGE)}
-    if not any(name.startswith(LATER_PARTS) for name in tensors):
-        tensors |= {name: t for name, t in model.state_dict().items() if name.startswith(LATER_PARTS)}
+    told = found.fact("model", dict)
+    for part in LATER_PARTS:
+        if not told.get("sketch") or (part == "sketch." and _width(model) != told.get("sketch_width")):
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(part)}
+            tensors |= {name: t for name, t in model.state_dict().items() if name.startswith(part)}
     own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     given = {name: tuple(t.shape) for name, t in tensors.items()}
     for name in sorted(own.keys() | given.keys()):

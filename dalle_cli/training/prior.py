@@ -65,6 +65,7 @@ class PriorTrain(TrainConfig):
     temperature: float = 1.0  # likewise
     code_noise: float = 0.0  # share of codes that are read as any other: against learning few pictures by heart
     sketch_batch: int = 256  # pairs of an update, beside its own, that a sketch learns from, if the model draws one
+    sketch_only: bool = False  # whether the rest of the prior stays as it is
     sketch_guidance: float = 1.0  # what sketches are drawn with; 1 = none
     sheet_prompts: int = 12  # held-out captions that are drawn at each validation, if the dVAE is there; 0 = none
 
@@ -108,6 +109,11 @@ class PriorTask:
                 raise DalleError(told)
             self.model.sketch.colors.copy_(code_colors(load.dvae(dvae, torch.device("cpu"))))
             self.sketch_order = Order(len(self.places), train.sketch_batch, mix(seed, 2))
+        if train.sketch_only:
+            if self.model.sketch is None:
+                raise DalleError("expected prior.sketch beside prior.train.sketch_only, found none; say its side")
+            self.model.requires_grad_(False)
+            self.model.sketch.requires_grad_(True)
 
     def batches(self, start: int) -> Generator[Batch]:
         """What `batch` gives, from update `start` on, made while the model computes."""
@@ -185,12 +191,13 @@ class PriorTask:
 
     def _loss(self, made: Batch, n_tokens: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         tokens, lengths, codes, read, *own = made
-        told = (own[0], own[1]) if own else None
-        loss, parts = self.model.loss(tokens, lengths, codes, n_tokens, read, told)
-        if own:
-            parts["sketch"] = sketch_losses(self.model, *own[2:]).mean()
-            loss, parts["sketch"] = loss + parts["sketch"], parts["sketch"].detach()
-        return loss, parts
+        if not own:
+            return self.model.loss(tokens, lengths, codes, n_tokens, read)
+        error = sketch_losses(self.model, *own[2:]).mean()
+        if self.options.sketch_only:
+            return error, {"sketch": error.detach()}
+        loss, parts = self.model.loss(tokens, lengths, codes, n_tokens, read, (own[0], own[1]))
+        return loss + error, {**parts, "sketch": error.detach()}
 
     def _drop_captions(self, lengths: Tensor, generator: torch.Generator) -> Tensor:
         probability = self.options.caption_dropout
@@ -220,13 +227,15 @@ class PriorTask:
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Nats per code and per text token on held-out pictures, each with the first of its captions.
 
-        `sketched_nats` are of codes that follow the true sketch.
+        `sketched_nats` are of codes that follow the true sketch, `sketch` is the squared error of v, each at a timestep
+        and with a noise of its own.
         """
         assert isinstance(model, Prior)
         places = self.held_out[: self.options.max_validation]
         if not len(places):
             return {}
-        text = image = tokens_seen = sketched = 0.0
+        text = image = tokens_seen = sketched = error = 0.0
+        generator = torch.Generator().manual_seed(0)
         for chunk in np.array_split(places, -(-len(places) // VALIDATION_BATCH)):
             captions, latents = self.pairs.draw(chunk, np.zeros((len(chunk), 2)))
             arrays = (*self.pairs.tokens(captions), self.pairs.codes(latents))
@@ -239,8 +248,12 @@ class PriorTask:
             if model.sketch is not None:
                 told = model.sketch.of(codes), torch.ones_like(lengths, dtype=torch.bool)
                 sketched += model.loss(tokens, lengths, codes, told=told)[1]["image_nats"].item() * len(chunk)
-        figures = {"image_nats": image / len(places), "text_nats": text / max(tokens_seen, 1)}
-        return figures if model.sketch is None else {**figures, "sketched_nats": sketched / len(places)}
+                times = torch.randint(N_TIMESTEP, (len(chunk),), generator=generator).to(device)
+                noise = torch.randn(told[0].shape, generator=generator).to(told[0])
+                error += sketch_losses(model, tokens, lengths, told[0], times, noise).sum().item()
+        n = len(places)
+        figures = {"image_nats": image / n, "text_nats": text / max(tokens_seen, 1)}
+        return figures if model.sketch is None else figures | {"sketched_nats": sketched / n, "sketch": error / n}
 
     def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
         """What the first held-out captions, always the same ones, look like by now; nothing without a dVAE."""

@@ -40,6 +40,7 @@ LATER = {
     "guidance": 1.0,  # of the priors
     "temperature": 1.0,  # of the token prior
     "sketch_batch": 256,  # likewise
+    "sketch_only": False,
     "sketch_guidance": 1.0,
 }
 # Of models, likewise.
