@@ -1,7 +1,6 @@
 """A bundle's model card: what a person has written stays, what the files say of themselves is filled in."""
 
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -100,10 +99,10 @@ def _figures(weights: Sequence[Artifact], scores: object) -> str:
     rows = []
     for artifact in weights:
         header = artifact.headers[0]
-        count = sum(math.prod(info.shape) for info in header.tensors.values())
         dtypes = ", ".join(sorted({info.dtype for info in header.tensors.values()}))
         size = header.path.stat().st_size
-        rows.append((artifact.path.name, header.table.about, f"{count:,}", dtypes, f"{size:,}", artifact.digest[:12]))
+        sizes = f"{header.n_parameters:,}", dtypes, f"{size:,}"
+        rows.append((artifact.path.name, header.table.about, *sizes, artifact.digest[:12]))
     parts = ["## Files", _table(("file", "what it is", "parameters", "dtype", "bytes", "sha256"), rows)]
     figures = [*_leaves(scores)]
     for artifact in weights:

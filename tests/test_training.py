@@ -54,6 +54,7 @@ def test_weights_in_eight_bits_are_each_rows_own_scale_away(chain, tmp_path, nam
         for row, near in zip(tensor, small[key], strict=True):
             step = row.abs().max() / 127
             assert (row - near).abs().max() <= 0.501 * step + 1e-30
+    assert open_artifact(out).headers[0].n_parameters == open_artifact(whole).headers[0].n_parameters
     assert open_artifact(out).path.stat().st_size < 0.55 * open_artifact(whole).path.stat().st_size
     near, exact = (outputs(name, open_artifact(path)) for path in (out, whole))
     assert not torch.equal(near, exact)

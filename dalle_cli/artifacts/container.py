@@ -32,6 +32,9 @@ NUMPY = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16":
 NUMPY |= {"F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8"}
 
 
+SCALE = ":scale"  # behind the name of a matrix in 8 bits: what each of its rows is times
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies in its file: dtype by safetensors' name, shape, first and last byte from the file's start."""
@@ -57,6 +60,11 @@ class Header:
     def table(self) -> Kind:
         """What a file of this kind has to hold."""
         return KINDS[self.kind]
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in all tensors; the scales of those in 8 bits do not count."""
+        return sum(math.prod(info.shape) for name, info in self.tensors.items() if not name.endswith(SCALE))
 
     def __len__(self) -> int:
         """The number of rows; 0 for weights."""

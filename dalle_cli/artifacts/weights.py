@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dalle_cli.artifacts.artifact import Artifact
-from dalle_cli.artifacts.container import check_replaceable, metadata, replace_file
+from dalle_cli.artifacts.container import SCALE, check_replaceable, metadata, replace_file
 from dalle_cli.errors import DalleError
 
 
@@ -31,9 +31,6 @@ def save_tensors(
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     replace_file(path, lambda part: save_file(flat, str(part), metadata=metadata(kind, config, history)))
     return path
-
-
-SCALE = ":scale"  # behind the name of a matrix in 8 bits: what each of its rows is times
 
 
 def stored_as(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:

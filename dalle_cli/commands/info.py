@@ -74,11 +74,9 @@ def _describe(artifact: "Artifact") -> dict[str, Any]:
 
 
 def _parameters(artifact: "Artifact") -> int | None:
-    import math
-
     if not artifact.kind.startswith("weights."):
         return None
-    return sum(math.prod(info.shape) for info in artifact.headers[0].tensors.values())
+    return artifact.headers[0].n_parameters
 
 
 def _text(about: dict[str, Any]) -> str:
