@@ -209,6 +209,20 @@ def test_codes_follow_their_sketch_in_batches_of_any_size():
     assert not torch.equal(whole, sample_codes(prior, TOKENS, LENGTHS, [0, 1, 2, 3, 4], 0, **options))
 
 
+def test_null_rows_see_the_sketch_and_no_caption(monkeypatch):
+    """The first guided step against forward, of both halves by hand."""
+    prior, seen = made(), []
+    step = Prior.step
+    monkeypatch.setattr(Prior, "step", lambda self, codes, cache: seen.append(step(self, codes, cache)) or seen[-1])
+    drawn = sample_codes(prior, TOKENS[:1], LENGTHS[:1], [4, 5], 0, guidance_scale=3.0, sketch_guidance=2.0)
+    numbers = [4, 5]
+    told = draw_sketches(prior, TOKENS[[0, 0]], LENGTHS[[0, 0]], numbers, 0, guidance_scale=2.0)
+    sees = torch.ones(4, dtype=torch.bool)
+    lengths = torch.tensor([3, 3, 0, 0])
+    _, expected = prior(TOKENS[[0, 0, 0, 0]], lengths, drawn.repeat(2, 1, 1), (told.repeat(2, 1, 1, 1), sees))
+    torch.testing.assert_close(torch.stack(seen, 1), expected[:, 1:], atol=2e-5, rtol=1e-4)
+
+
 def test_what_is_kept_of_a_picture_is_in_its_sketch():
     """Only cells all of whose codes are kept are known; the rest is drawn beside them, and so otherwise."""
     prior, given = made(), codes(2)

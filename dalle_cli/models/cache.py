@@ -204,7 +204,7 @@ class Cache:
                 torch._dynamo.mark_static_address(tensor)
 
     def show(self, ahead: Tensor, seen: Tensor) -> None:
-        """Have the first K rows see (W*W - 1, K, C) and (W*W - 1, K, H), in the same buffers; the others nothing."""
+        """Have the first K rows see (W*W - 1, K, C) and (W*W - 1, K, H), in the same buffers; others nothing."""
         assert self.hints is not None
         n = ahead.shape[1]
         for table, own in zip(self.hints, (ahead, seen), strict=True):

@@ -297,7 +297,7 @@ class Prior(nn.Module):
 
     @torch.inference_mode()
     def show(self, sketch: Tensor, cache: Cache) -> None:
-        """Have the first candidates of a cache follow sketches, (K, 3, s, s); the others, as the null ones, see none.
+        """Have the first rows of a cache follow sketches, (K, 3, s, s); others see none.
 
         Raises: DalleError where the model follows none.
         """

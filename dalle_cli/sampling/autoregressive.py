@@ -99,7 +99,8 @@ def sample_batches(
     The logits are guided, null + guidance_scale * (conditional - null), divided by `temperature` (0: the likeliest
     code), cut to `top_k` and then to `top_p` (None or 0: not), and drawn from. `guidance_span` is the part of the grid
     that is guided, from and to as shares of its codes in raster order; elsewhere the logits are the conditional ones.
-    A prior that sketches draws each candidate's sketch first, with `sketch_guidance`, and its null rows see none.
+    A prior that sketches draws each candidate's sketch first, with `sketch_guidance`; its null rows see it, too, so
+    that guidance is towards the caption.
     `captions` are the rows of `tokens`, one for each index; without it there is one caption, or one for each. A caption
     is read once for all its candidates that follow one another in whole batches, the null caption once a call.
     Where `kept` (W, W) bool is true, the code of `given`, (W, W) or (N, W, W) int64, stands instead of a drawn one, and
@@ -146,7 +147,8 @@ def sample_batches(
             numbers = [indices[row] for row in rows]
             seen = None if kept is None else (own_codes.view(-1, *kept.shape), kept.to(device))
             captioned = tokens[own], lengths[own], numbers
-            prior.show(draw_sketches(prior, *captioned, seed, guidance_scale=sketch_guidance, kept=seen), cache)
+            sketches = draw_sketches(prior, *captioned, seed, guidance_scale=sketch_guidance, kept=seen)
+            prior.show(sketches.repeat(2 if span else 1, 1, 1, 1), cache)
         yield _draw_grids(prior, step, cache, noise, 2 if span else 1, choose, own_codes, fixed, n, progress).clone()
 
 

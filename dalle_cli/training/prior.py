@@ -32,7 +32,7 @@ from dalle_cli.training.loop import Batch, mix
 
 VALIDATION_BATCH = 64
 COLORS_AT_ONCE = 256  # codes
-UNTOLD = 0.15  # share of the pairs that follow no sketch: drawing is guided by what the prior would do without one
+UNTOLD = 0.15  # share of the pairs that follow no sketch, as a likelihood of codes does not
 NOISE = 0.3  # the most that is added to a true sketch, whose like is drawn with errors
 AHEAD = 2  # batches that lie ready: encoding captions anew takes some 40 microseconds each
 
