@@ -436,3 +436,17 @@ def test_without_the_dvae_it_is_told(chain, tmp_path):
     command = ("train-prior", chain.captions, alone, "-t", chain.tokenizer, "--config", chain.recipe, *STEPS)
     line = run_bad(*command, "-o", tmp_path / "prior.safetensors")
     assert "expected the dVAE beside -o or the codes for prior.sketch, found none" in line
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_plan_knows_of_the_sketch(tmp_path, accumulate):
+    """It runs updates on tensors without memory; a larger sketch takes more."""
+    sizes = {**SIZES, "sketch": 2}
+    memory = []
+    for width in (15, 960):
+        recipe = tmp_path / "recipe.toml"
+        table = "".join(f"{name} = {value}\n" for name, value in {**sizes, "sketch_width": width}.items())
+        train = f"[prior.train]\nbatch_size = 4\nsketch_batch = 8\naccumulate = {accumulate}\n"
+        recipe.write_text(f"[prior]\n{table}{train}")
+        memory.append(run_ok("plan", recipe, "--json"))
+    assert memory[0] != memory[1]

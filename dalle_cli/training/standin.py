@@ -18,7 +18,6 @@ from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.pixels import from_uint8
 from dalle_cli.models.prior import Prior, PriorConfig
-from dalle_cli.sampling.sketches import sketch_losses
 from dalle_cli.training.clip import CLIPTrain
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.dvae import DVAETrain
@@ -151,10 +150,11 @@ def _prior(table: Mapping[str, Any]) -> Subject:
     def loss(model: Prior, batch: Batch, generator: torch.Generator) -> Loss:
         if model.sketch is None:
             return model.loss(batch[0], batch[1], batch[2])
-        tokens, lengths, codes, *captions, pictures = batch
+        tokens, lengths, codes, own_tokens, own_lengths, pictures = batch
         told = model.sketch.of(codes), torch.ones_like(lengths, dtype=torch.bool)
         loss, parts = model.loss(tokens, lengths, codes, told=told)
-        t, noise = torch.zeros_like(captions[1]), torch.ones_like(pictures)
-        return loss + sketch_losses(model, captions[0], captions[1], pictures, t, noise).mean(), parts
+        words = model.sketch.read(own_tokens, model.written(own_lengths))
+        # what it costs, not what it is: the noise is of a table that tensors without memory cannot look into
+        return loss + (model.sketch(pictures, own_lengths, words) - pictures).square().mean(), parts
 
     return Subject("prior", train, lambda: Prior(config), batch, loss)
