@@ -373,6 +373,6 @@ def test_the_prior_of_the_full_set_is_finished_on_pictures_as_they_are(tmp_path,
     assert read == ["codes.safetensors", *["still.safetensors"] * 3]
     assert ["--augment place" in encoded[name] for name in read[:2]] == [True, False]
     assert all("--without" in words for words in trained)
-    assert ["prior.sketch=8" in words for words in trained] == [False, False, True, False]
+    assert ["prior.sketch=16" in words for words in trained] == [False, False, True, False]
     assert ["prior.train.sketch_only=true" in words for words in trained] == [False, False, False, True]
     assert len({words[words.index("--seed") + 1] for words in trained}) == 4

@@ -22,7 +22,7 @@ WINDOW = 3  # side of what a place sees of the sketch: its own cell and those ar
 
 
 class Sketch(nn.Module):
-    """From words, a timestep and a noised picture to v; and what codes look like from afar, which it learns from."""
+    """From words, a timestep and a noised picture to the picture; and what codes look like from afar, its lessons."""
 
     colors: Tensor
 
@@ -68,15 +68,15 @@ class Sketch(nn.Module):
         return y
 
     def forward(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
-        """v of noised pictures: (B, 3, s, s), timesteps (B,) out of 1000, as `read` gives words -> (B, 3, s, s)."""
+        """Noised pictures without noise: (B, 3, s, s), timesteps (B,) out of 1000, words as `read` -> (B, 3, s, s)."""
         exact = torch.promote_types(x.dtype, torch.float32)  # bfloat16 knows no 999.5
         waves = torch.exp(torch.arange(N_WAVES, device=x.device, dtype=exact) * (-math.log(LONGEST_WAVE) / N_WAVES))
         turns = t[:, None].to(waves.dtype) * waves * (math.pi / 2)
         y = self.picture_in(x.flatten(1)) + self.time(torch.cat([turns.sin(), turns.cos()], dim=-1)) + words
         for layer in self.layers:
             y = y + self.dropout(layer(y))
-        v: Tensor = self.picture_out(F.silu(y))
-        return v.view_as(x)
+        x_start: Tensor = self.picture_out(F.silu(y))
+        return x_start.view_as(x)
 
 
 class Layer(nn.Module):

@@ -21,11 +21,11 @@ from dalle_cli.models.sketch import Sketch
 STAGE = "sketch"  # in the noise's name
 N_TIMESTEP = 1000
 STEPS = 30  # of DDIM
-PROCESS = Process(schedules.cosine(N_TIMESTEP), "v")
+PROCESS = Process(schedules.cosine(N_TIMESTEP), "x_start")  # an MLP cannot carry the noise through, as v asks
 
 
 def sketch_losses(prior: Prior, tokens: Tensor, lengths: Tensor, pictures: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Squared error of v: captions (B, T), (B,), pictures (B, 3, s, s), timesteps (B,), noise as pictures -> (B,).
+    """Squared error of x_start: captions (B, T), (B,), pictures (B, 3, s, s), timesteps (B,), their noise -> (B,).
 
     Raises: DalleError where the prior draws no sketch.
     """

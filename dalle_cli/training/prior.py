@@ -160,7 +160,7 @@ class PriorTask:
         """The prior's loss, in nats, after some captions were made null for guidance and some codes disturbed.
 
         With a sketch, too: of 15% of the pairs it is hidden, the others see the true one with some noise; what draws
-        it learns v from pairs of its own, `sketch` being the squared error.
+        it learns from pairs of its own, `sketch` being the squared error.
         """
         if batch[-1].ndim:  # a whole one, not a part as `split` makes them
             return self._loss(self._made(batch, generator))
@@ -227,8 +227,8 @@ class PriorTask:
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Nats per code and per text token on held-out pictures, each with the first of its captions.
 
-        `sketched_nats` are of codes that follow the true sketch, `sketch` is the squared error of v, each at a timestep
-        and with a noise of its own.
+        `sketched_nats` are of codes that follow the true sketch, `sketch` is the squared error of what draws it, each
+        at a timestep and with a noise of its own.
         """
         assert isinstance(model, Prior)
         places = self.held_out[: self.options.max_validation]
