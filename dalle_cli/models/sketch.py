@@ -22,7 +22,7 @@ WINDOW = 3  # side of what a place sees of the sketch: its own cell and those ar
 
 
 class Sketch(nn.Module):
-    """From words, a timestep and a noised picture to the picture; and what codes look like from afar, its lessons."""
+    """From words, a timestep and a noised picture to that picture; and from codes to what they are from afar."""
 
     colors: Tensor
 
