@@ -24,10 +24,11 @@ def stage(*args):
     return tuple(result)
 
 
-def stages_agree(pair, chain, name, tmp_path, *sets, **tolerance):
+def stages_agree(pair, chain, name, tmp_path, *sets, init=None, **tolerance):
     """A training stage in one process and in two: the same weights; the first process alone speaks."""
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     more = [part for setting in sets for part in ("--set", f"{name}.train.{setting}")]
+    more += [] if init is None else ["--init", init]
     run_ok(*training(chain, name, one, *more))
     results = pair(stage, *map(str, training(chain, name, two, *more)))
     assert [status for status, _, _ in results] == [0, 0], results
@@ -54,6 +55,24 @@ def test_stages(pair, chain, tmp_path, name):
 
 def test_the_prior_in_shards(pair, chain, tmp_path):
     stages_agree(pair, chain, "prior", tmp_path, "parallel=shard", "clip_norm=10.0", rtol=1e-3, atol=1e-5)
+
+
+def test_a_prior_that_follows_redrawn_sketches(pair, chain, tmp_path):
+    """What is left out of a sketch that learns is another pick in each process; one that stays leaves nothing out."""
+    (tmp_path / "dvae.safetensors").write_bytes(chain.dvae.read_bytes())
+    first = tmp_path / "first.safetensors"
+    sets = ("--set", "prior.sketch=4", "--set", "prior.sketch_width=60", "--set", "prior.train.sketch_batch=8")
+    run_ok(*training(chain, "prior", first, *sets))
+    again = ("clip_norm=10.0", "sketch_redrawn=0.9")
+    stages_agree(pair, chain, "prior", tmp_path, *again, init=first, rtol=1e-3, atol=1e-4)
+
+
+def test_no_shards_of_a_prior_that_sketches(pair, chain, tmp_path):
+    (tmp_path / "dvae.safetensors").write_bytes(chain.dvae.read_bytes())
+    sets = ("--set", "prior.sketch=4", "--set", "prior.train.parallel=shard")
+    for status, out, err in pair(stage, *map(str, training(chain, "prior", tmp_path / "a.safetensors", *sets))):
+        assert (status, out) == (1, "")
+        assert err.startswith('dalle: error: expected parallel = "replicate" for a prior that sketches, found "shard"')
 
 
 @pytest.mark.parametrize("name", ["dvae", "clip"])

@@ -1,47 +1,17 @@
 """A prior that sketches: a small picture is drawn of the words first, and the codes follow it, fast and slow alike."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from conftest import run_bad, run_ok
+from sketch_priors import LENGTHS, SIZES, TOKENS, codes, made, pictures
 
-from dalle_cli import load
-from dalle_cli.artifacts import open_artifact
-from dalle_cli.artifacts.weights import load_tensors
-from dalle_cli.data.pairs import Pairs
+from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.cache import Prompt
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.sampling.autoregressive import sample_codes
-from dalle_cli.sampling.sketches import PROCESS, draw_sketches, sketch_losses
-from dalle_cli.training.prior import PriorTask, PriorTrain, code_colors
-
-SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_text_vocab": 20, "n_text": 6, "n_image_vocab": 12, "grid": 4}
-TOKENS = torch.tensor([[3, 7, 11, 0, 0, 0], [5, 2, 9, 13, 0, 0], [3, 7, 11, 19, 4, 0]])
-LENGTHS = torch.tensor([3, 4, 0])
-
-
-def made(block="modern", attention="full", sketch=2, seed=0):
-    """A prior of which everything has an effect: much of a sketch's and a hint's first weights are zeros."""
-    prior = Prior(PriorConfig(**SIZES, block=block, attention=attention, sketch=sketch, sketch_width=15))
-    generator = torch.Generator().manual_seed(seed)
-    prior.initialize(generator)
-    for part in (prior.hint, prior.sketch):
-        for parameter in () if part is None else part.parameters():
-            parameter.data.normal_(0, 0.4, generator=generator)
-    if prior.sketch is not None:
-        prior.sketch.colors.uniform_(-1, 1, generator=generator)
-    return prior.eval().requires_grad_(False)
-
-
-def codes(n, seed=1):
-    return torch.randint(12, (n, 4, 4), generator=torch.Generator().manual_seed(seed))
-
-
-def pictures(n, side=2, seed=2):
-    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+from dalle_cli.sampling.sketches import draw_sketches, redraw_sketches
+from dalle_cli.training.prior import PriorTrain
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -238,6 +208,57 @@ def test_what_is_kept_of_a_picture_is_in_its_sketch():
     assert torch.equal(found[:, kept], given[:, kept])
 
 
+def test_redrawn_from_all_noise_it_is_drawn_and_from_none_the_picture():
+    """Between, some stay, each from a timestep of its own."""
+    prior, true = made(), pictures(3)
+    noise = row_noise(3, [5, 6, 7], "sketch")(0, true.shape[1:])
+    captions = prior, TOKENS, LENGTHS
+
+    def redrawn(*since, scale=2.0):
+        return redraw_sketches(*captions, true, torch.tensor(since), noise, guidance_scale=scale)
+
+    drawn = draw_sketches(*captions, [5, 6, 7], 3, guidance_scale=2.0)
+    torch.testing.assert_close(redrawn(1000.0, 1000.0, 1000.0), drawn)
+    assert torch.equal(redrawn(30.0, 0.0, 31.0), true)  # the last of 30 steps is from timestep 33
+    mixed = redrawn(0.0, 400.0, 1000.0)
+    assert torch.equal(mixed[0], true[0])
+    torch.testing.assert_close(mixed[2], drawn[2])
+    for other in (true, drawn, redrawn(0.0, 700.0, 1000.0), redrawn(0.0, 400.0, 1000.0, scale=1.0)):
+        assert (mixed[1] - other[1]).abs().max() > 1e-3
+    assert torch.equal(noise, row_noise(3, [5, 6, 7], "sketch")(0, true.shape[1:]))
+
+
+def test_redrawing_is_ddim_by_plain_loops():
+    """One picture at a time, in float64, by equation 12 of DDIM and the cosine of its own."""
+    prior, true = made().double(), pictures(2).double()
+    noise = torch.randn(true.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    captions, since = (TOKENS[:2], LENGTHS[:2]), torch.tensor([650.0, 270.0])
+    found = redraw_sketches(prior, *captions, true, since, noise, guidance_scale=3.0, steps=10)
+
+    def kept(t):  # Nichol & Dhariwal 2021, eq. 17, without the limit on beta, which only the last timesteps reach
+        def wave(u):
+            return np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+
+        return wave((t + 1) / 1000) / wave(0)
+
+    for row in range(2):
+        times = range(999, 0, -100)
+        x = None
+        for t, after in zip(times, [*times[1:], -1], strict=True):
+            if t > since[row]:
+                continue
+            if x is None:
+                x = np.sqrt(kept(t)) * true[row].numpy() + np.sqrt(1 - kept(t)) * noise[row].numpy()
+            guesses = []
+            for length in (LENGTHS[row].item(), 0):
+                words = prior.sketch.read(TOKENS[row : row + 1], prior.written(torch.tensor([length])))
+                guesses.append(prior.sketch(torch.from_numpy(x)[None], torch.tensor([t]), words)[0].numpy())
+            start = np.clip(guesses[1] + 3 * (guesses[0] - guesses[1]), -1, 1)
+            epsilon = (x - np.sqrt(kept(t)) * start) / np.sqrt(1 - kept(t))
+            x = np.sqrt(kept(after)) * start + np.sqrt(1 - kept(after)) * epsilon
+        np.testing.assert_allclose(found[row].numpy(), x, atol=1e-5)
+
+
 def test_settings_that_do_not_fit():
     with pytest.raises(DalleError, match=r"expected prior\.sketch to divide the grid of 4, found 3"):
         PriorConfig(**SIZES, sketch=3)
@@ -245,216 +266,12 @@ def test_settings_that_do_not_fit():
         PriorConfig(**SIZES, sketch=2, sketch_width=2)
     with pytest.raises(DalleError, match="sketch_batch"):
         PriorTrain(sketch_batch=0)
+    with pytest.raises(DalleError, match=r"expected sketch_redrawn in \[0, 1\], found 600"):
+        PriorTrain(sketch_redrawn=600)
+    with pytest.raises(DalleError, match="expected sketch_only or sketch_redrawn, found both"):
+        PriorTrain(sketch_redrawn=0.6, sketch_only=True)
     plain = made(sketch=0)
     with pytest.raises(DalleError, match="found one with sketch 0"):
         draw_sketches(plain, TOKENS, LENGTHS, [0, 1, 2], 0)
     with pytest.raises(DalleError, match="found one with sketch 0"):
         plain(TOKENS, LENGTHS, codes(3), (pictures(3), LENGTHS > 0))
-
-
-# ---- Training
-
-
-def settings(*told):
-    return tuple(word for setting in told for word in ("--set", f"prior.{setting}"))
-
-
-STEPS = settings("sketch=4", "sketch_width=60", "train.sketch_batch=64", "train.caption_dropout=0.1")
-
-
-def train(chain, out, *more):
-    command = ("train-prior", chain.captions, chain.codes, "-t", chain.tokenizer, "--config", chain.recipe)
-    return run_ok(*command, *STEPS, "--dtype", "float32", "-o", out, *more)
-
-
-@pytest.fixture(scope="module")
-def trained(chain, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sketch")
-    for path in (chain.dvae, chain.tokenizer, chain.clip):
-        (folder / path.name).write_bytes(path.read_bytes())
-    train(chain, folder / "prior.safetensors", *settings("train.steps=300", "train.lr=5e-3", "train.sketch_guidance=2"))
-    return folder
-
-
-def seen(chain):
-    """Captions and codes of the same pictures: tokens, lengths, codes."""
-    captions, found = open_artifact(chain.captions), open_artifact(chain.codes)
-    rows = {name: row for row, name in enumerate(captions.strings("ids"))}
-    order = [rows[name] for name in found.strings("ids")]
-    columns = [np.array(captions.array(name)).astype(np.int64)[order] for name in ("tokens", "lengths")]
-    return tuple(map(torch.from_numpy, (*columns, np.array(found.array("codes")).astype(np.int64))))
-
-
-def test_colors_of_codes_make_small_what_is_decoded(chain):
-    dvae = load.dvae(open_artifact(chain.dvae), torch.device("cpu"))
-    grids = seen(chain)[2]
-    side = grids.shape[-1] // 2
-    small = torch.nn.functional.avg_pool2d(code_colors(dvae)[grids].movedim(-1, 1), 2)
-    exact = torch.nn.functional.adaptive_avg_pool2d(dvae.decode(grids) * 2 - 1, side)
-    assert small.shape == exact.shape
-    assert torch.corrcoef(torch.stack([small.flatten(), exact.flatten()]))[0, 1] > 0.9
-
-
-def test_sketches_are_of_their_captions_and_codes_of_their_sketches(chain, trained):
-    """What is drawn is nearer to a caption's own pictures than to others'; true sketches make the codes likelier."""
-    prior = load.prior(open_artifact(trained / "prior.safetensors"), torch.device("cpu"))
-    tokens, lengths, grids = seen(chain)
-    true = prior.sketch.of(grids)
-    drawn = draw_sketches(prior, tokens, lengths, range(len(tokens)), 0, guidance_scale=2.0)
-
-    def far(other):
-        return (drawn - other).square().mean().item()
-
-    assert far(true) < 0.8 * far(true.roll(7, 0))
-    sees = torch.ones(len(tokens), dtype=torch.bool)
-    own, other, none = (
-        prior.loss(tokens, lengths, grids, told=told)[1]["image_nats"].item()
-        for told in ((true, sees), (true.roll(7, 0), sees), None)
-    )
-    assert own < none < other
-
-
-def test_the_whole_chain_draws_by_it(chain, trained, tmp_path):
-    run_ok("generate", "a red circle", "-n", 2, "--keep", 2, "-m", trained, "-o", tmp_path / "a.png")
-    options = []
-    for name, said in (("b", ()), ("c", ("--sketch-guidance", 1)), ("d", ("--int8",))):
-        out = tmp_path / f"{name}.safetensors"
-        run_ok("sample", "a red circle", "-n", 2, "-m", trained, *said, "-o", out)
-        options.append(open_artifact(out).history[-1]["options"])
-    assert [told["sketch_guidance"] for told in options] == [2.0, 1.0, 2.0]  # as the weights say, but for what is said
-    again = tmp_path / "again.safetensors"
-    run_ok("sample", "--from", tmp_path / "c.safetensors", "-m", trained, "-o", again)
-    first, second = (np.array(open_artifact(path).array("codes")) for path in (tmp_path / "c.safetensors", again))
-    assert np.array_equal(first, second)
-    line = run_bad("sample", "a", "-m", chain.prior, "--sketch-guidance", 2, "-o", tmp_path / "e.safetensors")
-    assert "expected a prior that sketches for --sketch-guidance, found none" in line
-
-
-def test_figures_tell_of_it(trained):
-    rows = [json.loads(line) for line in (trained / "prior.run/metrics.jsonl").read_text().splitlines()]
-    steps = [row["sketch"] for row in rows if "sketch" in row]
-    assert steps[-1] < 0.8 * steps[0]
-    last = [row["validation"] for row in rows if "validation" in row][-1]
-    assert last["sketched_nats"] < last["image_nats"]
-    assert 0 < last["sketch"] < 1  # the error of one that gives nothing is that of noise and pictures
-
-
-def test_it_goes_on_where_it_was_stopped(chain, tmp_path):
-    (tmp_path / "dvae.safetensors").write_bytes(chain.dvae.read_bytes())
-    steps = settings("train.checkpoint_every=4", "train.steps=8", "train.log_every=1")
-    whole = train(chain, tmp_path / "a.safetensors", *steps)
-    again = tmp_path / "b.safetensors"
-    (tmp_path / "b.run").mkdir()
-    for path in (tmp_path / "a.run").glob("checkpoint-00000004*"):
-        (tmp_path / "b.run" / path.name).write_bytes(path.read_bytes())
-    train(chain, again, *steps)
-    assert again.read_bytes() == open_artifact(whole).path.read_bytes()
-    rows = [json.loads(line) for line in (tmp_path / "b.run/metrics.jsonl").read_text().splitlines()]
-    assert min(row["step"] for row in rows) == 5  # it did not begin anew
-    odd = settings("train.accumulate=2", "train.sketch_batch=7")
-    command = ("train-prior", chain.captions, chain.codes, "-t", chain.tokenizer, "--config", chain.recipe, *STEPS)
-    assert "expected sketch_batch a multiple of 2" in run_bad(*command, *odd, "-o", tmp_path / "d.safetensors")
-
-
-def test_a_prior_may_be_given_a_sketch_later_and_keeps_what_it_has(chain, trained, tmp_path):
-    (tmp_path / "dvae.safetensors").write_bytes(chain.dvae.read_bytes())
-    begun = train(chain, tmp_path / "a.safetensors", "--init", chain.prior, *settings("train.steps=1"))
-    one, plain = (load.prior(open_artifact(path), torch.device("cpu")) for path in (begun, chain.prior))
-    assert (one.config.sketch, plain.config.sketch) == (4, 0)
-    for name, tensor in plain.state_dict().items():
-        assert (one.state_dict()[name] - tensor).abs().max() < 0.1  # one update away
-    command = ("train-prior", chain.captions, chain.codes, "-t", chain.tokenizer, "--config", chain.recipe, "--init")
-    line = run_bad(*command, trained, *settings("sketch=2"), "-o", tmp_path / "b.safetensors")
-    assert "expected prior.sketch = 4" in line
-
-
-def test_the_sketch_alone_may_be_trained_and_of_another_width_begins_anew(chain, trained, tmp_path):
-    """The prior proper and its hint keep their bytes."""
-    (tmp_path / "dvae.safetensors").write_bytes(chain.dvae.read_bytes())
-    for name, width in (("a", 60), ("b", 80)):
-        alone = settings("train.sketch_only=true", "train.steps=3", f"sketch_width={width}")
-        out = train(chain, tmp_path / f"{name}.safetensors", "--init", trained, *alone)
-        before, after = (load_tensors(open_artifact(path)) for path in (trained / "prior.safetensors", out))
-        rest = [key for key in before if not key.startswith("sketch.")]
-        assert any(key.startswith("hint.") for key in rest)
-        assert all(torch.equal(before[key], after[key]) for key in rest)
-        shapes = {tuple(t[f"sketch.layers.{i}.inner.weight"].shape) for t in (after,) for i in range(4)}
-        assert shapes == {(width, width)}
-        near = before["sketch.word.weight"]
-        if width == 60:  # it goes on
-            assert 0 < (after["sketch.word.weight"] - near).abs().max() < 0.05
-        rows = [json.loads(line) for line in (tmp_path / f"{name}.run/metrics.jsonl").read_text().splitlines()]
-        assert all("image_nats" not in row for row in rows if "sketch" in row)
-    command = ("train-prior", chain.captions, chain.codes, "-t", chain.tokenizer, "--config", chain.recipe)
-    line = run_bad(*command, *settings("train.sketch_only=true"), "-o", tmp_path / "c.safetensors")
-    assert "expected prior.sketch beside prior.train.sketch_only, found none" in line
-
-
-def test_doctor_looks_at_one_whose_sketch_alone_was_trained(chain, trained, tmp_path):
-    (tmp_path / "dvae.safetensors").write_bytes(chain.dvae.read_bytes())
-    out = train(chain, tmp_path / "prior.safetensors", "--init", trained, *settings("train.sketch_only=true"))
-    rows = json.loads(run_ok("doctor", out, chain.captions, chain.codes, "--device", "cpu", "--json"))["findings"]
-    assert all(np.isfinite(row["value"]) for row in rows)
-    (by_heart,) = (row for row in rows if "by heart" in row["question"])
-    assert by_heart["verdict"] == "ok"
-
-
-def test_parts_of_a_batch_teach_what_the_whole_does(chain):
-    """In float64 and without dropout: the sketch's own pairs, its noise and who sees what are cut with the rest."""
-    pairs = Pairs(open_artifact(chain.captions), open_artifact(chain.codes))
-    sizes = {**open_artifact(chain.prior).fact("model", dict), "sketch": 4, "sketch_width": 15}
-    task = PriorTask(
-        PriorConfig(**sizes), PriorTrain(bpe_dropout=0.0, batch_size=4, sketch_batch=6), pairs, None, 0,
-        open_artifact(chain.dvae),
-    )  # fmt: skip
-    task.model.double().eval()
-    for parameter in (*task.model.hint.parameters(), *task.model.sketch.parameters()):
-        parameter.data.normal_(0, 0.2)
-    batch = task.batch(0)
-
-    def gradients(parts):
-        task.model.zero_grad()
-        for part in parts:
-            loss, _ = task.loss(part, 0, torch.Generator().manual_seed(0))
-            (loss / len(parts)).backward()
-        named = [*task.model.sketch.named_parameters(), *task.model.hint.named_parameters()]
-        return {name: p.grad.clone() for name, p in named}
-
-    whole = gradients([batch])
-    parts = gradients(task.split(batch, 2, 0, torch.Generator().manual_seed(0)))
-    assert whole.keys() == parts.keys()
-    for name, grad in whole.items():
-        assert grad.abs().max() > 0
-        torch.testing.assert_close(parts[name], grad, rtol=1e-9, atol=1e-12)
-
-
-def test_the_loss_of_a_sketch_is_the_error_of_the_picture():
-    prior, true = made(), pictures(3)
-    t, noise = torch.tensor([0, 400, 999]), torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    level = PROCESS.schedule.alphas_cumprod[t].view(-1, 1, 1, 1).float()
-    words = prior.sketch.read(TOKENS, prior.written(LENGTHS))
-    x = level.sqrt() * true + (1 - level).sqrt() * noise
-    expected = (prior.sketch(x, t, words) - true).square().mean((1, 2, 3))
-    torch.testing.assert_close(sketch_losses(prior, TOKENS, LENGTHS, true, t, noise), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_without_the_dvae_it_is_told(chain, tmp_path):
-    alone = tmp_path / "codes.safetensors"
-    run_ok("encode-images", chain.data, "-m", chain.dvae, "-o", alone)
-    command = ("train-prior", chain.captions, alone, "-t", chain.tokenizer, "--config", chain.recipe, *STEPS)
-    line = run_bad(*command, "-o", tmp_path / "prior.safetensors")
-    assert "expected the dVAE beside -o or the codes for prior.sketch, found none" in line
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_plan_knows_of_the_sketch(tmp_path, accumulate):
-    """It runs updates on tensors without memory; a larger sketch takes more."""
-    sizes = {**SIZES, "sketch": 2}
-    memory = []
-    for width in (15, 960):
-        recipe = tmp_path / "recipe.toml"
-        table = "".join(f"{name} = {value}\n" for name, value in {**sizes, "sketch_width": width}.items())
-        train = f"[prior.train]\nbatch_size = 4\nsketch_batch = 8\naccumulate = {accumulate}\n"
-        recipe.write_text(f"[prior]\n{table}{train}")
-        memory.append(run_ok("plan", recipe, "--json"))
-    assert memory[0] != memory[1]

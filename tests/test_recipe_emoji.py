@@ -353,7 +353,7 @@ def test_the_notice_names_source_copyright_and_both_licences():
 
 @pytest.mark.parametrize("goal", ["all", "small"])
 def test_the_prior_of_the_full_set_is_finished_on_pictures_as_they_are(tmp_path, goal):
-    """And at last learns to sketch. The small one, learned by heart, is trained once; no rule hides another."""
+    """And sketches, and follows what is sketched. The small one is trained once; no rule hides another."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.tar").touch()
     done = subprocess.run(
@@ -370,9 +370,13 @@ def test_the_prior_of_the_full_set_is_finished_on_pictures_as_they_are(tmp_path,
     written = [words[words.index("-o") + 1] for words in trained]
     assert [words[words.index("--init") + 1] for words in trained[1:]] == written[:-1]
     read = [words[3] for words in trained]
-    assert read == ["codes.safetensors", *["still.safetensors"] * 3]
+    assert read == ["codes.safetensors", *["still.safetensors"] * 4]
     assert ["--augment place" in encoded[name] for name in read[:2]] == [True, False]
     assert all("--without" in words for words in trained)
-    assert ["prior.sketch=16" in words for words in trained] == [False, False, True, False]
-    assert ["prior.train.sketch_only=true" in words for words in trained] == [False, False, False, True]
-    assert len({words[words.index("--seed") + 1] for words in trained}) == 4
+    for told, place in (
+        ("prior.sketch=16", 2),
+        ("prior.train.sketch_only=true", 3),
+        ("prior.train.sketch_redrawn=0.6", 4),
+    ):
+        assert [i for i, words in enumerate(trained) if told in words] == [place]
+    assert len({words[words.index("--seed") + 1] for words in trained}) == 5

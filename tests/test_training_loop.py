@@ -83,7 +83,9 @@ def test_a_checkpoint_of_before_the_loop_remembered_anything(tmp_path):
     assert train_toy(tmp_path / "cut", c) == whole
 
 
-LATER_OF_CODES = ("code_noise", "guidance", "temperature", "sketch_batch", "sketch_guidance", "sketch_only")
+LATER_OF_CODES = (
+    "code_noise", "guidance", "temperature", "sketch_batch", "sketch_guidance", "sketch_only", "sketch_redrawn"
+)  # fmt: skip
 
 
 def test_a_setting_that_came_later_counts_as_its_default():

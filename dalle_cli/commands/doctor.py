@@ -36,7 +36,8 @@ LOOKS = 2  # of each examination
 BATCH = 64
 QUIET = {  # how eight rows are learned by heart: nothing left to chance
     "accumulate": 1, "augment": "center", "flip": False, "bpe_dropout": 0.0, "caption_dropout": 0.0,
-    "embedding_dropout": 0.0, "corruption": "none", "sketch_only": False, "sketch_batch": 8,
+    "embedding_dropout": 0.0, "corruption": "none", "sketch_only": False, "sketch_redrawn": 0.0,
+    "sketch_batch": 8,
 }  # fmt: skip
 
 

@@ -74,6 +74,7 @@ def over_codes(
     from dalle_cli import config as recipes
     from dalle_cli.artifacts import history
     from dalle_cli.data import tokenizer as tokenizers
+    from dalle_cli.errors import DalleError
     from dalle_cli.models.prior import PriorConfig
     from dalle_cli.training import beginning
     from dalle_cli.training.loop import train
@@ -91,6 +92,9 @@ def over_codes(
     known = beginning.sizes(start, known, table.get("prior", {}))
     read_with, encoder = texts.fact("tokenizer", str), codes.fact("encoder", str)
     model, options = recipes.section(table, "prior", PriorConfig, known, train=PriorTrain)
+    if model.sketch and options.sketch_redrawn and not beginning.gives(start, "sketch.", model.sketch_width):
+        due = f"--init with a sketch of width {model.sketch_width} for prior.train.sketch_redrawn"
+        raise DalleError(f"expected {due}, found none; train it first, by prior.train.sketch_only")
     bpe = None
     if options.bpe_dropout:
         bpe = tokenizers.load(tokenizer or bundle.find_tokenizer(read_with, out.parent, texts.path.parent))

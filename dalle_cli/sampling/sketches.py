@@ -4,13 +4,13 @@ P captions, T their positions, N candidates, s side of a sketch, W side of the c
 function of (seed, its index) alone, so its sketch is the same whatever is drawn beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dalle_cli.diffusion import samplers, schedules
-from dalle_cli.diffusion.denoiser import Denoised, Guidance, Threshold, denoiser
+from dalle_cli.diffusion.denoiser import Denoised, Denoiser, Guidance, Threshold, denoiser
 from dalle_cli.diffusion.losses import losses
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.process import Process, to_epsilon
@@ -55,26 +55,76 @@ def draw_sketches(
     Raises: DalleError where the prior draws no sketch.
     """
     sketch = _of(prior)
-    training = sketch.training
-    sketch.eval()
-    with torch.autocast(tokens.device.type, enabled=False):
-        words = sketch.read(tokens, prior.written(lengths))
-        null = sketch.read(tokens[:1], prior.written(torch.zeros_like(lengths[:1])))
-    rows = torch.cat([words, null.expand_as(words)])
-    free = denoiser(lambda x, t: sketch(x, t, rows[: len(x)]), PROCESS, Guidance(guidance_scale), Threshold())
     noise = row_noise(seed, indices, STAGE)
-    x = noise(0, (3, sketch.side, sketch.side)).to(words.device)
     known = None if kept is None else (sketch.of(kept[0]), _whole_cells(kept[1], sketch.side))
 
-    def denoise(x: Tensor, t: float) -> Denoised:
-        found = free(x, t)
-        if known is None:
-            return found
-        x_start = torch.where(known[1], known[0], found.x_start)
-        return Denoised(x_start, to_epsilon("x_start", x_start, x, PROCESS.schedule.level(t)))
+    def partly(free: Denoiser) -> Denoiser:
+        def denoise(x: Tensor, t: float) -> Denoised:
+            found = free(x, t)
+            if known is None:
+                return found
+            x_start = torch.where(known[1], known[0], found.x_start)
+            return Denoised(x_start, to_epsilon("x_start", x_start, x, PROCESS.schedule.level(t)))
 
+        return denoise
+
+    x = noise(0, (3, sketch.side, sketch.side)).to(tokens.device)
+    return _drawn(sketch, tokens, prior.written(lengths), x, guidance_scale, steps, partly)
+
+
+@torch.no_grad()
+def redraw_sketches(
+    prior: Prior,
+    tokens: Tensor,
+    lengths: Tensor,
+    pictures: Tensor,
+    since: Tensor,
+    noise: Tensor,
+    *,
+    guidance_scale: float = 1.0,
+    steps: int = STEPS,
+) -> Tensor:
+    """True sketches with the errors of drawn ones: noised to a timestep of their own, and drawn again from there.
+
+    Captions (N, T), (N,), pictures and their noise (N, 3, s, s), timesteps (N,) -> (N, 3, s, s). As in SDEdit (Meng et
+    al. 2022, algorithm 1). One whose timestep is below the last of the steps stays the picture.
+
+    Raises: DalleError where the prior draws no sketch.
+    """
+    sketch = _of(prior)
+    latest = since.max().item()
+
+    def partly(free: Denoiser) -> Denoiser:
+        def denoise(x: Tensor, t: float) -> Denoised:
+            if t > latest:
+                return Denoised(pictures, noise)
+            found, drawn = free(x, t), (t <= since)[:, None, None, None]
+            x_start = torch.where(drawn, found.x_start, pictures)
+            return Denoised(x_start, torch.where(drawn, found.epsilon, noise))
+
+        return denoise
+
+    return _drawn(sketch, tokens, prior.written(lengths), noise, guidance_scale, steps, partly)
+
+
+def _drawn(
+    sketch: Sketch,
+    tokens: Tensor,
+    written: Tensor,
+    x: Tensor,
+    guidance_scale: float,
+    steps: int,
+    partly: Callable[[Denoiser], Denoiser],
+) -> Tensor:
+    """By DDIM from noise x, (N, 3, s, s), and by what `partly` makes of the guided denoiser."""
+    training = sketch.training
+    sketch.eval()
     with torch.autocast(x.device.type, enabled=False):
-        drawn = samplers.ddim(denoise, x, schedules.spaced(PROCESS.schedule, steps))
+        words = sketch.read(tokens, written)
+        null = sketch.read(tokens[:1], torch.zeros_like(written[:1]))
+        rows = torch.cat([words, null.expand_as(words)])
+        free = denoiser(lambda x, t: sketch(x, t, rows[: len(x)]), PROCESS, Guidance(guidance_scale), Threshold())
+        drawn = samplers.ddim(partly(free), x, schedules.spaced(PROCESS.schedule, steps))
     sketch.train(training)
     return drawn
 

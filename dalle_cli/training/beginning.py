@@ -79,8 +79,10 @@ def check_inputs(found: Artifact | None, header: Mapping[str, Any]) -> None:
             )
 
 
-def _width(model: nn.Module) -> object:
-    return getattr(getattr(model, "config", None), "sketch_width", None)
+def gives(found: Artifact | None, part: str, width: object) -> bool:
+    """Whether weights hold one of LATER_PARTS for a model with a sketch of this width."""
+    told = {} if found is None else found.fact("model", dict)
+    return bool(told.get("sketch")) and (part != "sketch." or told.get("sketch_width") == width)
 
 
 def begin(model: nn.Module, found: Artifact) -> None:
@@ -94,9 +96,9 @@ def begin(model: nn.Module, found: Artifact) -> None:
     tensors = load_tensors(found)
     if found.kind == CHECKPOINT:
         tensors = {name.removeprefix(AVERAGE): t for name, t in tensors.items() if name.startswith(AVERAGE)}
-    told = found.fact("model", dict)
+    width = getattr(getattr(model, "config", None), "sketch_width", None)
     for part in LATER_PARTS:
-        if not told.get("sketch") or (part == "sketch." and _width(model) != told.get("sketch_width")):
+        if not gives(found, part, width):
             tensors = {name: t for name, t in tensors.items() if not name.startswith(part)}
             tensors |= {name: t for name, t in model.state_dict().items() if name.startswith(part)}
     own = {name: tuple(t.shape) for name, t in model.state_dict().items()}

@@ -26,7 +26,7 @@ from dalle_cli.models.dvae import DVAE
 from dalle_cli.models.pixels import to_uint8
 from dalle_cli.models.prior import Prior, PriorConfig, disturb_codes, drop_captions
 from dalle_cli.sampling.autoregressive import sample_codes
-from dalle_cli.sampling.sketches import N_TIMESTEP, sketch_losses
+from dalle_cli.sampling.sketches import N_TIMESTEP, redraw_sketches, sketch_losses
 from dalle_cli.training.config import TrainConfig, check_drawing
 from dalle_cli.training.loop import Batch, mix
 
@@ -34,6 +34,7 @@ VALIDATION_BATCH = 64
 COLORS_AT_ONCE = 256  # codes
 UNTOLD = 0.15  # share of the pairs that follow no sketch, as a likelihood of codes does not
 NOISE = 0.3  # the most that is added to a true sketch, whose like is drawn with errors
+REDRAWING_STEPS = 15  # of DDIM
 AHEAD = 2  # batches that lie ready: encoding captions anew takes some 40 microseconds each
 
 
@@ -66,19 +67,36 @@ class PriorTrain(TrainConfig):
     code_noise: float = 0.0  # share of codes that are read as any other: against learning few pictures by heart
     sketch_batch: int = 256  # pairs of an update, beside its own, that a sketch learns from, if the model draws one
     sketch_only: bool = False  # whether the rest of the prior stays as it is
+    sketch_redrawn: float = 0.0  # the most noise, as a share, that a sketch which stays as it is draws true ones from
     sketch_guidance: float = 1.0  # what sketches are drawn with; 1 = none
     sheet_prompts: int = 12  # held-out captions that are drawn at each validation, if the dVAE is there; 0 = none
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("bpe_dropout", "caption_dropout", "code_noise"):
+        for name in ("bpe_dropout", "caption_dropout", "code_noise", "sketch_redrawn"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DalleError(f"expected {name} in [0, 1], found {getattr(self, name)}")
         check_drawing(guidance=self.guidance, temperature=self.temperature, sketch_guidance=self.sketch_guidance)
         if self.sketch_batch < 1:
             raise DalleError(f"expected sketch_batch of at least 1, found {self.sketch_batch}; raise it")
+        if self.sketch_only and self.sketch_redrawn:
+            found = "found both; first train the one, then with its weights the other"
+            raise DalleError(f"expected sketch_only or sketch_redrawn, {found}")
         if self.sheet_prompts < 0:
             raise DalleError(f"expected sheet_prompts of at least 0, found {self.sheet_prompts}; raise it")
+
+
+def freeze(model: Prior, train: PriorTrain) -> None:
+    """Let learn what the settings say: the sketch, all but the sketch, or all.
+
+    Raises: DalleError where they speak of a sketch and there is none.
+    """
+    for name in ("sketch_only", "sketch_redrawn"):
+        if getattr(train, name):
+            if model.sketch is None:
+                raise DalleError(f"expected prior.sketch beside prior.train.{name}, found none; say its side")
+            model.requires_grad_(name == "sketch_redrawn")
+            model.sketch.requires_grad_(name == "sketch_only")
 
 
 class PriorTask:
@@ -95,7 +113,7 @@ class PriorTask:
     ):
         """`dvae` are the weights that made the codes, for pictures on the way and for what a sketch learns from.
 
-        Raises: DalleError where a sketch is asked for and there is no dVAE.
+        Raises: DalleError where a sketch is asked for and there is no dVAE, or the weights are cut into shards.
         """
         self.config, self.options, self.pairs, self.tokenizer, self.seed = config, train, pairs, tokenizer, seed
         self.dvae = dvae
@@ -103,17 +121,17 @@ class PriorTask:
         self.model = Prior(config)
         self.places, self.held_out = pairs.split(train.validation)
         self.order = Order(len(self.places), train.batch_size, seed)
+        self.learns_sketch = bool(config.sketch) and not train.sketch_redrawn
         if self.model.sketch is not None:
             if dvae is None:
                 told = "expected the dVAE beside -o or the codes for prior.sketch, found none; copy it there"
                 raise DalleError(told)
+            if train.parallel == "shard":  # whose weights come together in `Prior.loss` alone
+                told = 'expected parallel = "replicate" for a prior that sketches, found "shard"; a sketch is small'
+                raise DalleError(told)
             self.model.sketch.colors.copy_(code_colors(load.dvae(dvae, torch.device("cpu"))))
             self.sketch_order = Order(len(self.places), train.sketch_batch, mix(seed, 2))
-        if train.sketch_only:
-            if self.model.sketch is None:
-                raise DalleError("expected prior.sketch beside prior.train.sketch_only, found none; say its side")
-            self.model.requires_grad_(False)
-            self.model.sketch.requires_grad_(True)
+        freeze(self.model, train)
 
     def batches(self, start: int) -> Generator[Batch]:
         """What `batch` gives, from update `start` on, made while the model computes."""
@@ -127,7 +145,7 @@ class PriorTask:
     def batch(self, step: int) -> Batch:
         """Tokens (B, T), lengths (B,), codes (B, H, W), all int64: a function of the seed and the step.
 
-        With a sketch as many again, (B', ...), that it learns from.
+        With a sketch that learns as many again, (B', ...), for that.
         """
         _, rows = self.order.batch(step)
         rng = np.random.default_rng((self.seed, 1, step))
@@ -137,7 +155,7 @@ class PriorTask:
         else:
             tokens, lengths = self.pairs.tokens(captions)
         arrays = [tokens, lengths, self.pairs.codes(latents)]
-        if self.model.sketch is not None:
+        if self.learns_sketch:
             _, rows = self.sketch_order.batch(step)
             rng = np.random.default_rng((self.seed, 2, step))
             captions, latents = self.pairs.draw(self.places[rows], rng.random((len(rows), 2)))
@@ -159,8 +177,8 @@ class PriorTask:
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The prior's loss, in nats, after some captions were made null for guidance and some codes disturbed.
 
-        With a sketch, too: of 15% of the pairs it is hidden, the others see the true one with some noise; what draws
-        it learns from pairs of its own, `sketch` being the squared error.
+        With a sketch, too: of 15% of the pairs it is hidden, the others see the true one with some noise, or drawn
+        again; what draws it learns from pairs of its own, `sketch` being the squared error.
         """
         if batch[-1].ndim:  # a whole one, not a part as `split` makes them
             return self._loss(self._made(batch, generator))
@@ -169,34 +187,46 @@ class PriorTask:
     def _made(self, batch: Batch, generator: torch.Generator) -> Batch:
         """A batch with all that is drawn at random for it: tokens, lengths, codes, and codes as they are read.
 
-        With a sketch, further: sketches and who sees them, and as `sketch_losses` takes them tokens, lengths,
-        pictures, timesteps and noise.
+        With a sketch, further: sketches and who sees them; and if it learns, as `sketch_losses` takes them, tokens,
+        lengths, pictures, timesteps and noise.
         """
         tokens, lengths, codes, *own = batch
-        lengths = self._drop_captions(lengths, generator)
-        made = (tokens, lengths, codes, self._disturb(codes, generator))
+        made = (tokens, self._drop_captions(lengths, generator), codes, self._disturb(codes, generator))
         sketch = self.model.sketch
         if sketch is None:
             return made
-        with torch.no_grad():
-            true, pictures = sketch.of(codes), sketch.of(own[2])
         device = generator.device
         uniform = partial(torch.rand, generator=generator, device=device)
         normal = partial(torch.randn, generator=generator, device=device)
-        told = true + (NOISE * uniform(len(true), 1, 1, 1) * normal(true.shape)).to(true)
+        with torch.no_grad():
+            true = sketch.of(codes)
+        if share := self.options.sketch_redrawn:
+            since, noise = (share * N_TIMESTEP * uniform(len(true))).to(true), normal(true.shape).to(true)
+            guidance = self.options.sketch_guidance
+            told = redraw_sketches(
+                self.model, tokens, lengths, true, since, noise, guidance_scale=guidance, steps=REDRAWING_STEPS
+            )
+        else:
+            told = true + (NOISE * uniform(len(true), 1, 1, 1) * normal(true.shape)).to(true)
         sees = (uniform(len(true)) >= UNTOLD).to(true.device)
+        if not own:
+            return (*made, told, sees)
+        with torch.no_grad():
+            pictures = sketch.of(own[2])
         times = torch.randint(N_TIMESTEP, (len(pictures),), generator=generator, device=device).to(true.device)
         noise = normal(pictures.shape).to(true)
         return (*made, told, sees, own[0], self._drop_captions(own[1], generator), pictures, times, noise)
 
     def _loss(self, made: Batch, n_tokens: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens, lengths, codes, read, *own = made
-        if not own:
-            return self.model.loss(tokens, lengths, codes, n_tokens, read)
-        error = sketch_losses(self.model, *own[2:]).mean()
+        tokens, lengths, codes, read, *further = made
+        told, own = further[:2], further[2:]
         if self.options.sketch_only:
+            error = sketch_losses(self.model, *own).mean()
             return error, {"sketch": error.detach()}
-        loss, parts = self.model.loss(tokens, lengths, codes, n_tokens, read, (own[0], own[1]))
+        loss, parts = self.model.loss(tokens, lengths, codes, n_tokens, read, (told[0], told[1]) if told else None)
+        if not own:
+            return loss, parts
+        error = sketch_losses(self.model, *own).mean()
         return loss + error, {**parts, "sketch": error.detach()}
 
     def _drop_captions(self, lengths: Tensor, generator: torch.Generator) -> Tensor:
@@ -209,7 +239,7 @@ class PriorTask:
 
     def split(self, batch: Batch, parts: int, step: int, generator: torch.Generator) -> list[Batch]:
         """Equal parts; each carries how many caption tokens a part holds on average, which its text loss is over."""
-        if self.model.sketch is not None and len(batch[3]) % parts:
+        if self.learns_sketch and len(batch[3]) % parts:
             found = f"found {len(batch[3])}"
             raise DalleError(f"expected sketch_batch a multiple of {parts}, the parts of a batch, {found}; change it")
         made = self._made(batch, generator)

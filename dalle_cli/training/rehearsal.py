@@ -207,7 +207,7 @@ def rehearse(subject: Subject, train: TrainConfig, dtype: torch.dtype, accelerat
         vars(model)["to"] = lambda *_: model  # it is there already, and fake tensors will not be moved
         trainer = Trainer(stand_in(subject, model), some, Run(Path(), "", {}, []), machine, 0)
         ledger = Ledger([*model.parameters(), *model.buffers()])
-        for parameter in model.parameters():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.register_post_accumulate_grad_hook(ledger.keep)  # type: ignore[no-untyped-call]
         for optimizer in trainer.optimizers:
             optimizer.register_step_pre_hook(ledger.close)

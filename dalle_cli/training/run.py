@@ -41,6 +41,7 @@ LATER = {
     "temperature": 1.0,  # of the token prior
     "sketch_batch": 256,  # likewise
     "sketch_only": False,
+    "sketch_redrawn": 0.0,
     "sketch_guidance": 1.0,
 }
 # Of models, likewise.

@@ -22,7 +22,7 @@ from dalle_cli.training.clip import CLIPTrain
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.dvae import DVAETrain
 from dalle_cli.training.loop import Batch
-from dalle_cli.training.prior import PriorTrain
+from dalle_cli.training.prior import PriorTrain, freeze
 
 Loss = tuple[Tensor, dict[str, Tensor]]
 
@@ -142,19 +142,28 @@ def _prior(table: Mapping[str, Any]) -> Subject:
     def batch(n: int) -> Batch:
         codes = torch.randint(0, config.n_image_vocab, (n, config.grid, config.grid))
         read = (*_captions(n, config.n_text_vocab, config.n_text), codes)
-        if not config.sketch:
+        if not config.sketch or train.sketch_redrawn:
             return read
         own = torch.rand(train.sketch_batch, 3, config.sketch, config.sketch)
         return (*read, *_captions(train.sketch_batch, config.n_text_vocab, config.n_text), own)
 
     def loss(model: Prior, batch: Batch, generator: torch.Generator) -> Loss:
+        tokens, lengths, codes, *own = batch
         if model.sketch is None:
-            return model.loss(batch[0], batch[1], batch[2])
-        tokens, lengths, codes, own_tokens, own_lengths, pictures = batch
+            return model.loss(tokens, lengths, codes)
+        error = torch.zeros((), device=codes.device)
+        if own:  # what it costs, not what it is: the noise is of a table that tensors without memory cannot look into
+            words = model.sketch.read(own[0], model.written(own[1]))
+            error = (model.sketch(own[2], own[1], words) - own[2]).square().mean()
+        if train.sketch_only:
+            return error, {}
         told = model.sketch.of(codes), torch.ones_like(lengths, dtype=torch.bool)
         loss, parts = model.loss(tokens, lengths, codes, told=told)
-        words = model.sketch.read(own_tokens, model.written(own_lengths))
-        # what it costs, not what it is: the noise is of a table that tensors without memory cannot look into
-        return loss + (model.sketch(pictures, own_lengths, words) - pictures).square().mean(), parts
+        return loss + error, parts
 
-    return Subject("prior", train, lambda: Prior(config), batch, loss)
+    def build() -> Prior:
+        model = Prior(config)
+        freeze(model, train)
+        return model
+
+    return Subject("prior", train, build, batch, loss)
