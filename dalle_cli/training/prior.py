@@ -239,7 +239,7 @@ class PriorTask:
 
     def split(self, batch: Batch, parts: int, step: int, generator: torch.Generator) -> list[Batch]:
         """Equal parts; each carries how many caption tokens a part holds on average, which its text loss is over."""
-        if self.learns_sketch and len(batch[3]) % parts:
+        if len(batch) > 3 and len(batch[3]) % parts:  # of the sketch
             found = f"found {len(batch[3])}"
             raise DalleError(f"expected sketch_batch a multiple of {parts}, the parts of a batch, {found}; change it")
         made = self._made(batch, generator)
