@@ -49,6 +49,7 @@ def check(chain, out, steps):
     run_ok(*command(chain, whole, steps))
     folder = out.parent / f"{out.stem}.run"
     (folder / ".checkpoint-00000500.safetensors.0123abcd.part").write_bytes(b"cut off")
+    (folder / ".tmpbPtPdJ").write_bytes(b"cut off by safetensors")
     run_ok(*command(chain, out, steps))
     assert out.read_bytes() == whole.read_bytes()
     assert not list(folder.glob(".*"))

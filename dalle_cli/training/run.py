@@ -128,6 +128,7 @@ class Run:
         """Remove what a killed run was in the middle of writing."""
         for cut in (
             *self.folder.glob(".checkpoint-*.part"),
+            *self.folder.glob(".tmp??????"),  # which safetensors 0.8 writes first
             *self.out.parent.glob(f".{glob.escape(self.out.name)}.*.part"),
         ):
             cut.unlink(missing_ok=True)
