@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from dalle_cli import bundle, card
 from dalle_cli.artifacts.container import replace_file
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import bundles as bundle
+from dalle_cli.hub import card
 
 PARTS = ("dvae.safetensors", "clip.safetensors", "prior.safetensors", "tokenizer.json")
 MOST = 40_000_000  # bytes: it lies in the package

@@ -102,7 +102,7 @@ validation = 0.2
 @pytest.fixture(autouse=True)
 def nothing_shipped(monkeypatch):
     """No model comes with the package: a test that forgets -m must not draw by one."""
-    monkeypatch.setattr("dalle_cli.bundle.SHIPPED", Path(__file__).parent / "no bundles here")
+    monkeypatch.setattr("dalle_cli.hub.bundles.SHIPPED", Path(__file__).parent / "no bundles here")
 
 
 class Result(NamedTuple):

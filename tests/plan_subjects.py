@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from dalle_cli import config
-from dalle_cli.training import machines
-from dalle_cli.training.subjects import subjects
+from dalle_cli.planning import hardware as machines
+from dalle_cli.planning.subjects import subjects
 
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "recipes" / "paper" / "recipe.toml"

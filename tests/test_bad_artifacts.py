@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import run_bad, run_cli, run_ok, start
 
-from dalle_cli import load
 from dalle_cli.artifacts import open_artifact, write_artifact
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
+from dalle_cli.pipelines import loading as load
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from bench.doses import Cell, verdict
 from dalle_cli.artifacts.weights import save_tensors
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.datasets import open_dataset
-from dalle_cli.evaluation.sides import open_side
+from dalle_cli.evaluation.image_sets import open_side
 from dalle_cli.models.clip import CLIP, CLIPConfig
 
 SMALL = Path(__file__).parent.parent / "recipes" / "emoji" / "small.tar"

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import run_bad, run_ok
 
-from dalle_cli import bundle, console
+from dalle_cli import console
 from dalle_cli.devices import arithmetic, autocast, peak_flops, peak_memory, select_device, select_dtype
 from dalle_cli.errors import DalleError
-from dalle_cli.hub import Fetched
+from dalle_cli.hub import bundles as bundle
+from dalle_cli.hub.transfer import Fetched
 from dalle_cli.paths import beside, given_or_piped, skip_list, slug
 
 
@@ -206,7 +207,9 @@ def test_a_bundle_is_a_folder_a_file_a_shipped_name_or_a_repository(chain, monke
     assert bundle.locate("model") == chain.model
     monkeypatch.setattr(bundle, "DEFAULTS", ("nothing", "model"))
     assert bundle.locate(None) == chain.model
-    monkeypatch.setattr("dalle_cli.hub.fetch", lambda name: {"hf://me/it@v2": Fetched(chain.model, (), "", {})}[name])
+    monkeypatch.setattr(
+        "dalle_cli.hub.transfer.fetch", lambda name: {"hf://me/it@v2": Fetched(chain.model, (), "", {})}[name]
+    )
     assert bundle.locate("hf://me/it@v2") == chain.model
 
 

@@ -9,12 +9,13 @@ import torch
 from artifact_files import array, strings
 from conftest import run_cli, run_ok, write_pictures
 
-from dalle_cli import bundle, load
 from dalle_cli.artifacts import digest_file, open_artifact
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.augment import center
 from dalle_cli.data.datasets import open_dataset
+from dalle_cli.hub import bundles as bundle
 from dalle_cli.models.pixels import from_uint8
+from dalle_cli.pipelines import loading as load
 
 CPU = torch.device("cpu")
 

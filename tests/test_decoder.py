@@ -16,7 +16,7 @@ from dalle_cli.data.datasets import open_dataset
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder, DecoderConfig
-from dalle_cli.sampling.painting import Brush, invert, paint, process, to_stored
+from dalle_cli.sampling.decoder import Brush, invert, paint, process, to_stored
 from dalle_cli.training.decoder import DecoderTask, DecoderTrain, loss_of
 from dalle_cli.training.denoising import denoising
 from dalle_cli.training.loop import Trainer

@@ -12,7 +12,8 @@ from process_pair import CLOSE, WORLD, assert_same_run, group, train_here, weigh
 from toy_task import SplitToy, ToyTask, config, log_of, machine, run_of, train_toy, trainer
 
 from dalle_cli.errors import DalleError
-from dalle_cli.training import distributed, pieces
+from dalle_cli.training import distributed
+from dalle_cli.training import shards as pieces
 from dalle_cli.training.loop import Trainer
 from dalle_cli.training.scaling import BlockScales
 

@@ -14,8 +14,8 @@ from planted_embeddings import pairs as planted_pairs
 
 from dalle_cli.artifacts import open_artifact, write_artifact
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
-from dalle_cli.evaluation import doctor
-from dalle_cli.evaluation.doctor_overfit import SHARE, learning_rate, overfit
+from dalle_cli.doctor import checks as doctor
+from dalle_cli.doctor.overfit import SHARE, learning_rate, overfit
 
 TRAIN = """
 warmup = 5

@@ -13,12 +13,13 @@ import torch
 
 from dalle_cli.artifacts import open_artifact, write_artifact
 from dalle_cli.data.loader import sequential
-from dalle_cli.evaluation import kernel, matches
+from dalle_cli.evaluation import kernel
+from dalle_cli.evaluation import retrieval as matches
 from dalle_cli.evaluation.blur import gaussian_blur
 from dalle_cli.evaluation.frechet import Moments, between
+from dalle_cli.evaluation.image_sets import open_side
 from dalle_cli.evaluation.manifold import precision_recall
-from dalle_cli.evaluation.sides import open_side
-from dalle_cli.evaluation.stored import Rows
+from dalle_cli.evaluation.store import Rows
 from dalle_cli.models.clip import CLIP, CLIPConfig
 
 SMALL = Path(__file__).parent.parent / "recipes" / "emoji" / "small.tar"

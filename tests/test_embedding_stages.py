@@ -10,10 +10,10 @@ import torch
 from conftest import RECIPE, run_bad, run_cli, run_ok
 from stage_runs import lasting_rows, rows
 
-from dalle_cli import load
 from dalle_cli.artifacts import digest_file, open_artifact
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.data.tokenizer import load as load_tokenizer
+from dalle_cli.pipelines import loading as load
 
 TRAIN = """
 steps = 12

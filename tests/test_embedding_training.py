@@ -15,9 +15,9 @@ from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.devices import arithmetic
 from dalle_cli.errors import DalleError
-from dalle_cli.load import embedding_prior
 from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
 from dalle_cli.models.embedding_prior import EmbeddingPriorConfig
+from dalle_cli.pipelines.loading import embedding_prior
 from dalle_cli.sampling.embeddings import Read, diffused
 from dalle_cli.training.distributed import Group
 from dalle_cli.training.embedding_prior import (

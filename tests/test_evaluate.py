@@ -13,7 +13,7 @@ from dalle_cli.artifacts import open_artifact, write_artifact
 from dalle_cli.evaluation.cache import caption_embeddings
 from dalle_cli.evaluation.frechet import Moments, between
 from dalle_cli.evaluation.manifold import precision_recall
-from dalle_cli.evaluation.tabled import plain_rows
+from dalle_cli.evaluation.tables import plain_rows
 
 NAMES = {"frechet", "kernel", "precision", "recall", "clip", "retrieval"}
 

@@ -15,9 +15,9 @@ from dalle_cli.diffusion.samplers import ddim_invert
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Conditioning, DecoderConfig
 from dalle_cli.models.embeddings import Principal
-from dalle_cli.sampling import painting
-from dalle_cli.sampling.exploring import between, rising, slerp, text_diff
-from dalle_cli.sampling.painting import Brush, invert, paint, process, to_stored
+from dalle_cli.sampling import decoder as painting
+from dalle_cli.sampling.decoder import Brush, invert, paint, process, to_stored
+from dalle_cli.sampling.interpolation import between, rising, slerp, text_diff
 
 SHARES = [0.0, 0.125, 0.25, 0.5, 0.9, 1.0]
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dalle_cli import load
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.devices import arithmetic
@@ -15,6 +14,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.evaluation import features as module
 from dalle_cli.evaluation.features import load_features, title
 from dalle_cli.models.inception import InceptionV3
+from dalle_cli.pipelines import loading as load
 
 CPU = arithmetic("cpu", "float32")
 

@@ -15,12 +15,13 @@ from conftest import run_bad, run_cli, run_ok
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dalle_cli import console, load
+from dalle_cli import console
 from dalle_cli.artifacts import open_artifact, write_artifact
 from dalle_cli.commands import drawing
 from dalle_cli.models.cache import FEW
 from dalle_cli.models.packed import pack
 from dalle_cli.models.prior import Prior, PriorConfig
+from dalle_cli.pipelines import loading as load
 from dalle_cli.sampling import autoregressive, memory
 
 PROMPT, OTHER = "a red circle on white", "a blue bar on black"

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from dalle_cli.training import heap
-from dalle_cli.training.heap import ORDERS, RECORDS, Heap
+from dalle_cli.planning import heap
+from dalle_cli.planning.heap import ORDERS, RECORDS, Heap
 
 MB, RUNS = 1 << 20, 5
 # The same arrays and records by the C library: nothing is written to them, so they take no memory.

@@ -13,10 +13,12 @@ import pytest
 from conftest import Result, run_bad, run_cli, run_ok, start
 from hub_server import GOOD, POOR, Hub
 
-from dalle_cli import bundle, card, hub
 from dalle_cli.artifacts import open_artifact, write_artifact
 from dalle_cli.artifacts.container import read_header
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import bundles as bundle
+from dalle_cli.hub import card
+from dalle_cli.hub import transfer as hub
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = b'{"version": "1.0"}'

@@ -14,11 +14,12 @@ ROOT = Path(dalle_cli.__file__).parent
 FLOORS = (
     ("cli",),
     ("commands",),
-    ("training", "evaluation", "convert"),
-    ("sampling", "data", "load"),
+    ("planning", "doctor", "report"),
+    ("training", "evaluation"),
+    ("pipelines",),
+    ("importing",),
+    ("sampling", "data", "viz", "hub"),
     ("models", "diffusion"),
-    ("bundle", "card"),  # read artifacts
-    ("hub",),
     ("artifacts", "config", "options", "console", "devices", "paths"),
     ("errors",),
 )

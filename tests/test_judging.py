@@ -10,16 +10,16 @@ from conftest import run_bad, run_cli, run_ok
 from PIL import Image
 from stage_runs import rows, training
 
-from dalle_cli import load
 from dalle_cli.artifacts import digest_file, open_artifact, write_artifact
 from dalle_cli.commands import judging
 from dalle_cli.data.augment import center
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.data.split import held_out
 from dalle_cli.errors import DalleError
+from dalle_cli.evaluation.image_sets import open_pictures
 from dalle_cli.evaluation.reconstruction import psnr, squared_error, ssim
-from dalle_cli.evaluation.sides import open_pictures
 from dalle_cli.models.pixels import from_uint8, to_uint8
+from dalle_cli.pipelines import loading as load
 
 CPU = torch.device("cpu")
 SHARE = 0.2  # that the chain's recipe holds out
@@ -116,7 +116,7 @@ def test_broken_pictures_are_left_out_and_listed(chain, tmp_path):
 
 
 def test_the_sheet_shows_the_worst_first_each_beside_its_original(chain, tmp_path):
-    from dalle_cli.data.sheet import GAP, MARGIN, TITLE_LINE
+    from dalle_cli.viz.grid import GAP, MARGIN, TITLE_LINE
 
     images, shown, _ = rebuilt(chain)
     worst = int(torch.argsort(psnr(squared_error(images, shown)), stable=True)[0])
@@ -260,7 +260,7 @@ def test_the_heat_map(chain, tmp_path):
 
 def test_the_heat_maps_colors_stand_for_the_values():
     pytest.importorskip("matplotlib")
-    from dalle_cli.data.charts import Heat, Label, heat_maps
+    from dalle_cli.viz.charts import Heat, Label, heat_maps
 
     grid = [[1.0, 2.0], [3.0, -1.0]]
     picture = heat_maps([Heat(Label("a", "nats"), grid), Heat(Label("b"), grid, signed=True)], "two")

@@ -16,8 +16,8 @@ from PIL import Image
 
 from dalle_cli.artifacts import history, write_artifact
 from dalle_cli.data.datasets import open_dataset
-from dalle_cli.data.without import read_ids
-from dalle_cli.evaluation import likeness
+from dalle_cli.data.exclude import read_ids
+from dalle_cli.evaluation import similarity as likeness
 from dalle_cli.evaluation.neighbors import Nearest
 from dalle_cli.evaluation.overlap import Overlap, Pair, PixelEye
 from reference import likeness as slow_likeness
@@ -283,10 +283,10 @@ def test_features_of_a_network(chain, small, tmp_path):
     told = json.loads((tmp_path / "o.json").read_text())
     assert told["features"].startswith("clip-")
     assert told["threshold"] == 0.95
-    from dalle_cli import load
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.data.loader import sequential
     from dalle_cli.models.pixels import from_uint8
+    from dalle_cli.pipelines import loading as load
 
     clip = load.clip(open_artifact(chain.clip), torch.device("cpu"))
     embedded = {}

@@ -2,8 +2,8 @@
 
 import pytest
 
+from dalle_cli.artifacts.text import check_ours, head_of, json_fact, write_text
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation.plain import check_ours, head_of, json_fact, write_text
 
 
 def test_a_text_is_written_whole_or_not_at_all(tmp_path):

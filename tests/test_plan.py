@@ -19,12 +19,13 @@ from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.models import clip, embeddings, unet
 from dalle_cli.models.unet import Attention
-from dalle_cli.training import machines, plan
+from dalle_cli.planning import hardware as machines
+from dalle_cli.planning import plan
+from dalle_cli.planning.memory import rehearse
+from dalle_cli.planning.standin import stand_in
+from dalle_cli.planning.subjects import subjects
 from dalle_cli.training.loop import Trainer
-from dalle_cli.training.rehearsal import rehearse
 from dalle_cli.training.run import Run
-from dalle_cli.training.standin import stand_in
-from dalle_cli.training.subjects import subjects
 
 
 def test_a_large_batch_follows_from_smaller_ones(tmp_path):

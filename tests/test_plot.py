@@ -8,8 +8,8 @@ import pytest
 from conftest import run_bad, run_cli, run_ok
 from PIL import Image
 
-from dalle_cli.data import charts, curves
 from dalle_cli.errors import DalleError
+from dalle_cli.viz import charts, curves
 
 pytest.importorskip("matplotlib")
 

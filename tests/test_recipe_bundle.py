@@ -10,9 +10,8 @@ import pytest
 from conftest import run_ok
 from PIL import Image
 
-from dalle_cli import bundle as bundles
-from dalle_cli import card
 from dalle_cli.artifacts import open_artifact
+from dalle_cli.hub import bundles, card
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHIPPED = bundles.SHIPPED

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import run_ok
 
-from dalle_cli import load
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.data.datasets import open_dataset
-from dalle_cli.evaluation.sides import open_side
+from dalle_cli.evaluation.image_sets import open_side
 from dalle_cli.models.pixels import from_uint8, to_uint8
+from dalle_cli.pipelines import loading as load
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "emoji"
 sys.path.insert(0, str(FOLDER))

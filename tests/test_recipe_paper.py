@@ -14,10 +14,10 @@ from dalle_cli.models.attention import layer_kinds
 from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.prior import Prior, PriorConfig
+from dalle_cli.planning.subjects import subjects
 from dalle_cli.training.clip import CLIPTrain
 from dalle_cli.training.dvae import DVAETrain
 from dalle_cli.training.prior import PriorTrain
-from dalle_cli.training.subjects import subjects
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "paper" / "recipe.toml"
 PUBLISHED_CLIP_VOCAB = 49408

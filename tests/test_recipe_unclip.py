@@ -17,7 +17,7 @@ from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
 from dalle_cli.models.embedding_prior import EmbeddingPriorConfig
 from dalle_cli.models.upsampler import UpsamplerConfig
-from dalle_cli.sampling.painting import chained
+from dalle_cli.sampling.decoder import chained
 from dalle_cli.training.decoder import DecoderTrain
 from dalle_cli.training.embedding_prior import EmbeddingPriorTrain
 from dalle_cli.training.upsampler import UpsamplerTrain

@@ -10,10 +10,10 @@ from plan_subjects import SMALL, subject_of
 from torch import nn
 
 from dalle_cli.devices import Arithmetic
+from dalle_cli.planning.memory import rehearse
+from dalle_cli.planning.standin import stand_in
 from dalle_cli.training.loop import Trainer
-from dalle_cli.training.rehearsal import rehearse
 from dalle_cli.training.run import Run
-from dalle_cli.training.standin import stand_in
 
 
 def products(model, pictures):

@@ -19,9 +19,12 @@ from conftest import run_bad, run_ok
 from PIL import Image
 
 from dalle_cli.artifacts import digest_file, history, open_artifact, write_artifact
-from dalle_cli.data.curves import Curves, Line
-from dalle_cli.evaluation import gallery, json_tables, lineage, markup, panels, report
-from dalle_cli.evaluation.findings import look
+from dalle_cli.report import charts as panels
+from dalle_cli.report import images as gallery
+from dalle_cli.report import json_tables, lineage, markup
+from dalle_cli.report import page as report
+from dalle_cli.report.scan import look
+from dalle_cli.viz.curves import Curves, Line
 
 CHROMIUM = next((path for path in ("/usr/bin/chromium", "/usr/bin/chromium-browser") if os.path.exists(path)), None)
 EVIL = "<script>alert(1)</script> & \"a\" 'red' <img src=x onerror=alert(2)>"
@@ -511,7 +514,7 @@ def test_style_and_script_are_shipped():
     patterns = re.search(r"package-data.dalle_cli = \[(.*)\]", text)[1]
     for name in ("report.html", "report.css", "report.js"):
         assert (report.HERE / name).is_file()
-        assert f"evaluation/*{Path(name).suffix}" in patterns
+        assert f"report/*{Path(name).suffix}" in patterns
     assert "</" not in (report.HERE / "report.js").read_text()
 
 

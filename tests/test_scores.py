@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from dalle_cli.artifacts import ShardWriter, open_artifact
-from dalle_cli.evaluation import bootstrap, classes, kernel, manifold, matches
+from dalle_cli.evaluation import bootstrap, classes, kernel, manifold
+from dalle_cli.evaluation import retrieval as matches
 from dalle_cli.evaluation.blur import gaussian_blur
 from dalle_cli.evaluation.frechet import Moments, between
-from dalle_cli.evaluation.stored import Rows
+from dalle_cli.evaluation.store import Rows
 from reference import evaluation as reference
 
 

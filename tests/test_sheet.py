@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_cli.data import sheet as module
-from dalle_cli.data.sheet import BACKGROUND, BODY, GAP, MARGIN, sheet
 from dalle_cli.errors import DalleError
+from dalle_cli.viz import grid as module
+from dalle_cli.viz.grid import BACKGROUND, BODY, GAP, MARGIN, sheet
 
 LONG = "a very long caption about " + "many small things " * 20
 

@@ -8,11 +8,11 @@ import torch
 from conftest import run_bad, run_ok
 from sketch_priors import LENGTHS, SIZES, TOKENS, made, pictures
 
-from dalle_cli import load
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.data.pairs import Pairs
 from dalle_cli.models.prior import PriorConfig
+from dalle_cli.pipelines import loading as load
 from dalle_cli.sampling.sketches import PROCESS, draw_sketches, sketch_losses
 from dalle_cli.training.prior import PriorTask, PriorTrain, code_colors
 

@@ -14,8 +14,9 @@ from artifact_files import array
 from conftest import Chain, run_bad, run_cli, run_ok
 from PIL import Image
 
-from dalle_cli import bundle, load
 from dalle_cli.artifacts import open_artifact
+from dalle_cli.hub import bundles as bundle
+from dalle_cli.pipelines import loading as load
 
 PROMPT = "a red circle on white"
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import stats
 
 from dalle_cli.artifacts import open_artifact, write_artifact
-from dalle_cli.evaluation import html, survey
+from dalle_cli.report import html, survey
 
 RED, BLUE = (200, 30, 30), (30, 30, 200)  # the pictures of A and of B; the green tells the caption
 CAPTIONS = [

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from dalle_cli.data.terminal import render
 from dalle_cli.errors import DalleError
+from dalle_cli.viz.terminal import render
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:

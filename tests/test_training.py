@@ -13,11 +13,11 @@ from conftest import run_bad, run_cli, run_ok, write_pictures
 from interruptions import Crash, after_update
 from stage_runs import TRAINERS, checkpoints, rows, training
 
-from dalle_cli import load
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
 from dalle_cli.models.dvae import DVAE
+from dalle_cli.pipelines import loading as load
 
 # What is written at the end
 

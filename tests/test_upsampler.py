@@ -12,7 +12,7 @@ from dalle_cli.data.datasets import open_dataset
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge
-from dalle_cli.sampling.painting import Brush, chained, to_stored, upsample
+from dalle_cli.sampling.decoder import Brush, chained, to_stored, upsample
 from dalle_cli.training.loop import Trainer
 from dalle_cli.training.run import Run
 from dalle_cli.training.upsampler import UpsamplerTask, UpsamplerTrain

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.data.datasets import open_dataset
+from dalle_cli.data.exclude import as_line, leave_out, read_ids, told
 from dalle_cli.data.pairs import Pairs
-from dalle_cli.data.without import as_line, leave_out, read_ids, told
 from dalle_cli.errors import DalleError
 
 GONE = ("02", "03", "07", "11", "19")

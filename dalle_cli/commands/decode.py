@@ -87,9 +87,9 @@ class Way:
 
 def of_codes(codes: "Artifact", model: str | None, machine: "Arithmetic", asked: "Asked") -> Way:
     """By a dVAE."""
-    from dalle_cli import bundle
     from dalle_cli.artifacts import history
     from dalle_cli.commands import drawing
+    from dalle_cli.hub import bundles as bundle
 
     asked.refuse(codes.path)
     weights = bundle.weights(model, "weights.dvae")

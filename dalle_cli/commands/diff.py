@@ -44,7 +44,7 @@ def run(
     from dalle_cli.commands.drawing_embeddings import TextEncoder
     from dalle_cli.commands.painting import Asked
     from dalle_cli.devices import arithmetic
-    from dalle_cli.sampling.exploring import rising, slerp, text_diff
+    from dalle_cli.sampling.interpolation import rising, slerp, text_diff
 
     if not 0 <= strength <= 1:
         raise DalleError(f"expected --strength from 0 to 1, found {strength}; the paper's are from 0.25 to 0.5")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dalle_cli.data.datasets import Dataset
     from dalle_cli.data.pairs import Pairs
     from dalle_cli.devices import Arithmetic
-    from dalle_cli.evaluation.doctor import Finding
+    from dalle_cli.doctor.checks import Finding
     from dalle_cli.training.loop import Task
 
 EXAMPLE = """dalle doctor embedding-prior.safetensors captions.safetensors embeddings/
@@ -96,7 +96,7 @@ def run(
     """Look a trained model over for the usual failures; ends with status 0 whatever it finds."""
     from dalle_cli import console
     from dalle_cli.devices import arithmetic
-    from dalle_cli.evaluation import doctor
+    from dalle_cli.doctor import checks as doctor
 
     found = weights_of(weights)
     given = check_inputs(found, inputs or [], captions)
@@ -128,9 +128,9 @@ def weights_of(run: str) -> "Artifact":
     Raises:
         DalleError: none, or several.
     """
-    from dalle_cli import bundle
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.errors import DalleError
+    from dalle_cli.hub import bundles as bundle
 
     path = Path(run)
     if path.suffix == ".run":
@@ -169,7 +169,7 @@ def by_heart(seat: Seat, case: Case) -> "Finding":
     import torch
 
     from dalle_cli import console
-    from dalle_cli.evaluation.doctor_overfit import UPDATES, overfit
+    from dalle_cli.doctor.overfit import UPDATES, overfit
     from dalle_cli.training.loop import mix
 
     where, task = case.machine, seat.task
@@ -198,7 +198,7 @@ def learning(cls: Any, case: Case) -> Any:
     from dataclasses import fields, replace
 
     from dalle_cli import config
-    from dalle_cli.evaluation.doctor_overfit import ROWS
+    from dalle_cli.doctor.overfit import ROWS
 
     options = config.build(cls, case.weights.fact("train", dict), "train")
     known = {field.name for field in fields(cls)}
@@ -214,8 +214,8 @@ def pictures(case: Case, need_captions: bool = False) -> "tuple[Dataset, str]":
     """The data set as training read it, without what is left out; and its digest."""
     from dalle_cli import config
     from dalle_cli.data.datasets import open_dataset
+    from dalle_cli.data.exclude import leave_out
     from dalle_cli.data.filters import Filters
-    from dalle_cli.data.without import leave_out
 
     told = case.weights.history[-1].get("options", {}).get("data", {}) if case.weights.history else {}
     filters = config.build(Filters, told, "data")
@@ -225,9 +225,9 @@ def pictures(case: Case, need_captions: bool = False) -> "tuple[Dataset, str]":
 
 def dvae(case: Case, advance: Callable[[], None]) -> Seat:
     """A dVAE, on pictures."""
-    from dalle_cli import load
-    from dalle_cli.evaluation.doctor_codes import examine_dvae
-    from dalle_cli.evaluation.doctor_inputs import judged, read
+    from dalle_cli.doctor.codes import examine_dvae
+    from dalle_cli.doctor.inputs import judged, read
+    from dalle_cli.pipelines import loading as load
     from dalle_cli.training.dvae import DVAETask, DVAETrain
 
     model, (data, digest) = load.dvae(case.weights, case.machine.device), pictures(case)
@@ -246,10 +246,11 @@ def clip(case: Case, advance: Callable[[], None]) -> Seat:
     """A CLIP, on pictures with captions."""
     import torch
 
-    from dalle_cli import bundle, load
     from dalle_cli.data import tokenizer
-    from dalle_cli.evaluation.doctor_codes import examine_clip
-    from dalle_cli.evaluation.doctor_inputs import judged, read
+    from dalle_cli.doctor.codes import examine_clip
+    from dalle_cli.doctor.inputs import judged, read
+    from dalle_cli.hub import bundles as bundle
+    from dalle_cli.pipelines import loading as load
     from dalle_cli.training.clip import CLIPTask, CLIPTrain
 
     model, (data, digest) = load.clip(case.weights, case.machine.device), pictures(case, need_captions=True)
@@ -267,11 +268,12 @@ def clip(case: Case, advance: Callable[[], None]) -> Seat:
 
 def prior(case: Case, advance: Callable[[], None]) -> Seat:
     """A prior over codes, on captions and codes."""
-    from dalle_cli import bundle, load
     from dalle_cli.commands import judging
-    from dalle_cli.evaluation.doctor_codes import examine_prior
-    from dalle_cli.evaluation.doctor_inputs import judged
+    from dalle_cli.doctor.codes import examine_prior
+    from dalle_cli.doctor.inputs import judged
     from dalle_cli.evaluation.likelihood import Judge
+    from dalle_cli.hub import bundles as bundle
+    from dalle_cli.pipelines import loading as load
     from dalle_cli.training.prior import PriorTask, PriorTrain
 
     pairs = joined(case, "codes")
@@ -300,10 +302,10 @@ def joined(case: Case, kind: str) -> "Pairs":
     Raises:
         DalleError: of another tokenizer or encoder than the weights.
     """
-    from dalle_cli import bundle
     from dalle_cli.artifacts import open_artifact
+    from dalle_cli.data.exclude import leave_out
     from dalle_cli.data.pairs import Pairs
-    from dalle_cli.data.without import leave_out
+    from dalle_cli.hub import bundles as bundle
 
     texts, latents = open_artifact(case.inputs[0], "captions"), open_artifact(case.inputs[1], kind)
     for what, name, source in (("tokenizer", "tokenizer", texts), ("image encoder", "encoder", latents)):
@@ -314,10 +316,10 @@ def joined(case: Case, kind: str) -> "Pairs":
 
 def embedding_prior(case: Case, advance: Callable[[], None]) -> Seat:
     """A prior over embeddings, on captions and embeddings."""
-    from dalle_cli import load
-    from dalle_cli.evaluation.doctor_embeddings import examine
-    from dalle_cli.evaluation.doctor_inputs import judged, seen
+    from dalle_cli.doctor.embeddings import examine
+    from dalle_cli.doctor.inputs import judged, seen
     from dalle_cli.models.diffusion_prior import DiffusionPrior
+    from dalle_cli.pipelines import loading as load
     from dalle_cli.training.embedding_prior import AutoregressivePriorTask, DiffusionPriorTask, EmbeddingPriorTrain
 
     pairs = joined(case, "embeddings")
@@ -338,11 +340,12 @@ def embedding_prior(case: Case, advance: Callable[[], None]) -> Seat:
 
 def decoder(case: Case, advance: Callable[[], None]) -> Seat:
     """A decoder, on pictures, embeddings, and captions where it reads them."""
-    from dalle_cli import bundle, load
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.data.conditions import Conditions
-    from dalle_cli.evaluation.doctor_inputs import judged, read, told
-    from dalle_cli.evaluation.doctor_painting import examine_decoder
+    from dalle_cli.doctor.decoder import examine_decoder
+    from dalle_cli.doctor.inputs import judged, read, told
+    from dalle_cli.hub import bundles as bundle
+    from dalle_cli.pipelines import loading as load
     from dalle_cli.training.decoder import DecoderTask, DecoderTrain
 
     model, (data, digest) = load.decoder(case.weights, case.machine.device), pictures(case)
@@ -370,10 +373,10 @@ def decoder(case: Case, advance: Callable[[], None]) -> Seat:
 
 def upsampler(case: Case, advance: Callable[[], None]) -> Seat:
     """An upsampler, on pictures."""
-    from dalle_cli import load
-    from dalle_cli.evaluation.doctor_inputs import judged, read
-    from dalle_cli.evaluation.doctor_painting import examine_upsampler
-    from dalle_cli.sampling.painting import to_signed
+    from dalle_cli.doctor.decoder import examine_upsampler
+    from dalle_cli.doctor.inputs import judged, read
+    from dalle_cli.pipelines import loading as load
+    from dalle_cli.sampling.decoder import to_signed
     from dalle_cli.training.upsampler import UpsamplerTask, UpsamplerTrain
 
     model, (data, digest) = load.upsampler(case.weights, case.machine.device), pictures(case)

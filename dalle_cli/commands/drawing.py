@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle_cli import bundle, console
+from dalle_cli import console
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import bundles as bundle
 from dalle_cli.options import AUTO
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ class Drawer:
         import numpy as np
         import torch
 
-        from dalle_cli import load
         from dalle_cli.data import tokenizer as tokenizers
+        from dalle_cli.pipelines import loading as load
 
         self.weights, self.rows, self.settings, self.machine = weights, rows, s, machine
         self.compiled, self.kept = compiled, kept
@@ -187,8 +188,8 @@ def decoder(weights: "Artifact", encoder: str, source: object, machine: "Arithme
     Raises:
         DalleError: the codes were made by another.
     """
-    from dalle_cli import load
     from dalle_cli.models.packed import pack_pointwise
+    from dalle_cli.pipelines import loading as load
 
     bundle.check_digest("dVAE", weights.digest, encoder, source)
     return pack_pointwise(load.dvae(weights, machine.device), machine.dtype)
@@ -229,8 +230,8 @@ class Judge:
     """A CLIP with its tokenizer: scores pictures against captions."""
 
     def __init__(self, weights: "Artifact", machine: "Arithmetic"):
-        from dalle_cli import load
         from dalle_cli.data import tokenizer as tokenizers
+        from dalle_cli.pipelines import loading as load
 
         self.machine = machine
         self.clip = load.clip(weights, machine.device)
@@ -332,7 +333,7 @@ def save_sheet(
         DalleError: something that is no PNG lies there.
     """
     from dalle_cli.artifacts.container import replace_file
-    from dalle_cli.data.sheet import sheet
+    from dalle_cli.viz.grid import sheet
 
     check_png(path, force)
     alike = len(set(texts)) < len(texts)
@@ -347,7 +348,7 @@ def preview(pixels: list[Any], columns: int) -> None:
     import os
     import shutil
 
-    from dalle_cli.data.terminal import render
+    from dalle_cli.viz.terminal import render
 
     truecolor = os.environ.get("COLORTERM", "") in ("truecolor", "24bit")
     console.preview(render(pixels, shutil.get_terminal_size().columns, columns or None, truecolor))

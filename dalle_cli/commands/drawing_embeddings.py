@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dalle_cli import bundle, console
+from dalle_cli import console
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import bundles as bundle
 from dalle_cli.options import AUTO
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ class TextEncoder:
     """A CLIP's text side with its tokenizer."""
 
     def __init__(self, weights: "Artifact", machine: "Arithmetic"):
-        from dalle_cli import load
         from dalle_cli.data import tokenizer as tokenizers
+        from dalle_cli.pipelines import loading as load
 
         self.machine = machine
         self.clip = load.clip(weights, machine.device)
@@ -132,8 +133,8 @@ class EmbeddingDrawer:
         import numpy as np
         import torch
 
-        from dalle_cli import load
         from dalle_cli.data import tokenizer as tokenizers
+        from dalle_cli.pipelines import loading as load
         from dalle_cli.sampling.embeddings import Read
 
         self.weights, self.clip, self.rows, self.machine = weights, clip, rows, machine

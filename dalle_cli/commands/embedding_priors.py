@@ -54,7 +54,7 @@ def train_prior(
     from dalle_cli.artifacts import history
     from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
     from dalle_cli.models.embedding_prior import EmbeddingPriorConfig
-    from dalle_cli.training import beginning
+    from dalle_cli.training import warm_start as beginning
     from dalle_cli.training.embedding_prior import (
         AutoregressivePriorTask,
         DiffusionPriorTask,

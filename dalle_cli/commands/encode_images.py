@@ -62,8 +62,8 @@ def run(
 
     import numpy as np
 
-    from dalle_cli import bundle, console
     from dalle_cli import config as recipes
+    from dalle_cli import console
     from dalle_cli.artifacts import ShardWriter, history
     from dalle_cli.data.augment import by_name
     from dalle_cli.data.datasets import open_dataset
@@ -71,6 +71,7 @@ def run(
     from dalle_cli.data.loader import sequential
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
+    from dalle_cli.hub import bundles as bundle
     from dalle_cli.training.distributed import joined
 
     if repeats > 1 and augment == "center":
@@ -130,8 +131,8 @@ def to_codes(weights: "Artifact", machine: "Arithmetic") -> Encoder:
     """By a dVAE: (B, H, W)."""
     import numpy as np
 
-    from dalle_cli import load
     from dalle_cli.models.packed import pack_pointwise
+    from dalle_cli.pipelines import loading as load
 
     dvae = pack_pointwise(load.dvae(weights, machine.device), machine.dtype)
     grid, n_vocab = dvae.config.grid, dvae.config.n_vocab
@@ -146,8 +147,8 @@ def to_embeddings(weights: "Artifact", machine: "Arithmetic") -> Encoder:
     import torch
     from torch.nn import functional as F
 
-    from dalle_cli import load
     from dalle_cli.models.pixels import from_uint8
+    from dalle_cli.pipelines import loading as load
 
     clip = load.clip(weights, machine.device)
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dalle_cli.artifacts import Artifact
     from dalle_cli.devices import Arithmetic
     from dalle_cli.evaluation.features import ClipFeatures
-    from dalle_cli.evaluation.pictures import Comparison, Settings
+    from dalle_cli.evaluation.images import Comparison, Settings
 
 EXAMPLE = """dalle evaluate drawn.images.safetensors --reference photos/ --blur 0,1,2,4,8 -o scores.json --plot blur.png
 dalle evaluate dvae.safetensors --reference photos/ --sheet worst.png
@@ -108,9 +108,9 @@ def run(
 ) -> None:
     """Score pictures against real ones, or a dVAE or a prior on data."""
     from dalle_cli import console
+    from dalle_cli.artifacts.text import check_ours, json_fact, write_text
     from dalle_cli.errors import DalleError
-    from dalle_cli.evaluation.pictures import Settings
-    from dalle_cli.evaluation.plain import check_ours, json_fact, write_text
+    from dalle_cli.evaluation.images import Settings
     from dalle_cli.paths import given_or_piped
 
     given = inputs or [str(given_or_piped(None))]
@@ -218,15 +218,15 @@ def judge_pictures(
     from dataclasses import replace
 
     from dalle_cli.artifacts.container import replace_file
-    from dalle_cli.data import charts
-    from dalle_cli.data.without import leave_out
+    from dalle_cli.data.exclude import leave_out
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
-    from dalle_cli.evaluation import chart
     from dalle_cli.evaluation.cache import Pass
     from dalle_cli.evaluation.features import load_features
-    from dalle_cli.evaluation.pictures import Comparison, score
-    from dalle_cli.evaluation.sides import GENERATED, REFERENCE, open_side
+    from dalle_cli.evaluation.image_sets import GENERATED, REFERENCE, open_side
+    from dalle_cli.evaluation.images import Comparison, score
+    from dalle_cli.viz import charts
+    from dalle_cli.viz import metric_charts as chart
 
     if asked.reference is None:
         raise DalleError("expected real pictures to compare with, found none; give --reference DATASET")
@@ -256,9 +256,10 @@ def judge_pictures(
 
 def caption_judge(network: Any, asked: Asked, settings: "Settings", where: "Arithmetic") -> "ClipFeatures | None":
     """The CLIP that pictures are held against captions with: that of -m, else that of --features; None without one."""
-    from dalle_cli import bundle, console
+    from dalle_cli import console
     from dalle_cli.errors import DalleError
     from dalle_cli.evaluation.features import ClipFeatures
+    from dalle_cli.hub import bundles as bundle
 
     if settings.scores and "clip" not in settings.scores:
         return None
@@ -313,7 +314,7 @@ def judge_dvae(
     """Scores of a dVAE's reconstructions of pictures."""
     from dalle_cli.commands import judging
     from dalle_cli.errors import DalleError
-    from dalle_cli.evaluation.sides import open_pictures
+    from dalle_cli.evaluation.image_sets import open_pictures
 
     if len(given) > 1 or reference is None:
         found = f"{given[1]} after them" if len(given) > 1 else "none"
@@ -379,7 +380,7 @@ def as_text(told: dict[str, Any]) -> str:
 
 def table(told: dict[str, Any]) -> str:
     """The scores as lines for a person."""
-    from dalle_cli.evaluation.tabled import picture_rows, plain_rows, rendered
+    from dalle_cli.evaluation.tables import picture_rows, plain_rows, rendered
 
     if told["kind"] != "images":
         return rendered(["score", "value"], plain_rows(told["scores"]))

@@ -132,10 +132,11 @@ def run(
     force: Force = False,
 ) -> None:
     """Draw, decode, rerank and show pictures for a prompt, in one go."""
-    from dalle_cli import bundle, console
+    from dalle_cli import console
     from dalle_cli.artifacts.container import check_replaceable
     from dalle_cli.commands import drawing, generating
     from dalle_cli.devices import arithmetic
+    from dalle_cli.hub import bundles as bundle
     from dalle_cli.options import AUTO
     from dalle_cli.paths import after_prompt
 

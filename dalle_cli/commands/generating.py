@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dalle_cli import bundle
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import bundles as bundle
 from dalle_cli.options import AUTO, is_given, refuse
 
 if TYPE_CHECKING:

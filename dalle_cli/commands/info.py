@@ -39,7 +39,7 @@ def _files(path: Path) -> list[Path]:
     from dalle_cli.artifacts.container import SHARDS
 
     if not path.exists():
-        from dalle_cli.bundle import SHIPPED
+        from dalle_cli.hub.bundles import SHIPPED
 
         path = SHIPPED / path if (SHIPPED / path).is_dir() else path
     bundle = path.is_dir() and not any(path.glob(SHARDS))

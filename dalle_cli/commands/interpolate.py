@@ -42,7 +42,7 @@ def run(
     from dalle_cli.commands import exploring
     from dalle_cli.commands.painting import Asked
     from dalle_cli.devices import arithmetic
-    from dalle_cli.sampling.exploring import between, slerp
+    from dalle_cli.sampling.interpolation import between, slerp
 
     if noise not in NOISES:
         raise DalleError(f"expected --noise {' or '.join(NOISES)}, found {noise!r}; take one of them")

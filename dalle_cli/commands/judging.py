@@ -36,15 +36,15 @@ def judge_dvae(
     Raises:
         DalleError: no picture can be read, too few for the features, or no PNG lies where the sheet goes.
     """
-    from dalle_cli import load
     from dalle_cli.commands.drawing import check_png
+    from dalle_cli.data.exclude import leave_out
     from dalle_cli.data.loader import sequential
-    from dalle_cli.data.without import leave_out
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
     from dalle_cli.evaluation.features import load_features
     from dalle_cli.evaluation.reconstruction import Reconstructions, Shift
     from dalle_cli.paths import skip_list
+    from dalle_cli.pipelines import loading as load
 
     if sheet is not None:
         check_png(sheet, force)
@@ -129,7 +129,7 @@ def left_out(weights: "Artifact") -> str | None:
 
 def other_split(weights: "Artifact", gone: frozenset[str]) -> str | None:
     """What is wrong if training left ids out and these are not the same, so that it held out a part of others."""
-    from dalle_cli.data.without import told
+    from dalle_cli.data.exclude import told
 
     wanted, found = left_out(weights), told(gone).get("without")
     if wanted in (None, found):
@@ -148,7 +148,7 @@ def validation_share(weights: "Artifact") -> float | None:
 def draw_worst(path: Path, scores: "Reconstructions", ids: "Sequence[str]", size: int) -> None:
     """The pictures that were rebuilt worst, the worst first, each beside its reconstruction."""
     from dalle_cli.artifacts.container import replace_file
-    from dalle_cli.data.sheet import sheet
+    from dalle_cli.viz.grid import sheet
 
     pixels: list[Any] = []
     texts: list[str] = []
@@ -175,13 +175,14 @@ def judge_prior(
         DalleError: captions or codes of another tokenizer or encoder, nothing held out, other ids left out than by
             training, no matplotlib for the plot.
     """
-    from dalle_cli import console, load
+    from dalle_cli import console
     from dalle_cli.artifacts import open_artifact
-    from dalle_cli.data import charts
+    from dalle_cli.data.exclude import leave_out
     from dalle_cli.data.pairs import Pairs
-    from dalle_cli.data.without import leave_out
     from dalle_cli.devices import arithmetic
     from dalle_cli.evaluation.likelihood import Judge as Scores
+    from dalle_cli.pipelines import loading as load
+    from dalle_cli.viz import charts
 
     if plot is not None:
         charts.check(plot, force)
@@ -215,8 +216,8 @@ def judge_prior(
 
 def check_made_for(weights: "Artifact", prior: "Prior", captions: "Artifact", codes: "Artifact") -> None:
     """Raises: DalleError unless the prior was trained with the captions' tokenizer and the codes' encoder."""
-    from dalle_cli import bundle
     from dalle_cli.errors import DalleError
+    from dalle_cli.hub import bundles as bundle
 
     bundle.check_digest("tokenizer", captions.fact("tokenizer", str), weights.fact("tokenizer", str), weights.path)
     bundle.check_digest("image encoder", codes.fact("encoder", str), weights.fact("encoder", str), weights.path)
@@ -308,7 +309,7 @@ def caption_dropout(weights: "Artifact") -> object:
 def draw_grids(path: Path, judge: "Judge", title: str) -> None:
     """The heat maps: what codes cost by place, and what the caption saves there."""
     from dalle_cli.artifacts.container import replace_file
-    from dalle_cli.data.charts import Heat, Label, heat_maps, save
+    from dalle_cli.viz.charts import Heat, Label, heat_maps, save
 
     maps = [
         Heat(Label("image loss", "nats per code"), judge.grid(judge.by_position)),

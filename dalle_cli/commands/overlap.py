@@ -65,8 +65,8 @@ def run(
     from dalle_cli import console
     from dalle_cli.commands.drawing import check_png
     from dalle_cli.devices import arithmetic
+    from dalle_cli.evaluation.image_sets import open_pictures
     from dalle_cli.evaluation.overlap import Overlap, Reading, candidates, compare
-    from dalle_cli.evaluation.sides import open_pictures
 
     if of not in SIDES:
         raise DalleError(f"expected --of test or train, found {of!r}; choose one")
@@ -133,7 +133,7 @@ def check_list(out: Path, force: bool) -> None:
     Raises:
         DalleError: something else lies there, or the list is to be named as the pairs are.
     """
-    from dalle_cli.evaluation.plain import check_ours, head_of, json_fact
+    from dalle_cli.artifacts.text import check_ours, head_of, json_fact
 
     if out.suffix == ".json":
         raise DalleError(f"expected a list of ids such as {out.with_suffix('.txt')}, found {out}; the pairs go there")
@@ -145,8 +145,8 @@ def write(out: Path, found: "Overlap", of: str, made: dict[str, Any]) -> None:
     """The list of ids, and the pairs beside it."""
     import json
 
-    from dalle_cli.data.without import as_line
-    from dalle_cli.evaluation.plain import write_text
+    from dalle_cli.artifacts.text import write_text
+    from dalle_cli.data.exclude import as_line
 
     ids, pictures = found.ids(of), found.test if of == "test" else found.train
     said = f"{len(ids)} of {len(pictures)} pictures of {of.upper()}, by {made['features']} from {found.threshold:g} on"

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dalle_cli import bundle, console
+from dalle_cli import console
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import bundles as bundle
 
 if TYPE_CHECKING:
     from dalle_cli.artifacts import Artifact
     from dalle_cli.devices import Arithmetic
-    from dalle_cli.sampling.painting import Brush
+    from dalle_cli.sampling.decoder import Brush
 
 STEPS, SAMPLER, UPSAMPLER_STEPS = 20, "dpm++", 10
 
@@ -38,7 +39,7 @@ class Asked:
 
     def brushes(self) -> "tuple[Brush, Brush]":
         """The decoder's and the upsamplers'."""
-        from dalle_cli.sampling.painting import Brush
+        from dalle_cli.sampling.decoder import Brush
 
         sampler, eta = self.sampler or SAMPLER, self.eta or 0.0
         guidance = 1.0 if self.guidance is None else self.guidance
@@ -53,9 +54,9 @@ class Painter:
 
     def __init__(self, model: str | None, asked: Asked, machine: "Arithmetic"):
         """Raises: DalleError for weights that are missing or do not follow each other."""
-        from dalle_cli import load
         from dalle_cli.data import tokenizer as tokenizers
-        from dalle_cli.sampling.painting import chained
+        from dalle_cli.pipelines import loading as load
+        from dalle_cli.sampling.decoder import chained
 
         self.weights = bundle.weights(model, "weights.decoder")
         self.brush, self.upsampler_brush = asked.brushes()
@@ -102,7 +103,7 @@ class Painter:
         import torch
 
         from dalle_cli.diffusion.noise import row_noise
-        from dalle_cli.sampling.painting import paint, upsample
+        from dalle_cli.sampling.decoder import paint, upsample
 
         tokens, lengths = self._tokens(list(texts) if texts is not None else [""] * len(numbers))
         rows = torch.from_numpy(np.asarray(embeddings).astype(np.float32))
@@ -122,7 +123,7 @@ class Painter:
         import numpy as np
         import torch
 
-        from dalle_cli.sampling.painting import invert
+        from dalle_cli.sampling.decoder import invert
 
         tokens, lengths = self._tokens([""] * len(pictures))
         rows, pixels = torch.from_numpy(np.asarray(embeddings).astype(np.float32)), torch.from_numpy(pictures)

@@ -54,8 +54,8 @@ def again(asked: Asked, entry: dict[str, Any], source: object) -> Asked:
     Raises:
         DalleError: they are not given, or others are.
     """
-    from dalle_cli import bundle
     from dalle_cli.artifacts import digest_bytes
+    from dalle_cli.hub import bundles as bundle
 
     for name in ("image", "mask"):
         wanted, path = entry["inputs"].get(name), getattr(asked, name)
@@ -79,8 +79,8 @@ def of_bundle(asked: Asked, prior: "Artifact", model: str | None, machine: "Arit
     Raises:
         DalleError: it is another, or there is none; and as `read`.
     """
-    from dalle_cli import bundle
     from dalle_cli.commands.drawing import decoder
+    from dalle_cli.hub import bundles as bundle
 
     if asked.image is None:
         return None

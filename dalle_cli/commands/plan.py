@@ -12,8 +12,8 @@ from dalle_cli.options import Json, Sets
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dalle_cli.training.machines import Machine, Rate
-    from dalle_cli.training.plan import Memory, ModelPlan
+    from dalle_cli.planning.hardware import Machine, Rate
+    from dalle_cli.planning.plan import Memory, ModelPlan
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 MEMORY = {  # what of a memory's parts is called in the table
@@ -57,8 +57,9 @@ def run(
 
     from dalle_cli import config, console
     from dalle_cli.commands.embedding_priors import SECTION, chosen
-    from dalle_cli.training import machines, plan
-    from dalle_cli.training.subjects import subjects
+    from dalle_cli.planning import hardware as machines
+    from dalle_cli.planning import plan
+    from dalle_cli.planning.subjects import subjects
 
     table = config.read(recipe, sets)
     if SECTION in table:
@@ -103,7 +104,7 @@ def _page(plans: list["ModelPlan"], machine: "Machine", devices: int, pairs: int
     from rich.console import Console
     from rich.text import Text
 
-    from dalle_cli.training.plan import size
+    from dalle_cli.planning.plan import size
 
     terminal = Console().is_terminal
     page = Console(width=WIDTH, force_terminal=terminal, color_system="auto" if terminal else None)
@@ -138,7 +139,7 @@ def _grid(plans: list["ModelPlan"], devices: int, pairs: int | None) -> "Table":
 
 def _rows(plans: list["ModelPlan"], devices: int, pairs: int | None) -> list[tuple[str, list[str]]]:
     """The table's lines; a title begins at the margin."""
-    from dalle_cli.training.plan import size
+    from dalle_cli.planning.plan import size
 
     rows: list[tuple[str, list[str]]] = []
 
@@ -172,7 +173,7 @@ def _rows(plans: list["ModelPlan"], devices: int, pairs: int | None) -> list[tup
 
 def _notes(plans: list["ModelPlan"], machine: "Machine") -> list[str]:
     """Where the numbers come from, and what they leave out."""
-    from dalle_cli.training.plan import SLACK_GPU
+    from dalle_cli.planning.plan import SLACK_GPU
 
     sources = {p.rate.source: p.name for p in plans if p.rate}
     if len(sources) > 1:

@@ -37,8 +37,8 @@ def run(
     """Draw the curves of training runs, several in one picture."""
     from dalle_cli import console
     from dalle_cli.artifacts.container import replace_file
-    from dalle_cli.data import charts, curves
     from dalle_cli.paths import given_or_piped
+    from dalle_cli.viz import charts, curves
 
     paths = runs or [given_or_piped(None)]
     along = "step" if x is Axis.updates else "seconds"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dalle_cli.hub import Fetched
+    from dalle_cli.hub.transfer import Fetched
 
 EXAMPLE = "dalle pull hf://owner/repo@v1 -o model/"
 
@@ -22,8 +22,10 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Copy among, and over, files of something else.")] = False,
 ) -> None:
     """Fetch a bundle from a hub, and check it."""
-    from dalle_cli import bundle, console, hub
+    from dalle_cli import console
     from dalle_cli.errors import DalleError
+    from dalle_cli.hub import bundles as bundle
+    from dalle_cli.hub import transfer as hub
 
     fetched = hub.fetch(repository if repository.startswith(hub.SCHEME) else hub.SCHEME + repository)
     if out is not None:

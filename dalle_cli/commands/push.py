@@ -23,9 +23,12 @@ def run(
     ] = False,
 ) -> None:
     """Put a bundle into a hub's repository, with a model card."""
-    from dalle_cli import bundle, card, console, hub
+    from dalle_cli import console
     from dalle_cli.artifacts.container import replace_file
     from dalle_cli.errors import DalleError
+    from dalle_cli.hub import bundles as bundle
+    from dalle_cli.hub import card
+    from dalle_cli.hub import transfer as hub
 
     if model.startswith(hub.SCHEME):
         raise DalleError(f"expected a bundle on this machine, found {model}; `dalle pull {model} -o FOLDER` fetches it")
@@ -55,8 +58,8 @@ def _files(folder: Path, force: bool) -> list[Path]:
     """
     import json
 
-    from dalle_cli import hub
     from dalle_cli.errors import DalleError
+    from dalle_cli.hub import transfer as hub
 
     if not folder.is_dir():
         raise DalleError(f"expected a bundle, found a file: {folder}; give the folder that holds it")

@@ -40,10 +40,12 @@ def run(
     """Paint what the first principal components of a picture's CLIP embedding hold."""
     import torch
 
-    from dalle_cli import bundle, console, load
+    from dalle_cli import console
     from dalle_cli.commands import exploring
     from dalle_cli.commands.painting import Asked
     from dalle_cli.devices import arithmetic
+    from dalle_cli.hub import bundles as bundle
+    from dalle_cli.pipelines import loading as load
 
     source = exploring.read(picture)
     sheet = exploring.Sheet("reconstruct", [source], out, images, force)
@@ -70,7 +72,7 @@ def prior_of(model: str | None) -> "Artifact":
     Raises:
         DalleError: there is none.
     """
-    from dalle_cli import bundle
+    from dalle_cli.hub import bundles as bundle
 
     try:
         return bundle.weights(model, "weights.prior.embeddings")

@@ -31,9 +31,11 @@ def run(
 ) -> None:
     """Write one HTML page of a run: curves, pictures, scores, and the history of every artifact."""
     from dalle_cli import console
-    from dalle_cli.evaluation import findings, html, report
-    from dalle_cli.evaluation.plain import write_text
+    from dalle_cli.artifacts.text import write_text
     from dalle_cli.paths import given_or_piped
+    from dalle_cli.report import html
+    from dalle_cli.report import page as report
+    from dalle_cli.report import scan as findings
 
     source = given_or_piped(path)
     target = out or _target(source)

@@ -96,9 +96,9 @@ def judge(
     by: str, model: str | None, machine: "Arithmetic", pictures: "Artifact", codes: Path | None
 ) -> "tuple[Any, Callable[[Any, list[str]], Any], dict[str, Artifact | str]]":
     """The column that is scored, what scores B rows of it against B captions, (B,) float32, and a history's inputs."""
-    from dalle_cli import bundle
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.commands import drawing, scoring
+    from dalle_cli.hub import bundles as bundle
 
     if by == "clip":
         clip = bundle.weights(model, "weights.clip")

@@ -78,13 +78,14 @@ def run(
     force: Force = False,
 ) -> None:
     """Draw codes, or CLIP embeddings, for a prompt from a prior."""
-    from dalle_cli import bundle, console
+    from dalle_cli import console
     from dalle_cli.artifacts import write_artifact
     from dalle_cli.artifacts.container import check_replaceable
     from dalle_cli.commands import drawing, drawn_with, picture_prompt
     from dalle_cli.config import build
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
+    from dalle_cli.hub import bundles as bundle
     from dalle_cli.paths import after_prompt, beside
 
     told: dict[str, Any] = {

@@ -6,8 +6,9 @@ Shapes: B pictures of a batch, T caption length, W side of the code grid, S side
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dalle_cli import bundle, console
+from dalle_cli import console
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import bundles as bundle
 
 if TYPE_CHECKING:
     from dalle_cli.artifacts import Artifact
@@ -32,9 +33,9 @@ class Scorer:
     """
 
     def __init__(self, model: str | None, machine: "Arithmetic", by: str, pictures: bool):
-        from dalle_cli import load
         from dalle_cli.commands.drawing import decoder
         from dalle_cli.data import tokenizer as tokenizers
+        from dalle_cli.pipelines import loading as load
 
         self.weights, self.machine, self.by = bundle.weights(model, "weights.prior.codes"), machine, by
         self.encoder, self.cut = self.weights.fact("encoder", str), False

@@ -63,9 +63,9 @@ def run(
 def _page(a: Path, b: Path, out: Path | None, prompts: Path | None, votes: int, seed: int, force: bool) -> None:
     from dalle_cli import console
     from dalle_cli.artifacts import open_artifact
+    from dalle_cli.artifacts.text import write_text
     from dalle_cli.commands import drawing
-    from dalle_cli.evaluation import html, survey
-    from dalle_cli.evaluation.plain import write_text
+    from dalle_cli.report import html, survey
 
     target = out or a.with_name("survey.html")
     html.check_page(target, survey.GENERATOR, force)
@@ -78,7 +78,7 @@ def _page(a: Path, b: Path, out: Path | None, prompts: Path | None, votes: int, 
 
 def _tally(files: list[Path], out: Path | None, seed: int, as_json: bool, force: bool) -> None:
     from dalle_cli import console
-    from dalle_cli.evaluation import survey
+    from dalle_cli.report import survey
 
     if not files:
         raise DalleError("expected files of votes, found none; give those that the page saved")

@@ -32,8 +32,8 @@ def run(
     """Turn a data set's captions into tokens, and with a CLIP into embeddings, too."""
     from dataclasses import asdict
 
-    from dalle_cli import bundle, console
     from dalle_cli import config as recipes
+    from dalle_cli import console
     from dalle_cli.artifacts import Artifact, ShardWriter, history
     from dalle_cli.commands.drawing_embeddings import TextEncoder
     from dalle_cli.data import tokenizer as tokenizers
@@ -41,6 +41,7 @@ def run(
     from dalle_cli.data.filters import Filters
     from dalle_cli.data.tokenizer import TokenizerConfig
     from dalle_cli.devices import arithmetic
+    from dalle_cli.hub import bundles as bundle
     from dalle_cli.paths import skip_list
 
     table = recipes.read(config, sets)

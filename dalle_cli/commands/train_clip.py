@@ -42,12 +42,12 @@ def run(
     from dalle_cli.artifacts import history
     from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.data.datasets import open_dataset
+    from dalle_cli.data.exclude import leave_out, told
     from dalle_cli.data.filters import Filters
-    from dalle_cli.data.without import leave_out, told
     from dalle_cli.devices import arithmetic
     from dalle_cli.models.clip import CLIPConfig
     from dalle_cli.paths import skip_list
-    from dalle_cli.training import beginning
+    from dalle_cli.training import warm_start as beginning
     from dalle_cli.training.clip import CLIPTask, CLIPTrain
     from dalle_cli.training.distributed import joined
     from dalle_cli.training.loop import train

@@ -78,12 +78,12 @@ def run(
     from dalle_cli import console
     from dalle_cli.artifacts import history
     from dalle_cli.data.datasets import open_dataset
+    from dalle_cli.data.exclude import leave_out, told
     from dalle_cli.data.filters import Filters
-    from dalle_cli.data.without import leave_out, told
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
     from dalle_cli.paths import skip_list
-    from dalle_cli.training import beginning
+    from dalle_cli.training import warm_start as beginning
     from dalle_cli.training.distributed import joined
     from dalle_cli.training.loop import train
     from dalle_cli.training.run import Run
@@ -137,7 +137,7 @@ def decoder_of(
     from dalle_cli.devices import rank
     from dalle_cli.errors import DalleError
     from dalle_cli.models.decoder import DecoderConfig
-    from dalle_cli.training import beginning
+    from dalle_cli.training import warm_start as beginning
     from dalle_cli.training.decoder import DecoderTask, DecoderTrain
 
     if embeddings is None:
@@ -172,7 +172,7 @@ def upsampler_of(
 
     from dalle_cli import config as recipes
     from dalle_cli.models.upsampler import UpsamplerConfig
-    from dalle_cli.training import beginning
+    from dalle_cli.training import warm_start as beginning
     from dalle_cli.training.upsampler import UpsamplerTask, UpsamplerTrain
 
     known = beginning.sizes(start, {}, table.get(section, {}))

@@ -40,8 +40,8 @@ def run(
     from dalle_cli import console
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.commands import embedding_priors
+    from dalle_cli.data.exclude import leave_out, told
     from dalle_cli.data.pairs import Pairs
-    from dalle_cli.data.without import leave_out, told
     from dalle_cli.devices import arithmetic, rank
 
     texts, found = open_artifact(captions, "captions"), open_artifact(latents, "codes", "embeddings")
@@ -70,13 +70,13 @@ def over_codes(
     """
     from dataclasses import asdict
 
-    from dalle_cli import bundle
     from dalle_cli import config as recipes
     from dalle_cli.artifacts import history
     from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.errors import DalleError
+    from dalle_cli.hub import bundles as bundle
     from dalle_cli.models.prior import PriorConfig
-    from dalle_cli.training import beginning
+    from dalle_cli.training import warm_start as beginning
     from dalle_cli.training.loop import train
     from dalle_cli.training.prior import PriorTask, PriorTrain
     from dalle_cli.training.run import Run

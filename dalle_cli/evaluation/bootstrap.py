@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dalle_cli.evaluation.frechet import Floats, quick_frechet
-from dalle_cli.evaluation.stored import Rows
+from dalle_cli.evaluation.store import Rows
 
 FRECHET_ROWS = 5000  # of each side, at most, that are drawn from for the Frechet distance
 BLOCK = 1024

@@ -22,7 +22,7 @@ from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.blur import gaussian_blur
 from dalle_cli.evaluation.features import ClipFeatures, Features
-from dalle_cli.evaluation.sides import Side
+from dalle_cli.evaluation.image_sets import Side
 from dalle_cli.models.pixels import from_uint8
 
 SHARD = 1024  # rows; what a pass holds of each network and radius

@@ -12,13 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dalle_cli import bundle, load
 from dalle_cli.artifacts import Artifact, digest_file, open_artifact
 from dalle_cli.artifacts.container import read_header
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import bundles as bundle
 from dalle_cli.models.inception import WIDTHS, InceptionV3
+from dalle_cli.pipelines import loading as load
 
 # SHA-256 of pt_inception-2015-12-05-6726825d.pth, whose features the FID of the literature is made of.
 PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

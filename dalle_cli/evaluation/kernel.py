@@ -6,7 +6,7 @@ Shapes: N M rows of the two sides, D features, S rows of a subset.
 import numpy as np
 import numpy.typing as npt
 
-from dalle_cli.evaluation.stored import Rows
+from dalle_cli.evaluation.store import Rows
 
 Floats = npt.NDArray[np.float64]
 SUBSETS, SUBSET = 100, 1000  # as published

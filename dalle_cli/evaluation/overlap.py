@@ -20,12 +20,12 @@ from torch import Tensor
 from dalle_cli import console
 from dalle_cli.data.augment import Pixels, center
 from dalle_cli.data.loader import Pictures, sequential
-from dalle_cli.data.sheet import sheet
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation import likeness
+from dalle_cli.evaluation import similarity as likeness
 from dalle_cli.evaluation.features import Features
 from dalle_cli.evaluation.neighbors import Candidates, Ints, Nearest
 from dalle_cli.models.pixels import from_uint8
+from dalle_cli.viz.grid import sheet
 
 PAIRS = 64  # compared at once
 DIGITS = 4  # of a similarity: the rest depends on how many are computed at once

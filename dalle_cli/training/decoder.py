@@ -19,16 +19,16 @@ from dalle_cli.data.augment import by_name
 from dalle_cli.data.conditions import Conditions
 from dalle_cli.data.datasets import Dataset
 from dalle_cli.data.loader import Loader, sequential
-from dalle_cli.data.sheet import sheet
 from dalle_cli.data.split import split
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.process import Process
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder, DecoderConfig
-from dalle_cli.sampling.painting import Brush, paint, process, to_signed
+from dalle_cli.sampling.decoder import Brush, paint, process, to_signed
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.denoising import Bins, Draws, denoising, drawn, made_ahead
 from dalle_cli.training.loop import Batch, mix
+from dalle_cli.viz.grid import sheet
 
 VALIDATION_BATCH = 32
 N_PICKS = 4  # of the embedding and of the caption among several, and whether each is dropped

@@ -17,7 +17,7 @@ from torch import Tensor
 from dalle_cli.diffusion.losses import by_timestep, losses
 from dalle_cli.diffusion.noise import noise_for
 from dalle_cli.diffusion.process import Process
-from dalle_cli.sampling.painting import to_signed
+from dalle_cli.sampling.decoder import to_signed
 
 AHEAD = 2  # batches whose draws lie ready
 N_BINS = 4  # of the timesteps, for validation

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dalle_cli import devices
 from dalle_cli.data.skips import SkipLog
 from dalle_cli.errors import DalleError
-from dalle_cli.training import pieces
+from dalle_cli.training import shards as pieces
 from dalle_cli.training.run import Run
 
 T = TypeVar("T")

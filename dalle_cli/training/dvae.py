@@ -14,7 +14,6 @@ from dalle_cli import console
 from dalle_cli.data.augment import by_name
 from dalle_cli.data.datasets import Dataset
 from dalle_cli.data.loader import Loader, sequential
-from dalle_cli.data.sheet import sheet
 from dalle_cli.data.split import split
 from dalle_cli.errors import DalleError
 from dalle_cli.models.dvae import DVAE, DVAEConfig
@@ -23,6 +22,7 @@ from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.distributed import from_first
 from dalle_cli.training.loop import Batch, mix
 from dalle_cli.training.schedules import cosine
+from dalle_cli.viz.grid import sheet
 
 VALIDATION_BATCH = 32
 SHEET_PICTURES = 12

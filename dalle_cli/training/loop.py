@@ -19,18 +19,18 @@ from dalle_cli.artifacts import Artifact
 from dalle_cli.artifacts.weights import stored_as
 from dalle_cli.devices import Arithmetic, compiled, keep_freed_memory
 from dalle_cli.errors import DalleError
-from dalle_cli.training.beginning import begin
 from dalle_cli.training.blocks import blocks, recomputed, surround
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.distributed import Alone, Group, Replicas, Shares, joined
-from dalle_cli.training.figures import Averages, Meter, Silent
 from dalle_cli.training.interrupt import Interrupt
+from dalle_cli.training.metrics import Averages, Meter, Silent
 from dalle_cli.training.optim import EMA, load_optimizer_state, optimizer_state, optimizers
-from dalle_cli.training.pieces import whole
 from dalle_cli.training.run import Board, Run
 from dalle_cli.training.scaling import BlockScales
 from dalle_cli.training.schedules import Plateau, learning_rate
 from dalle_cli.training.sharding import Shards
+from dalle_cli.training.shards import whole
+from dalle_cli.training.warm_start import begin
 
 Batch = tuple[Tensor, ...]
 

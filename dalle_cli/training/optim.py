@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
 from dalle_cli.training.config import TrainConfig
-from dalle_cli.training.pieces import local
+from dalle_cli.training.shards import local
 
 
 def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:

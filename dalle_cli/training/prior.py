@@ -15,20 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dalle_cli import load
 from dalle_cli.artifacts import Artifact
 from dalle_cli.data.order import Order
 from dalle_cli.data.pairs import Ints, Pairs
-from dalle_cli.data.sheet import sheet
 from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.errors import DalleError
 from dalle_cli.models.dvae import DVAE
 from dalle_cli.models.pixels import to_uint8
 from dalle_cli.models.prior import Prior, PriorConfig, disturb_codes, drop_captions
+from dalle_cli.pipelines import loading as load
 from dalle_cli.sampling.autoregressive import sample_codes
 from dalle_cli.sampling.sketches import N_TIMESTEP, redraw_sketches, sketch_losses
 from dalle_cli.training.config import TrainConfig, check_drawing
 from dalle_cli.training.loop import Batch, mix
+from dalle_cli.viz.grid import sheet
 
 VALIDATION_BATCH = 64
 COLORS_AT_ONCE = 256  # codes

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
 from dalle_cli.training.blocks import blocks, surround
-from dalle_cli.training.pieces import local
+from dalle_cli.training.shards import local
 
 FIRST, LEAST, MOST = 13.0, 7.0, 24.0  # log2 of a scale at the beginning and of its bounds
 RISE = 1 / 1000  # added to log2 of a scale after an update of finite gradients

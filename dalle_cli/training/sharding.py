@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
-from dalle_cli.training import pieces
+from dalle_cli.training import shards as pieces
 from dalle_cli.training.blocks import blocks
 from dalle_cli.training.distributed import Alone, Computes, Group
 from dalle_cli.training.run import Run

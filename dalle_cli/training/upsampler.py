@@ -18,15 +18,15 @@ from dalle_cli.data import augment, degrade
 from dalle_cli.data.augment import Pixels
 from dalle_cli.data.datasets import Dataset
 from dalle_cli.data.loader import Loader, sequential
-from dalle_cli.data.sheet import sheet
 from dalle_cli.data.split import split
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge
-from dalle_cli.sampling.painting import Brush, process, to_signed, to_stored, upsample
+from dalle_cli.sampling.decoder import Brush, process, to_signed, to_stored, upsample
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.denoising import Bins, Draws, denoising, drawn, made_ahead
 from dalle_cli.training.loop import Batch, mix
+from dalle_cli.viz.grid import sheet
 
 VALIDATION_BATCH = 16
 _DEGRADE = 4  # the last word of a seed, as in data/loader.py

@@ -101,8 +101,8 @@ def write_stand_ins(args: argparse.Namespace) -> None:
     if args.by == "reconstruction":
         from rates import dvae_codes
 
-        from dalle_cli import bundle
         from dalle_cli.devices import arithmetic
+        from dalle_cli.hub import bundles as bundle
 
         weights = bundle.weights(args.model, "weights.dvae")
         shown = dvae_codes(weights, [e.picture for e in true], arithmetic("cpu", "float32"))[1]
@@ -201,8 +201,8 @@ def count_bits(args: argparse.Namespace) -> None:
     """Print bits per picture as codes, PNG and WebP."""
     from rates import Kept, decibels, dvae_codes, others, prior_bits
 
-    from dalle_cli import bundle
     from dalle_cli.devices import arithmetic
+    from dalle_cli.hub import bundles as bundle
 
     machine = arithmetic("cpu", "float32")
     encoder = bundle.weights(args.model, "weights.dvae")
@@ -250,7 +250,7 @@ def draw_sheet(args: argparse.Namespace) -> None:
     """Draw a sheet: of each prompt the true picture, if there is one, and what was drawn; or --blind, for a judge."""
     from dalle_cli.artifacts.container import replace_file
     from dalle_cli.commands.drawing import check_png
-    from dalle_cli.data.sheet import sheet
+    from dalle_cli.viz.grid import sheet
 
     check_png(args.out, True)
     asked = read_list(args.list)

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from withheld import Pixels
 
-from dalle_cli import bundle, load
 from dalle_cli.artifacts import Artifact
 from dalle_cli.commands import drawing
 from dalle_cli.commands.encode_images import encode
@@ -23,6 +22,8 @@ from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.likelihood import nats
 from dalle_cli.evaluation.reconstruction import psnr, squared_error
+from dalle_cli.hub import bundles as bundle
+from dalle_cli.pipelines import loading as load
 
 AT_ONCE = 32
 METHOD = 6  # of WebP: the slowest, smallest

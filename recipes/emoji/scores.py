@@ -13,7 +13,7 @@ import numpy as np
 
 from dalle_cli.artifacts import history, open_artifact, write_artifact
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation.sides import REFERENCE, Side, open_side
+from dalle_cli.evaluation.image_sets import REFERENCE, Side, open_side
 
 
 def titles(side: Side) -> dict[str, str]:
@@ -42,11 +42,12 @@ def write_prompts(args: argparse.Namespace) -> None:
 
 def write_rebuilt(args: argparse.Namespace) -> None:
     """Write what a dVAE makes of the same pictures, with their captions."""
-    from dalle_cli import bundle, load
     from dalle_cli.commands import drawing
     from dalle_cli.commands.encode_images import encode
     from dalle_cli.data.loader import sequential
     from dalle_cli.devices import arithmetic
+    from dalle_cli.hub import bundles as bundle
+    from dalle_cli.pipelines import loading as load
 
     side, machine = open_side(REFERENCE, str(args.dataset), args.count), arithmetic("auto", "float32")
     weights, texts = bundle.weights(args.model, "weights.dvae"), titles(side)
@@ -61,7 +62,7 @@ def write_rebuilt(args: argparse.Namespace) -> None:
 
 def write_mistitled(args: argparse.Namespace) -> None:
     """Write the same pictures, each with the caption of another."""
-    from dalle_cli.evaluation.matches import shuffled
+    from dalle_cli.evaluation.retrieval import shuffled
 
     drawn = open_artifact(args.images, "images")
     names = sorted(set(texts := list(drawn.strings("text"))))
@@ -75,7 +76,7 @@ def write_mistitled(args: argparse.Namespace) -> None:
 
 def print_table(args: argparse.Namespace) -> None:
     """Print a row for each NAME=FILE that `evaluate` wrote, a column for each score, as Markdown."""
-    from dalle_cli.evaluation.tabled import picture_rows
+    from dalle_cli.evaluation.tables import picture_rows
 
     names, files = zip(*(row.rsplit("=", 1) for row in args.rows), strict=True)
     told = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]

@@ -25,10 +25,10 @@ from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.blur import gaussian_blur
 from dalle_cli.evaluation.cache import Pass
 from dalle_cli.evaluation.features import ClipFeatures, Features, load_features, title
-from dalle_cli.evaluation.matches import shuffled
-from dalle_cli.evaluation.pictures import Comparison, Settings, score
-from dalle_cli.evaluation.sides import GENERATED, Side, open_side
-from dalle_cli.evaluation.tabled import NAMES
+from dalle_cli.evaluation.image_sets import GENERATED, Side, open_side
+from dalle_cli.evaluation.images import Comparison, Settings, score
+from dalle_cli.evaluation.retrieval import shuffled
+from dalle_cli.evaluation.tables import NAMES
 from dalle_cli.models.pixels import from_uint8, to_uint8
 
 DOSES: dict[str, Sequence[float]] = {

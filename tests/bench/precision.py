@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_cli import load
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.data.pairs import Pairs
 from dalle_cli.devices import autocast
 from dalle_cli.models.packed import pack
 from dalle_cli.models.pixels import from_uint8, to_uint8
+from dalle_cli.pipelines import loading as load
 from dalle_cli.sampling.autoregressive import draw, uniforms
 
 CPU = torch.device("cpu")

@@ -24,9 +24,9 @@ from dalle_cli.devices import arithmetic
 from dalle_cli.evaluation.cache import Pass, collect
 from dalle_cli.evaluation.features import load_features
 from dalle_cli.evaluation.frechet import Moments, between
-from dalle_cli.evaluation.pictures import Comparison, Settings, score
-from dalle_cli.evaluation.sides import GENERATED, REFERENCE, Side, open_side
-from dalle_cli.evaluation.stored import Rows
+from dalle_cli.evaluation.image_sets import GENERATED, REFERENCE, Side, open_side
+from dalle_cli.evaluation.images import Comparison, Settings, score
+from dalle_cli.evaluation.store import Rows
 from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.inception import InceptionV3
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_cli.diffusion.noise import noise_for
-from dalle_cli.evaluation.doctor import Finding, at_least, at_most, dropped, gain, noise_bins, unit_scale
+from dalle_cli.doctor.checks import Finding, at_least, at_most, dropped, gain, noise_bins, unit_scale
 from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.models.embedding_prior import EmbeddingPrior
 from dalle_cli.sampling.embeddings import Read, autoregressed, diffused, process_of

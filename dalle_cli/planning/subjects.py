@@ -19,15 +19,15 @@ from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 from dalle_cli.models.embedding_prior import EmbeddingPrior, EmbeddingPriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge
+from dalle_cli.planning import standin
+from dalle_cli.planning.standin import Loss, Subject, caption_sizes
+from dalle_cli.sampling.decoder import process
 from dalle_cli.sampling.embeddings import process_of
-from dalle_cli.sampling.painting import process
-from dalle_cli.training import standin
 from dalle_cli.training.clip import CLIPTrain
 from dalle_cli.training.decoder import DecoderTrain, loss_of
 from dalle_cli.training.denoising import denoising
 from dalle_cli.training.embedding_prior import EmbeddingPriorTrain
 from dalle_cli.training.loop import Batch
-from dalle_cli.training.standin import Loss, Subject, caption_sizes
 from dalle_cli.training.upsampler import UpsamplerTrain
 
 

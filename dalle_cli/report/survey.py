@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from dalle_cli import console
 from dalle_cli.artifacts import Artifact, digest_bytes
+from dalle_cli.artifacts.text import check_ours, json_fact, write_text
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation import html
-from dalle_cli.evaluation.plain import check_ours, json_fact, write_text
+from dalle_cli.report import html
 
 QUESTIONS = {"realistic": "Which picture is more realistic?", "matches": "Which picture matches the caption better?"}
 GENERATOR = "dalle survey"

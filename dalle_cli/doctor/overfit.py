@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dalle_cli.evaluation.doctor import BAD, OK, Finding
+from dalle_cli.doctor.checks import BAD, OK, Finding
 
 ROWS = 8
 UPDATES, SHARE = 200, 0.1  # within so many updates the error must fall to this share of its start

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from dalle_cli.evaluation import gallery
-from dalle_cli.evaluation.findings import Findings, Training
-from dalle_cli.evaluation.gallery import Drawn, Set
-from dalle_cli.evaluation.markup import Html, count, el, join
+from dalle_cli.report import images as gallery
+from dalle_cli.report.images import Drawn, Set
+from dalle_cli.report.markup import Html, count, el, join
+from dalle_cli.report.scan import Findings, Training
 
 AT_FIRST = 10  # prompts that are in sight; the others unfold
 NO_SIDES: dict[str, int] = {}

@@ -19,13 +19,13 @@ from dalle_cli import config as recipes
 from dalle_cli.models import embeddings, unet
 from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.dvae import DVAEConfig
+from dalle_cli.planning.hardware import Machine, Rate
+from dalle_cli.planning.memory import Rehearsal, rehearse
+from dalle_cli.planning.standin import Subject, caption_sizes, prior_config
+from dalle_cli.planning.subjects import conditions
 from dalle_cli.training.blocks import blocks
 from dalle_cli.training.dvae import DVAETrain
-from dalle_cli.training.machines import Machine, Rate
 from dalle_cli.training.optim import optimizers
-from dalle_cli.training.rehearsal import Rehearsal, rehearse
-from dalle_cli.training.standin import Subject, caption_sizes, prior_config
-from dalle_cli.training.subjects import conditions
 
 REHEARSED = 64  # rows of a batch; what a larger one takes follows from that
 MOST_DEVICES = 1 << 20

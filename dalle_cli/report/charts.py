@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
-from dalle_cli.data.charts import LABELS, LINEAR, LOG_RANGE, MOST_STEPS, Label
-from dalle_cli.data.curves import Curves, Line, choose
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation.markup import Attributes, Html, el, join, number
+from dalle_cli.report.markup import Attributes, Html, el, join, number
+from dalle_cli.viz.charts import LABELS, LINEAR, LOG_RANGE, MOST_STEPS, Label
+from dalle_cli.viz.curves import Curves, Line, choose
 
 WIDE, HIGH = 360, 200  # of a panel, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 40, 44, 10, 24  # around the curves

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dalle_cli import __version__
-from dalle_cli.data.charts import LABELS, Label
-from dalle_cli.evaluation import dossiers, exhibits, html, json_tables, lineage, panels
-from dalle_cli.evaluation.findings import Findings, Item, Training
-from dalle_cli.evaluation.markup import Html, count, duration, el, join, number, size, text
+from dalle_cli.report import charts as panels
+from dalle_cli.report import details as dossiers
+from dalle_cli.report import html, json_tables, lineage
+from dalle_cli.report import sections as exhibits
+from dalle_cli.report.markup import Html, count, duration, el, join, number, size, text
+from dalle_cli.report.scan import Findings, Item, Training
+from dalle_cli.viz.charts import LABELS, Label
 
 GENERATOR = "dalle report"
 HERE = Path(__file__).parent

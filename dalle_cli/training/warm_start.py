@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from dalle_cli import bundle
 from dalle_cli.artifacts import Artifact
 from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import bundles as bundle
 
 FREE = ("dropout",)  # settings of a model that its weights say nothing of
 LATER = ("sketch", "sketch_width")  # sizes of what a token prior may be given later, as it changes little at first

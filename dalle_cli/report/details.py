@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dalle_cli.artifacts import Artifact
-from dalle_cli.evaluation import json_tables
-from dalle_cli.evaluation.findings import Item
-from dalle_cli.evaluation.markup import Html, count, el, join, number, size
+from dalle_cli.report import json_tables
+from dalle_cli.report.markup import Html, count, el, join, number, size
+from dalle_cli.report.scan import Item
 
 MOST_PARTS = 24
 

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dalle_cli.data.charts import COLORS, DPI, FAINT, HIGH, STYLE, WIDE, check_drawable
+from dalle_cli.viz.charts import COLORS, DPI, FAINT, HIGH, STYLE, WIDE, check_drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

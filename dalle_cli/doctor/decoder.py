@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from dalle_cli.diffusion.losses import losses
 from dalle_cli.diffusion.noise import noise_for, row_noise
 from dalle_cli.diffusion.process import Process, target
-from dalle_cli.evaluation.doctor import Finding, at_least, dropped, gain, noise_bins, unit_scale
+from dalle_cli.doctor.checks import Finding, at_least, dropped, gain, noise_bins, unit_scale
 from dalle_cli.models.decoder import Decoder
 from dalle_cli.models.upsampler import Upsampler, enlarge
-from dalle_cli.sampling.painting import Brush, paint, process, to_signed
+from dalle_cli.sampling.decoder import Brush, paint, process, to_signed
 
 GOLDEN = (5**0.5 - 1) / 2
 GUIDANCE, STEPS = 3.0, 8  # of what is painted

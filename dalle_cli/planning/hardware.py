@@ -8,9 +8,9 @@ import torch
 
 from dalle_cli.devices import Arithmetic, arithmetic, peak_flops
 from dalle_cli.errors import DalleError
+from dalle_cli.planning.standin import Subject, stand_in
 from dalle_cli.training.loop import Trainer
 from dalle_cli.training.run import Run
-from dalle_cli.training.standin import Subject, stand_in
 
 USED = 0.3  # of a data sheet's speed, assumed: what transformers reach without kernels made for them
 WHOLE_GB = 10**9  # sold as 16 GB means 16 GiB: the 7% between stay for the driver, and for what lies between tensors

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dalle_cli.evaluation.markup import Html, el, is_digest, join, number, short
+from dalle_cli.report.markup import Html, el, is_digest, join, number, short
 
 MOST_ROWS, MOST_DEEP = 60, 6
 MOST_RECORDS = 8  # side by side

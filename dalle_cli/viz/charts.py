@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dalle_cli.data.curves import Curves, Line
 from dalle_cli.errors import DalleError
+from dalle_cli.viz.curves import Curves, Line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

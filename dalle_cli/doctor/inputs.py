@@ -12,9 +12,9 @@ from torch import Tensor
 from dalle_cli.data.conditions import Conditions
 from dalle_cli.data.loader import Pictures, sequential
 from dalle_cli.data.pairs import Ints, Pairs
+from dalle_cli.doctor.decoder import Told
+from dalle_cli.doctor.embeddings import Seen
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation.doctor_embeddings import Seen
-from dalle_cli.evaluation.doctor_painting import Told
 from dalle_cli.evaluation.likelihood import strangers
 from dalle_cli.sampling.embeddings import Read
 

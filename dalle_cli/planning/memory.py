@@ -25,11 +25,11 @@ from torch.utils.flop_counter import flop_registry
 from dalle_cli.devices import Arithmetic
 from dalle_cli.models import clip
 from dalle_cli.models.attention import Pattern
+from dalle_cli.planning.heap import ORDERS, Heap
+from dalle_cli.planning.standin import Subject, stand_in
 from dalle_cli.training.config import TrainConfig
-from dalle_cli.training.heap import ORDERS, Heap
 from dalle_cli.training.loop import Trainer
 from dalle_cli.training.run import Run
-from dalle_cli.training.standin import Subject, stand_in
 
 aten = torch.ops.aten
 DRAWN = (aten.exponential_.default, aten.normal_.default, aten.uniform_.default, aten.bernoulli_.float)

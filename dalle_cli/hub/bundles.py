@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_cli import hub
 from dalle_cli.artifacts import Artifact, digest_file, open_artifact
 from dalle_cli.artifacts.container import read_header
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import transfer as hub
 
-SHIPPED = Path(__file__).parent / "bundles"
+SHIPPED = Path(__file__).parents[1] / "bundles"
 DEFAULTS = ("emoji", "shapes")  # of which the first that is shipped is what no -m means
 UPSAMPLER = "weights.upsampler"
 

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from dalle_cli.artifacts import Artifact
-from dalle_cli.evaluation.findings import Item
-from dalle_cli.evaluation.html import data_uri
+from dalle_cli.report.html import data_uri
+from dalle_cli.report.scan import Item
 
 SHEET_BYTES, DRAWN_BYTES, LOOSE_BYTES = 3_000_000, 4_000_000, 1_500_000  # of data URIs, of a page
 MOST_SHEETS = 8  # of one training

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from dalle_cli.evaluation.doctor import BAD, OK, WARNING, Finding, at_least, at_most, dropped, surely_above
+from dalle_cli.doctor.checks import BAD, OK, WARNING, Finding, at_least, at_most, dropped, surely_above
 from dalle_cli.evaluation.reconstruction import psnr, squared_error, usage
 from dalle_cli.models.clip import CLIP, equal_captions
 from dalle_cli.models.dvae import DVAE

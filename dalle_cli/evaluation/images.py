@@ -13,12 +13,13 @@ import numpy.typing as npt
 
 from dalle_cli.artifacts import Artifact
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation import bootstrap, classes, kernel, manifold, matches
+from dalle_cli.evaluation import bootstrap, classes, kernel, manifold
+from dalle_cli.evaluation import retrieval as matches
 from dalle_cli.evaluation.cache import Pass, caption_embeddings, collect
 from dalle_cli.evaluation.features import ClipFeatures, Features, title
 from dalle_cli.evaluation.frechet import Moments, between
-from dalle_cli.evaluation.sides import GENERATED, REFERENCE, Side
-from dalle_cli.evaluation.stored import Rows
+from dalle_cli.evaluation.image_sets import GENERATED, REFERENCE, Side
+from dalle_cli.evaluation.store import Rows
 
 MANIFOLD_ROWS = 10_000  # of each side, at most, for precision and recall, whose work grows with their square
 CANDIDATES = 100  # pictures that retrieval chooses among

@@ -11,9 +11,9 @@ from typing import Any
 from dalle_cli import console
 from dalle_cli.artifacts import Artifact, digest_file, open_artifact
 from dalle_cli.artifacts.container import SHARDS
-from dalle_cli.data import curves
-from dalle_cli.data.curves import Curves
 from dalle_cli.errors import DalleError
+from dalle_cli.viz import curves
+from dalle_cli.viz.curves import Curves
 
 HASHED = 64 * 10**9  # bytes that are read for digests; what is beyond is not linked to what was made from it
 MOST_FILES = 400  # artifacts of one page

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from dalle_cli.evaluation.findings import Item
-from dalle_cli.evaluation.markup import Attributes, Html, el, join
+from dalle_cli.report.markup import Attributes, Html, el, join
+from dalle_cli.report.scan import Item
 
 WIDE, HIGH = 136, 40  # of a box
 ACROSS, DOWN, LANE = 36, 12, 16  # between columns, between boxes, height of a line that passes a column

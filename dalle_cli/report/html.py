@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dalle_cli.evaluation.plain import check_ours, head_of
+from dalle_cli.artifacts.text import check_ours, head_of
 
 
 def data_uri(picture: NDArray[np.uint8] | Image.Image) -> str:

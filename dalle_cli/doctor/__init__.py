@@ -1,0 +1,1 @@
+"""The usual failures of a trained model."""

@@ -1,0 +1,1 @@
+"""Bundles: find, fetch and send them; the model card."""

@@ -1,0 +1,1 @@
+"""Memory, arithmetic and time of a recipe."""
