@@ -1,0 +1,85 @@
+"""A CLIP that embeds images and captions and scores how well they fit.
+
+Shapes: B batch, N captions, D width of an embedding, S side of the images in pixels.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dalle_cli.artifacts import Artifact
+from dalle_cli.data import tokenizer as tokenizers
+from dalle_cli.data.tokenizer import Tokenizer
+from dalle_cli.devices import Arithmetic
+from dalle_cli.hub import bundles
+from dalle_cli.models.pixels import from_uint8
+from dalle_cli.pipelines import loading
+
+BATCH = 256  # captions that are embedded at once
+
+
+class ClipScorer:
+    """A CLIP with its tokenizer, which is read when the first caption comes."""
+
+    kind = "embeddings"
+
+    def __init__(self, weights: Artifact, machine: Arithmetic):
+        self.weights, self.machine = weights, machine
+        self.clip = loading.clip(weights, machine.device)
+        self.size, self.width = self.clip.config.image_size, self.clip.config.n_proj
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the CLIP was trained with.
+
+        Raises:
+            DalleError: it is not beside the weights.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = tokenizers.load(bundles.tokenizer(self.weights))
+        return self._tokenizer
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What the header of an artifact of these embeddings says."""
+        return {"encoder": self.weights.digest}
+
+    @property
+    def empty(self) -> Any:
+        """No rows: (0, D)."""
+        return np.zeros((0, self.width), np.float32)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] -> (B, D) float32 on the device, not normalized."""
+        with torch.inference_mode(), self.machine.autocast():
+            return self.clip.encode_image(images).float()
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """N captions -> (N, D) float32 on the device, not normalized."""
+        tokens, lengths, _ = self.tokenizer.encode_batch(list(texts), self.clip.config.n_text)
+        columns = (torch.from_numpy(x.astype(np.int64)).to(self.machine.device) for x in (tokens, lengths))
+        with torch.inference_mode(), self.machine.autocast():
+            return self.clip.encode_text(*columns).float()
+
+    def encode(self, images: Any) -> Any:
+        """z_i of images: (B, 3, S, S) uint8 -> (B, D) float32 of length 1."""
+        pixels = from_uint8(torch.from_numpy(np.array(images)).to(self.machine.device))
+        return F.normalize(self.image_features(pixels), dim=-1).cpu().numpy()
+
+    def encode_texts(self, texts: Sequence[str], batch_size: int = BATCH) -> Any:
+        """z_t of captions: N strings -> (N, D) float32 of length 1."""
+        parts = [self.text_features(texts[at : at + batch_size]) for at in range(0, len(texts), batch_size)]
+        return np.concatenate([self.empty, *(F.normalize(part, dim=-1).cpu().numpy() for part in parts)])
+
+    def score(self, images: Any, texts: Sequence[str]) -> Any:
+        """Cosine of each image with its caption: (B, 3, S, S) uint8, B captions -> (B,) float32 in [-1, 1]."""
+        unique = sorted(set(texts))
+        rows = {text: row for row, text in enumerate(unique)}
+        pixels = from_uint8(torch.from_numpy(np.array(images)).to(self.machine.device))
+        own = self.text_features(unique)[[rows[text] for text in texts]]
+        return torch.cosine_similarity(self.image_features(pixels), own).cpu().numpy()
