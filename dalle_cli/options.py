@@ -1,11 +1,24 @@
-"""Options that several stages share, so that each is spelled and explained once."""
+"""Options that several commands share, each spelled and explained once, and groups of options that go together.
 
+A group is a frozen dataclass. A command takes one as a parameter, and `spread` makes an option of each of its fields;
+the Python API takes the same objects. A field of None was not given: the weights, then the default, decide.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from dalle_cli.errors import DalleError
+
+if TYPE_CHECKING:
+    from dalle_cli.devices import Arithmetic
 
 MAX_SEED = 2**63 - 1  # the largest that every generator takes
 
@@ -17,7 +30,7 @@ def _check_seed(value: int) -> int:
     return value
 
 
-AUTO = 0  # the batch size that `auto` is read as
+AUTO = 0  # what a batch size of `auto` is read as
 
 
 def _parse_batch(value: str) -> int:
@@ -31,19 +44,6 @@ def _parse_batch(value: str) -> int:
     if size < 1:
         raise typer.BadParameter(f"{value} is neither auto nor a number of 1 or more")
     return size
-
-
-def is_given(ctx: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line itself, by the name of its parameter."""
-    return getattr(ctx.get_parameter_source(name), "name", "DEFAULT") == "COMMANDLINE"
-
-
-def refuse(ctx: typer.Context, model: str, *names: str) -> None:
-    """Raises: DalleError if one of these options, which `model` has no use for, stands on the command line."""
-    for name in names:
-        if is_given(ctx, name):
-            said = f"--{'compile' if name == 'compiled' else name.replace('_', '-')}"
-            raise DalleError(f"expected no {said} for {model}, found one; leave it out")
 
 
 DatasetArg = Annotated[
@@ -62,15 +62,18 @@ ImagesArg = Annotated[
         metavar="IMAGES", help="From `decode`, `rerank` or `generate --images`; read from the pipe if left out."
     ),
 ]
-Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw; quote each prompt.")]
-PromptFile = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="One prompt a line.")]
+ImageArg = Annotated[
+    str, typer.Argument(metavar="IMAGE", help="PNG, JPEG, WebP or BMP. The square in its middle is used.")
+]
+Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to sample; quote each prompt.")]
+PromptFile = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one per line.")]
 
 OutFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")]
 Out = Annotated[
     Path | None,
     typer.Option("-o", "--output", metavar="FILE", help="Where to write; named after the input if left out."),
 ]
-DrawnOut = Annotated[
+SampledOut = Annotated[
     Path | None,
     typer.Option(
         "-o", "--output", metavar="FILE", help="Where to write; named after the prompt, or --prompts, if left out."
@@ -89,6 +92,9 @@ OutRows = Annotated[
     Path,
     typer.Option("-o", "--output", metavar="OUT", help="Where to write: a .safetensors file, else a folder of shards."),
 ]
+KeepImages = Annotated[
+    Path | None, typer.Option("--images", metavar="FILE", help="Also write the images as an artifact here.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file even if it is something else.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
 Init = Annotated[
@@ -96,10 +102,10 @@ Init = Annotated[
     typer.Option(
         "--init",
         metavar="MODEL",
-        help="Begin with weights that there are: a file, a checkpoint, a bundle's; the model's sizes are theirs.",
+        help="Fine-tune from existing weights: a file, a checkpoint, or a bundle's. The model's sizes are theirs.",
     ),
 ]
-ShardSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows in a shard, when writing a folder of shards.")]
+ShardSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows per shard, when writing a folder of shards.")]
 
 Model = Annotated[
     str | None,
@@ -122,45 +128,61 @@ Dtype = Annotated[str, typer.Option(metavar="NAME", help="Arithmetic: auto, bflo
 Seed = Annotated[
     int, typer.Option(metavar="N", callback=_check_seed, help="Same inputs, same seed, same machine: same bytes.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="How many at once; does not change the result.")]
-DrawBatch = Annotated[
+OptionalSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        callback=lambda value: value if value is None else _check_seed(value),
+        help="Same inputs, same seed, same machine: same bytes; 0 if left out.",
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows at once; does not change the result.")]
+SampleBatch = Annotated[
     int,
     typer.Option(
         parser=_parse_batch,
         metavar="N",
-        help="How many at once, or auto: as fit into half of the free memory; does not change the result.",
+        help="Candidates at once, or auto: as many as fit into half of the free memory; does not change the result.",
     ),
 ]
 Int8 = Annotated[
-    bool,
-    typer.Option(
-        "--int8/--no-int8", help="Hold the prior's matrices as whole numbers of 8 bits: a quarter of the memory."
-    ),
+    bool | None,
+    typer.Option("--int8/--no-int8", help="Hold the prior's matrices in 8-bit integers: a quarter of the memory."),
 ]
 Compile = Annotated[
     bool,
     typer.Option(
-        "--compile", help="Compile the drawing of a code first (torch.compile): a minute or more, for long runs."
+        "--compile", help="Compile the sampling of a code first (torch.compile): a minute or more, for long runs."
     ),
 ]
-Workers = Annotated[int, typer.Option(min=0, metavar="N", help="Threads that read pictures ahead.")]
+Workers = Annotated[int, typer.Option(min=0, metavar="N", help="Threads that read images ahead.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 Samples = Annotated[
     int, typer.Option("-n", "--samples", min=1, metavar="N", help="Candidates per prompt (the paper: 512).")
+]
+OptionalSamples = Annotated[
+    int | None,
+    typer.Option("-n", "--samples", min=1, metavar="N", help="Candidates per prompt; 16 if left out (the paper: 512)."),
 ]
 Temperature = Annotated[
     float | None,
     typer.Option(
         min=0.0,
         metavar="X",
-        help="Below 1 is safer, above 1 wilder; 0 takes the likeliest. Left out: what the prior was made for, as "
-        "`info` tells, else 1.",
+        help="Below 1 is safer, above 1 wilder; 0 takes the likeliest. Left out: what the weights say, as `info` "
+        "shows, else 1.",
     ),
 ]
-TopK = Annotated[int, typer.Option(min=0, metavar="N", help="Draw among the N likeliest codes only; 0 = all.")]
+TopK = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="Sample among the N likeliest codes only; 0 = all, the default.")
+]
 TopP = Annotated[
-    float, typer.Option(min=0.0, max=1.0, metavar="X", help="Draw among codes of this total probability; 1 = all.")
+    float | None,
+    typer.Option(
+        min=0.0, max=1.0, metavar="X", help="Sample among codes of this total probability; 1 = all, the default."
+    ),
 ]
 Guidance = Annotated[
     float | None,
@@ -168,7 +190,7 @@ Guidance = Annotated[
         min=0.0,
         metavar="X",
         help="Classifier-free guidance; 1 = off. The prior must be trained with captions dropped. Left out: what the "
-        "prior was made for, as `info` tells, else 1.",
+        "weights say, as `info` shows, else 1.",
     ),
 ]
 SketchGuidance = Annotated[
@@ -177,56 +199,61 @@ SketchGuidance = Annotated[
         "--sketch-guidance",
         min=0.0,
         metavar="X",
-        help="Of a prior that sketches first: what the sketch is guided by. Left out: what the prior was made for.",
+        help="Of a prior with a sketch: the guidance of the sketch. Left out: what the weights say.",
     ),
 ]
 GuidanceFrom = Annotated[
-    float, typer.Option(min=0.0, max=1.0, metavar="X", help="Guide from this share of the grid on, in raster order.")
+    float | None,
+    typer.Option(min=0.0, max=1.0, metavar="X", help="Guide from this share of the grid on, in raster order; else 0."),
 ]
 GuidanceTo = Annotated[
-    float, typer.Option(min=0.0, max=1.0, metavar="X", help="Guide up to this share of the grid; 1 = to its end.")
+    float | None,
+    typer.Option(min=0.0, max=1.0, metavar="X", help="Guide up to this share of the grid; else 1, its end."),
 ]
-DrawnFrom = Annotated[
+SampleFrom = Annotated[
     Path | None,
     typer.Option(
         "--from",
         metavar="CODES",
-        help="Draw again what `sample` wrote here, by its own prompts and settings, which options given override.",
+        help="Sample again what `sample` wrote here, with its own prompts and settings, which other options override.",
     ),
 ]
-DrawnRows = Annotated[
+SampleRows = Annotated[
     str | None,
     typer.Option(metavar="N,N", help="Of --from, these rows only, counted from 0, as 3,17."),
 ]
 Keep = Annotated[int, typer.Option(min=0, metavar="N", help="Keep the best N per prompt; 0 keeps all, best first.")]
-Columns = Annotated[int, typer.Option(min=0, metavar="N", help="Pictures in a row of the sheet; 0 = as fits.")]
-Terminal = Annotated[bool, typer.Option("--terminal", help="Also preview in the terminal.")]
-Without = Annotated[
+Columns = Annotated[int, typer.Option(min=0, metavar="N", help="Images in a row of the grid; 0 = as fits.")]
+Terminal = Annotated[
+    bool | None,
+    typer.Option("--terminal/--no-terminal", help="Preview in the terminal, or not."),
+]
+Exclude = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Leave out the ids in this file, as `overlap` writes it."),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Look at N of them at most, spread over all.")]
-PictureFile = Annotated[
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use at most N of them, spread over all.")]
+ImageFile = Annotated[
     str | None,
     typer.Option(
         "--image",
         metavar="FILE",
-        help="Keep a part of this picture, its middle square, and draw the rest: see --keep-rows and --mask. A code is "
-        "drawn by the caption, the rows of codes above it and the codes left of it, kept or drawn. It cannot see what "
-        "is kept to its right or below, so that may not fit it.",
+        help="Keep a part of this image, the square in its middle, and sample the rest: see --keep-rows and --mask. A "
+        "code depends on the caption, the rows of codes above it and the codes left of it. It does not see what is "
+        "kept to its right or below, so that may not fit.",
     ),
 ]
 KeepRows = Annotated[
     int | None,
-    typer.Option(min=0, metavar="N", help="Of --image, keep so many rows of codes from the top; else half of them."),
+    typer.Option(min=0, metavar="N", help="Of --image, keep this many rows of codes from the top; else half of them."),
 ]
 MaskFile = Annotated[
     str | None,
     typer.Option(
         "--mask",
         metavar="FILE",
-        help="Of --image, draw anew what is white in this picture (of any size, its middle square), and keep what is "
-        "black. A code whose patch white touches anywhere is drawn anew.",
+        help="Of --image, sample what is white in this image (of any size, its middle square), and keep what is black. "
+        "A code is sampled if white touches its patch anywhere.",
     ),
 ]
 ClipFile = Annotated[
@@ -235,7 +262,7 @@ ClipFile = Annotated[
         "-m",
         "--model",
         metavar="CLIP",
-        help="Also embed the captions by this CLIP, for a prior over its embeddings.",
+        help="Also embed the captions with this CLIP, for a prior over its embeddings.",
     ),
 ]
 SamplerName = Annotated[
@@ -243,43 +270,202 @@ SamplerName = Annotated[
     typer.Option("--sampler", metavar="NAME", help="Of a diffusion prior: ddpm (the default), ddim, dpm++ or heun."),
 ]
 SamplerSteps = Annotated[
-    int | None,
+    int | None, typer.Option("--steps", min=1, metavar="N", help="Of a diffusion prior: steps; else 64, the paper's.")
+]
+LatentsName = Annotated[
+    str | None,
     typer.Option(
-        "--steps", min=1, metavar="N", help="Of a diffusion prior: in how many steps; 64, the paper's, if left out."
+        metavar="NAME",
+        help="codes, as DALL-E, or embeddings, as DALL-E 2: which prior to sample where MODEL holds both; codes if "
+        "left out.",
     ),
 ]
-PaintSteps = Annotated[
-    int | None, typer.Option("--steps", min=1, metavar="N", help="Of embeddings: paint in so many steps; else in 20.")
+DecoderSteps = Annotated[
+    int | None, typer.Option("--decoder-steps", min=1, metavar="N", help="Of a diffusion decoder: steps; else 20.")
 ]
-PaintSampler = Annotated[
+DecoderSampler = Annotated[
     str | None,
-    typer.Option("--sampler", metavar="NAME", help="Of embeddings: ddpm, ddim, dpm++ (the default) or heun."),
+    typer.Option(
+        "--decoder-sampler", metavar="NAME", help="Of a diffusion decoder: ddpm, ddim, dpm++ (the default) or heun."
+    ),
 ]
-PaintGuidance = Annotated[
+DecoderGuidance = Annotated[
     float | None,
     typer.Option(
-        "--guidance",
+        "--decoder-guidance",
         min=0.0,
         metavar="X",
-        help="Of embeddings: classifier-free guidance towards embedding and caption; 1 = off, the default.",
+        help="Of a diffusion decoder: guidance towards embedding and caption; 1 = off, the default.",
     ),
 ]
-PaintEta = Annotated[
+DecoderEta = Annotated[
     float | None,
     typer.Option(
-        "--eta", min=0.0, max=1.0, metavar="X", help="Of ddim: noise added on the way; 0 is none, 1 as much as ddpm."
+        "--eta",
+        min=0.0,
+        max=1.0,
+        metavar="X",
+        help="Of --decoder-sampler ddim: noise added at each step; 0 = none, 1 = as much as ddpm.",
     ),
 ]
 UpsamplerSteps = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Of embeddings: steps of each of the bundle's upsamplers; else 10."),
+    int | None, typer.Option(min=1, metavar="N", help="Steps of each of the bundle's upsamplers; else 10.")
 ]
-PaintSeed = Annotated[
-    int | None,
+LowNoise = Annotated[
+    float | None,
     typer.Option(
-        "--seed",
-        metavar="N",
-        callback=lambda value: value if value is None else _check_seed(value),
-        help="Of embeddings: the noise is a function of it and of the row; else 0.",
+        "--low-noise",
+        min=0.0,
+        metavar="X",
+        help="Gaussian noise added to the image that an upsampler enlarges, in units of [-1, 1]; else 0.",
     ),
 ]
+EditingSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--decoder-steps", min=1, metavar="N", help="DDIM steps, and as many back to an image's noise; else 50."
+    ),
+]
+
+# Groups
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Prompts as arguments, from a file, or both."""
+
+    prompts: Prompts = None
+    prompts_file: PromptFile = None
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a prior is sampled. Codes take temperature, top-k, top-p; a diffusion prior takes sampler and steps."""
+
+    seed: OptionalSeed = None
+    temperature: Temperature = None
+    top_k: TopK = None
+    top_p: TopP = None
+    guidance: Guidance = None
+    guidance_from: GuidanceFrom = None
+    guidance_to: GuidanceTo = None
+    sketch_guidance: SketchGuidance = None
+    sampler: SamplerName = None
+    steps: SamplerSteps = None
+    int8: Int8 = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "guidance", "sketch_guidance"):
+            if (value := getattr(self, name)) is not None and not math.isfinite(value):
+                raise DalleError(f"expected a finite {flag(name)}, found {value}; give a number")
+        first, last = self.guidance_span
+        if first > last:
+            found = f"{first} and {last}"
+            raise DalleError(f"expected --guidance-from no more than --guidance-to, found {found}; exchange them")
+
+    @property
+    def guidance_span(self) -> tuple[float, float]:
+        """The share of the latent at which guidance begins, and at which it ends."""
+        return self.guidance_from or 0.0, 1.0 if self.guidance_to is None else self.guidance_to
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """How a diffusion decoder and its upsamplers are sampled; a dVAE takes none of these."""
+
+    decoder_steps: DecoderSteps = None
+    decoder_sampler: DecoderSampler = None
+    decoder_guidance: DecoderGuidance = None
+    eta: DecoderEta = None
+    upsampler_steps: UpsamplerSteps = None
+    low_noise: LowNoise = None
+
+
+@dataclass(frozen=True)
+class InpaintingOptions:
+    """Which part of an existing image stays while codes are sampled for the rest.
+
+    Raises:
+        DalleError: a mask or rows without an image, or both.
+    """
+
+    image: ImageFile = None
+    keep_rows: KeepRows = None
+    mask: MaskFile = None
+
+    def __post_init__(self) -> None:
+        given = [flag(name) for name in ("keep_rows", "mask") if getattr(self, name) is not None]
+        if given and self.image is None:
+            raise DalleError(f"expected --image beside {given[0]}, found none; say of which image codes are kept")
+        if len(given) == 2:
+            raise DalleError("expected --keep-rows or --mask, found both; leave one out")
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where to compute, and in which dtype."""
+
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+
+    def open(self) -> "Arithmetic":
+        """What they come to on this machine.
+
+        Raises:
+            DalleError: a device or a dtype that this machine lacks.
+        """
+        from dalle_cli.devices import arithmetic
+
+        return arithmetic(self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """How an image grid is laid out, and whether the terminal shows it, too."""
+
+    columns: Columns = 0
+    terminal: Terminal = False
+
+
+def flag(name: str) -> str:
+    """What a field is called on the command line: `top_k` is `--top-k`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def given(group: object) -> dict[str, Any]:
+    """The fields of a group that are not None."""
+    return {f.name: value for f in dataclasses.fields(group) if (value := getattr(group, f.name)) is not None}  # type: ignore[arg-type]
+
+
+def refuse_given(group: object, model: str, *names: str) -> None:
+    """Raises: DalleError if one of these fields of a group was given, which `model` has no use for."""
+    for name in names or given(group):
+        if getattr(group, name) is not None:
+            raise DalleError(f"expected no {flag(name)} for {model}, found one; leave it out")
+
+
+def spread(run: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters that are groups of options became one parameter for each field of the group."""
+    hints = get_type_hints(run, include_extras=True)
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(run).parameters.values():
+        group = hints[parameter.name]
+        if not dataclasses.is_dataclass(group):
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=group))
+            continue
+        defaults, of = parameter.default, get_type_hints(group, include_extras=True)
+        names = [field.name for field in dataclasses.fields(group)]
+        groups[parameter.name] = (group, names)
+        parameters += [
+            inspect.Parameter(n, parameter.KEYWORD_ONLY, default=getattr(defaults, n), annotation=of[n]) for n in names
+        ]
+
+    @functools.wraps(run)
+    def command(**values: Any) -> None:
+        made = {name: group(**{n: values.pop(n) for n in names}) for name, (group, names) in groups.items()}
+        run(**values, **made)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command

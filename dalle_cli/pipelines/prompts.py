@@ -1,0 +1,102 @@
+"""Prompts, and the candidates that are sampled for them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from dalle_cli.artifacts import digest_bytes
+from dalle_cli.errors import DalleError
+
+
+class Progress(Protocol):
+    """How a pipeline reports progress: a context that yields `advance(n, **metrics)`, as `console.progress` does."""
+
+    def __call__(self, label: str, total: int, *, unit: str = "") -> Any: ...
+
+
+class Quiet:
+    """Progress that nobody sees: the default of the Python API."""
+
+    def __init__(self, label: str = "", total: int = 0, *, unit: str = ""):
+        pass
+
+    def __enter__(self) -> "Quiet":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, n: int = 1, /, **metrics: object) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One sample of a prompt: its prompt, the prompt's number in the list, and its own number among the prompt's."""
+
+    text: str
+    prompt: int
+    number: int
+
+    @property
+    def id(self) -> str:
+        """The id of its row."""
+        return f"{self.prompt:05d}-{self.number:05d}"
+
+
+def candidates(texts: Sequence[str], n: int) -> list[Candidate]:
+    """`n` candidates of each prompt, prompt after prompt."""
+    return [Candidate(text, p, k) for p, text in enumerate(texts) for k in range(n)]
+
+
+def read_prompts(prompts: Sequence[str] | None, file: Path | None = None) -> list[str]:
+    """The prompts given, then those of a file, without empty lines.
+
+    Raises:
+        DalleError: no prompt, or a file that cannot be read.
+    """
+    texts = list(prompts or [])
+    if file is not None:
+        try:
+            texts += file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DalleError(f"expected prompts, one a line in UTF-8, found {error}; check --prompts") from None
+    texts = [text.strip() for text in texts if text.strip()]
+    if not texts:
+        raise DalleError('expected a prompt, found none; give one, as "a red circle", or --prompts FILE')
+    return texts
+
+
+class Rows(NamedTuple):
+    """Candidates as the samplers take them: P distinct texts, and of N candidates the text and the noise."""
+
+    texts: list[str]
+    captions: list[int]  # (N,) rows of texts
+    indices: list[int]  # (N,) noise: a function of the text and of the candidate's number, of nothing else
+
+    @classmethod
+    def of(cls, rows: Sequence[Candidate]) -> "Rows":
+        """The noise of a candidate is the same whatever is sampled beside it."""
+        texts = list(dict.fromkeys(row.text for row in rows))
+        number = {text: i for i, text in enumerate(texts)}
+        noise = {text: int(digest_bytes(text.encode())[:16], 16) << 32 for text in texts}
+        return cls(texts, [number[row.text] for row in rows], [noise[row.text] | row.number for row in rows])
+
+
+def columns(rows: Sequence[Candidate], seed: int) -> dict[str, Any]:
+    """The columns that sampled latents have beside them: ids, texts, prompts' numbers and the seed."""
+    import numpy as np
+
+    return {
+        "prompt": np.array([row.prompt for row in rows], dtype=np.int32),
+        "seed": np.full(len(rows), seed, dtype=np.int64),
+        "ids": [row.id for row in rows],
+        "text": [row.text for row in rows],
+    }
+
+
+def batched(n: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` rows that cover n rows."""
+    for at in range(0, n, size):
+        yield slice(at, min(at + size, n))
