@@ -1,5 +1,6 @@
 """Every kind of picture file is read right, or refused with a reason."""
 
+import hashlib
 import io
 import warnings
 
@@ -10,6 +11,7 @@ from PIL import Image
 from dalle_cli.data import images
 from dalle_cli.data.filters import Filters
 from dalle_cli.data.skips import BadSample
+from dalle_cli.errors import DalleError
 
 RAMP = np.arange(64 * 48 * 3, dtype=np.int64).reshape(48, 64, 3) * 7 % 256
 
@@ -138,3 +140,35 @@ def test_limits_are_settings():
     with pytest.raises(BadSample, match="aspect ratio: 64x48"):
         images.decode(data, Filters(max_aspect=1.33))
     assert decode(encoded(Image.new("L", (10, 1000)))).shape == (1000, 10, 3)
+
+
+def test_read_image_from_a_path_a_url_or_bytes(tmp_path):
+    data = encoded(ramp())
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    for source in (path, str(path), path.as_uri(), data):
+        image, digest = images.read_image(source)
+        assert image.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(image), RAMP)
+        assert digest == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("gone.png", "expected an image, found No such file or directory: gone.png; check --image"),
+        (".", "expected an image, found Is a directory: .; check --image"),
+        ("nul\0.png", "expected an image, found embedded null byte: "),
+        ("text.png", "expected an image, found text.png unreadable: neither PNG"),
+        (b"GIF89a", "expected an image, found bytes unreadable: neither PNG"),
+        (encoded(ramp())[:99], "expected an image, found bytes unreadable: "),
+        ("no-such-scheme://x/a.png", "expected a URL that fsspec can open, found no-such-scheme://x/a.png"),
+    ],
+)
+def test_read_image_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, source, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("a text")
+    with pytest.raises(DalleError) as error:
+        images.read_image(source, "--image")
+    assert str(error.value).startswith(said)
+    assert "\n" not in str(error.value)

@@ -7,15 +7,19 @@ orientation is applied, alpha is composited on white, 16-bit gray is divided by 
 """
 
 import contextlib
+import hashlib
 import io
+import os
 import warnings
 from collections.abc import Callable
 
 import numpy as np
 from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from dalle_cli.data import files
 from dalle_cli.data.filters import Filters
 from dalle_cli.data.skips import BadSample
+from dalle_cli.errors import DalleError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -54,6 +58,25 @@ def decode(data: bytes, filters: Filters) -> Image.Image:
         raise
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, KeyError ... on broken files
         raise BadSample(f"unreadable: {error or type(error).__name__}") from error
+
+
+def read_image(source: str | os.PathLike[str] | bytes, option: str = "the path") -> tuple[Image.Image, str]:
+    """Read one image from a path, a URL that fsspec opens, or the bytes of a file: -> (RGB image, SHA-256 of its file).
+
+    `option` is the option or argument that an error message names.
+
+    Raises:
+        DalleError: there is no file, or it is not an image that can be read.
+    """
+    name = "bytes" if isinstance(source, bytes) else os.fspath(source)
+    try:
+        data = source if isinstance(source, bytes) else files.read(name)
+        return decode(data, Filters()), hashlib.sha256(data).hexdigest()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DalleError(f"expected an image, found {reason}: {name}; check {option}") from None
+    except BadSample as reason:
+        raise DalleError(f"expected an image, found {name} {reason}; check {option}") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
