@@ -1,15 +1,16 @@
 """Memory and arithmetic of one update, by torch's own means: fake tensors, which have shapes but no memory.
 
-The real trainer runs the real task on a synthetic batch. `FlopCounterMode` counts the arithmetic, and `LiveMemory` the
-bytes of the storages that are alive. torch's `MemTracker` refuses a module that is called twice outside its parents, as
-the encoders of a CLIP are.
+The real trainer runs the real task on a synthetic batch. `UpdateCounter` sums operations, by the formulas of torch's
+`FlopCounterMode`, and the bytes of the storages that are alive. These two cannot be had from torch itself: with
+recomputed blocks the counter's module tracker keeps tensors alive, and `MemTracker` refuses a module that is called
+twice outside its parents, as the layers of a loss are.
 """
 
 import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from dalle_cli.devices import Arithmetic
 from dalle_cli.models import local_attention
@@ -33,11 +34,13 @@ from dalle_cli.models.prior import Prior
 from dalle_cli.models.upsampler import Upsampler
 from dalle_cli.planning.workload import Workload
 from dalle_cli.training.blocks import blocks
+from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.loop import Splits, Trainer
 from dalle_cli.training.run import Run
 
 aten = torch.ops.aten
-FLASH = {  # which torch does not count on a CPU
+FORMULAS = {  # of operations; torch's table lacks its own attention for CPUs
+    **flop_registry,
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
@@ -76,8 +79,8 @@ class Estimate:
     flops: int
 
 
-class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums the bytes of all storages that are alive, until `done`; gradients and copies of weights also apart."""
+class UpdateCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums operations, and bytes alive until the optimizer's step: all, and of gradients and copies of weights."""
 
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -85,13 +88,17 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.kinds = dict.fromkeys(self.weights, "weights")  # of each storage that is alive
         self.live = dict.fromkeys(("copies", "gradients", "activations"), 0)
         self.most = dict.fromkeys(("copies", "activations", "all"), 0)
-        self.done = False
+        self.flops = 0
+        self.flops_before_step: int | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = _worst_case(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        out = _worst_case(func, args, kwargs)
+        if formula := FORMULAS.get(func._overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=out)
         copies = func is aten._to_copy.default and args[0].untyped_storage()._cdata in self.weights
         for tensor in pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor) and not self.done:
+            if isinstance(tensor, Tensor) and self.flops_before_step is None:
                 self._add(tensor.untyped_storage(), "copies" if copies else "activations")
         return out
 
@@ -107,6 +114,11 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _remove(self, key: int, n_bytes: int) -> None:
         self.live[self.kinds.pop(key)] -= n_bytes
 
+    def optimizing(self, *_: object) -> None:
+        """The step begins, in which an optimizer works matrix by matrix and takes little."""
+        if self.flops_before_step is None:
+            self.flops_before_step = self.flops
+
     def keep_gradient(self, parameter: Tensor) -> None:
         """A temporary of the backward pass became a gradient."""
         assert parameter.grad is not None
@@ -120,7 +132,7 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _worst_case(func: Any, args: Any, kwargs: Any) -> Any:
     """The operation's result; where shapes or values depend on values, which fake tensors lack, at its largest."""
     if func is aten._local_scalar_dense.default:
-        return {torch.bool: False}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+        return 0.5 if args[0].is_floating_point() else args[0].dtype != torch.bool
     if func is aten.bincount.default:
         return args[0].new_empty(kwargs.get("minlength", args[2] if len(args) > 2 else 0))
     if func is aten.nonzero.default:
@@ -134,51 +146,43 @@ def _worst_case(func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def estimate(
-    workload: Workload, rows: int, recompute: bool, parts: int, dtype: torch.dtype, accelerator: bool
-) -> Estimate:
-    """One update of `rows` in so many parts, with the blocks computed again in the backward pass or not.
+def estimate(workload: Workload, train: TrainConfig, dtype: torch.dtype, accelerator: bool) -> Estimate:
+    """One update by these training settings.
 
     `accelerator` takes attention as one fused kernel, as CUDA has it, else as this package computes it on a CPU.
     """
-    few = min(parts, 2)  # further parts are like the second
-    train = replace(
-        workload.train, batch_size=rows // parts * few, accumulate=few, checkpoint_activations=recompute, compile=False
-    )
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    few = min(train.accumulate, 2)  # further parts are like the second
+    some = replace(train, batch_size=train.batch_size // train.accumulate * few, accumulate=few, compile=False)
+    with _fused_attention() if accelerator else nullcontext(), _fake_trainer(workload, some, dtype) as trainer:
+        counter = UpdateCounter([*trainer.model.parameters(), *trainer.model.buffers()])
+        for parameter in (p for p in trainer.model.parameters() if p.requires_grad):
+            parameter.register_post_accumulate_grad_hook(counter.keep_gradient)  # type: ignore[no-untyped-call]
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_pre_hook(counter.optimizing)
+        batch = workload.batch(some.batch_size)
+        with counter:
+            trainer.update(batch)
+        before = counter.flops_before_step or 0
+        return _collected(trainer, counter, before * train.accumulate // few + counter.flops - before)
+
+
+@contextmanager
+def _fake_trainer(workload: Workload, train: TrainConfig, dtype: torch.dtype) -> Iterator[Trainer]:
+    """A trainer whose tensors have no memory, and the mode in which it works."""
+    with warnings.catch_warnings(), _fresh_caches():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
-        stack.enter_context(_fresh_caches())
-        if accelerator:
-            stack.enter_context(_fused_attention())
         with models_on_meta():
             task = workload.task(train)
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        task.model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))  # type: ignore[no-untyped-call]
-        vars(task.model)["to"] = lambda *_: task.model  # fake tensors are where they should be
-        with LiveMemory([]):  # answers where values are asked for
-            trainer = Trainer(task, train, Run(Path(), "", {}, []), Arithmetic(torch.device("cpu"), dtype), 0)
-        batch = workload.batch(train.batch_size)
-        trainer.step = 1  # the first update may do what is done once in a hundred
-        counter = FlopCounterMode(display=False, custom_mapping=FLASH)
-        model = trainer.model
-        memory = LiveMemory([*model.parameters(), *model.buffers()])
-        flops_before: list[int] = []
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.register_post_accumulate_grad_hook(memory.keep_gradient)
-
-        def optimizing(*_: object) -> None:
-            memory.done = True  # an optimizer works matrix by matrix and takes little
-            flops_before.append(counter.get_total_flops())
-
-        for optimizer in trainer.optimizers:
-            optimizer.register_step_pre_hook(optimizing)
-        with counter, memory:
-            trainer.update(batch)
-    return _collected(trainer, memory, flops_before[0] * parts // few + counter.get_total_flops() - flops_before[0])
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            task.model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))  # type: ignore[no-untyped-call]
+            vars(task.model)["to"] = lambda *_: task.model  # fake tensors are where they should be
+            with UpdateCounter([]):  # answers where values are needed
+                trainer = Trainer(task, train, Run(Path(), "", {}, []), Arithmetic(torch.device("cpu"), dtype), 0)
+            trainer.step = 1  # the first update may do what is done once in a hundred
+            yield trainer
 
 
-def _collected(trainer: Trainer, memory: LiveMemory, flops: int) -> Estimate:
+def _collected(trainer: Trainer, counter: UpdateCounter, flops: int) -> Estimate:
     model, average = trainer.model, trainer.ema.model
     states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
     return Estimate(
@@ -189,9 +193,9 @@ def _collected(trainer: Trainer, memory: LiveMemory, flops: int) -> Estimate:
         sum(p.nbytes for p in model.parameters() if p.requires_grad),
         sum(t.nbytes for state in states for key, t in state.items() if isinstance(t, Tensor) and key != "step"),
         sum(t.nbytes for t in (*average.parameters(), *average.buffers())),
-        memory.most["copies"],
-        memory.most["activations"],
-        memory.most["all"],
+        counter.most["copies"],
+        counter.most["activations"],
+        counter.most["all"],
         flops,
     )
 

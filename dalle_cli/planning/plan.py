@@ -6,7 +6,7 @@ Rows are those of a batch. Bytes are of one device, times of all devices togethe
 import bisect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dalle_cli import config as recipes
@@ -71,7 +71,8 @@ class Needs:
         recompute = self.train.checkpoint_activations if recompute is None else recompute
         key = rows, recompute, parts
         if key not in self.known:
-            self.known[key] = estimate(self.workload, *key, self.device.dtype, self.device.accelerator)
+            train = replace(self.train, batch_size=rows, checkpoint_activations=recompute, accumulate=parts)
+            self.known[key] = estimate(self.workload, train, self.device.dtype, self.device.accelerator)
         return self.known[key]
 
     def whole(self, rows: int, parts: int = 1) -> Memory:
@@ -84,8 +85,8 @@ class Needs:
         """Weights and all that goes with them in shards; those of two blocks are gathered at a time, in 16 bits."""
         e = self.update(rows, parts=parts)
         own = [math.ceil(n / devices) for n in (e.weights, e.gradients, e.moments, e.average)]
-        gathered = self.gathered(e)
-        return Memory(*own, gathered, e.activations, sum(own) + gathered + int(self.slack * e.activations))
+        held = (*own, self.gathered(e), e.activations)
+        return Memory(*held, peak=sum(held) + int((self.slack - 1) * e.activations))
 
     def gathered(self, e: Estimate) -> int:
         """Bytes of the block at work and of the next one."""

@@ -21,6 +21,7 @@ from dalle_cli.models.dvae import DVAEConfig
 from dalle_cli.models.embedding_prior import EmbeddingPriorConfig
 from dalle_cli.models.prior import PriorConfig
 from dalle_cli.models.upsampler import UpsamplerConfig
+from dalle_cli.pipelines import loading
 from dalle_cli.training import prior as token_prior
 from dalle_cli.training.clip import CLIPTask, CLIPTrain
 from dalle_cli.training.config import TrainConfig
@@ -158,8 +159,8 @@ def _prior(table: Mapping[str, Any], name: str) -> list[Workload]:
 
     def task(train: PriorTrain) -> PriorTask:
         with (  # a sketch is made of the colors of a trained dVAE's codes
-            mock.patch.object(token_prior, "code_colors", lambda dvae: torch.zeros(config.n_image_vocab, 3)),
-            mock.patch.object(token_prior.load, "dvae"),
+            mock.patch.object(token_prior, "code_colors", return_value=torch.zeros(config.n_image_vocab, 3)),
+            mock.patch.object(loading, "dvae"),
         ):
             return PriorTask(config, train, NO_DATA, None, 0, NO_DATA)
 
