@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from dalle_cli import __version__
 from dalle_cli.errors import DalleError
+from dalle_cli.options import spread
 
 # Stage, and what it does in one line: the first line of its help, so that `dalle --help` imports none of them.
 STAGES: dict[str, dict[str, str]] = {
@@ -88,7 +89,7 @@ class Stages(TyperGroup):
             return None
         stage = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
         module = load_stage(cmd_name)
-        stage.command(cmd_name, cls=Stage, epilog=module.EXAMPLE)(module.run)
+        stage.command(cmd_name, cls=Stage, epilog=module.EXAMPLE)(spread(module.run))
         return typer.main.get_command(stage)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -151,6 +152,7 @@ def main() -> None:
 
     if _launched():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: else each process warns of its own
+    console.show_library_messages()
     for stream in (sys.stdin, sys.stdout):  # paths may hold bytes that are no UTF-8, and go through pipes as they are
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")

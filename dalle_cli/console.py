@@ -1,6 +1,7 @@
 """The only module that prints: data to stdout, everything said to a person to stderr."""
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +36,22 @@ def warn(message: str) -> None:
 def note(message: str) -> None:
     """What a person may want to know."""
     _stderr(message)
+
+
+class _LibraryMessages(logging.Handler):
+    """What the library logs, as warnings and notes of the command line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        (warn if record.levelno >= logging.WARNING else note)(record.getMessage())
+
+
+def show_library_messages() -> None:
+    """Show what the library logs from now on."""
+    log = logging.getLogger("dalle_cli")
+    if not any(isinstance(handler, _LibraryMessages) for handler in log.handlers):
+        log.addHandler(_LibraryMessages(logging.INFO))
+        log.setLevel(logging.INFO)
+        log.propagate = False
 
 
 def preview(text: str) -> None:

@@ -31,9 +31,8 @@ class ImageDecoder:
 
     def __init__(self, model: str | None, machine: Arithmetic, options: DecoderOptions | None = None, seed: int = 0):
         """Raises: DalleError for weights that are missing or do not follow each other, or a setting out of range."""
-        self.weights, self.machine, self.seed = bundles.weights(model, "weights.decoder"), machine, seed
-        self.options = options or DecoderOptions()
-        self.config, self.upsampler_config = sampler_configs(self.options)
+        self.weights, self.machine = bundles.weights(model, "weights.decoder"), machine
+        self.set(options or DecoderOptions(), seed)
         self.decoder = loading.decoder(self.weights, machine.device)
         n_text = self.decoder.config.n_text
         self.tokenizer = tokenizers.load(bundles.tokenizer(self.weights)) if n_text else None
@@ -41,6 +40,15 @@ class ImageDecoder:
         models = [loading.upsampler(weights, machine.device) for weights in found]
         order = chained([m.config for m in models], self.decoder.config.image_size)
         self.upsamplers = [(found[i], models[i]) for i in order]
+
+    def set(self, options: DecoderOptions, seed: int) -> "ImageDecoder":
+        """Sample with these options and this seed from now on.
+
+        Raises:
+            DalleError: an option out of range.
+        """
+        self.seed, (self.config, self.upsampler_config) = seed, sampler_configs(options)
+        return self
 
     @property
     def size(self) -> int:

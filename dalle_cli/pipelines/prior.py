@@ -178,7 +178,7 @@ class TokenPrior:
 
 
 class EmbeddingPrior:
-    """A prior over CLIP image embeddings, diffusion or autoregressive, with the CLIP of its captions (2022, sec. 2.2)."""
+    """A diffusion or autoregressive prior over CLIP image embeddings, with its captions' CLIP (2022, sec. 2.2)."""
 
     kind, n_parts = "embeddings", 1
 
