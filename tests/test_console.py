@@ -222,6 +222,6 @@ def test_too_little_memory_is_one_line(chain, tmp_path, monkeypatch):
     def greedy(*_):
         return torch.empty(10**17)
 
-    monkeypatch.setattr("dalle_cli.commands.drawing.decode", greedy)
+    monkeypatch.setattr("dalle_cli.pipelines.codec.Codec.decode", greedy)
     error = run_bad("decode", chain.drawn, "-m", chain.model, "-o", tmp_path / "x.safetensors")
     assert "expected more memory" in error

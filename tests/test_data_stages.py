@@ -51,7 +51,7 @@ def test_what_is_done_is_said_to_be_done(chain, tmp_path):
     assert "captions 24" in run_cli("tokenize", chain.data, *more, "-o", tmp_path / "new.safetensors").stderr
     images = shutil.copy(chain.images, tmp_path / "i.safetensors")
     decode = ("decode", chain.drawn, "-m", chain.model, "-o", images)
-    assert "pictures all there already" in run_cli(*decode).stderr
+    assert "images all there already" in run_cli(*decode).stderr
 
 
 def test_tokenize_counts_what_it_cuts(chain, tmp_path):

@@ -203,7 +203,7 @@ def test_show(chain, tmp_path, monkeypatch):
     run_ok("show", chain.best, "-o", tmp_path / "a.png", "--columns", 1)  # a PNG is replaced
     assert Image.open(tmp_path / "a.png").height > whole.height
     result = run_cli("show", chain.best, "-o", tmp_path / "b.png", "--most", 1)
-    assert "pictures 1, of 4" in result.stderr
+    assert "images 1, of 4" in result.stderr
     (tmp_path / "note.png").write_text("not a picture")
     assert "--force" in run_bad("show", chain.best, "-o", tmp_path / "note.png")
     assert "--force" in run_bad("generate", PROMPT, "-n", 1, "-m", chain.model, "-o", tmp_path / "note.png")

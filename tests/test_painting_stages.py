@@ -365,7 +365,7 @@ def drawn(tmp_path_factory, unclip):
 
 
 def decode(source, model, out, *more):
-    run_ok("decode", source, "-m", model, "-o", out, "--steps", 3, *more)
+    run_ok("decode", source, "-m", model, "-o", out, "--decoder-steps", 3, *more)
     return array(out, "images").astype(int)
 
 
@@ -376,16 +376,28 @@ def test_decode_paints(model, drawn, tmp_path):
     assert strings(tmp_path / "a.safetensors", "ids") == ["0", "1", "2", "3", "4"]
     assert strings(tmp_path / "a.safetensors", "text")[1] == "a blue bar"
     last = found.history[-1]
-    expected = {"steps": 3, "sampler": "dpm++", "guidance": 1.0, "eta": 0.0, "seed": 0, "dtype": "float32"}
+    expected = {
+        "decoder_steps": 3,
+        "decoder_sampler": "dpm++",
+        "decoder_guidance": 1.0,
+        "eta": 0.0,
+        "seed": 0,
+        "dtype": "float32",
+    }
     assert last["options"] == expected
-    assert set(last["inputs"]) == {"embeddings", "model"}
+    assert set(last["inputs"]) == {"embeddings", "decoder"}
     one = decode(drawn, model, tmp_path / "b.safetensors", "--batch-size", 2)
     assert np.abs(one - whole).max() <= 1
     shards = decode(drawn, model, tmp_path / "folder", "--shard-size", 2)
     assert np.abs(shards - whole).max() <= 1
-    result = run_cli("decode", drawn, "-m", model, "-o", tmp_path / "folder", "--steps", 3, "--shard-size", 2)
+    result = run_cli("decode", drawn, "-m", model, "-o", tmp_path / "folder", "--decoder-steps", 3, "--shard-size", 2)
     assert "all there already" in result.stderr
-    for more in (("--seed", 1), ("--guidance", 3), ("--sampler", "ddpm"), ("--sampler", "ddim", "--eta", 1)):
+    for more in (
+        ("--seed", 1),
+        ("--decoder-guidance", 3),
+        ("--decoder-sampler", "ddpm"),
+        ("--decoder-sampler", "ddim", "--eta", 1),
+    ):
         other = decode(drawn, model, tmp_path / "c.safetensors", *more)
         assert np.abs(other - whole).max() > 3, more
     result = run_cli("decode", "-m", model, stdin=f"{drawn}\n")
@@ -414,7 +426,7 @@ def test_a_chain_of_upsamplers(model, large, drawn, tmp_path):
     assert pictures.shape == (5, 3, 64, 64)
     last = open_artifact(tmp_path / "a.safetensors").history[-1]
     assert last["options"]["upsampler_steps"] == 2
-    assert list(last["inputs"]) == ["embeddings", "model", "upsampler_1", "upsampler_2"]
+    assert list(last["inputs"]) == ["embeddings", "decoder", "upsampler_1", "upsampler_2"]
     assert last["inputs"]["upsampler_1"] == digest_file(large / "up16.safetensors")
     again = decode(drawn, large, tmp_path / "b.safetensors", "--upsampler-steps", 2, "--batch-size", 3)
     assert np.abs(again - pictures).max() <= 2
@@ -433,14 +445,16 @@ def test_upsamplers_that_do_not_follow(unclip, chain, drawn, tmp_path):
 
 
 def test_what_decode_refuses(chain, model, drawn, tmp_path):
-    assert "--guidance with embeddings alone" in run_bad("decode", chain.drawn, "-m", chain.model, "--guidance", 2)
+    assert "no --decoder-guidance for codes" in run_bad(
+        "decode", chain.drawn, "-m", chain.model, "--decoder-guidance", 2
+    )
     assert "expected weights.decoder" in run_bad("decode", drawn, "-m", chain.model)
     table = open_artifact(drawn)
     columns = {"embeddings": np.array(table.array("embeddings")), "ids": strings(drawn, "ids")}
     other = write_artifact(tmp_path / "other.safetensors", "embeddings", columns, {"encoder": "1" * 64}, [])
     assert "expected the CLIP" in run_bad("decode", other, "-m", model)
-    assert "sampler among" in run_bad("decode", drawn, "-m", model, "--sampler", "magic")
-    assert "1 to 40 steps" in run_bad("decode", drawn, "-m", model, "--steps", 41)
+    assert "sampler among" in run_bad("decode", drawn, "-m", model, "--decoder-sampler", "magic")
+    assert "1 to 40 steps" in run_bad("decode", drawn, "-m", model, "--decoder-steps", 41)
     lone = shutil.copy(model / "decoder.safetensors", tmp_path / "decoder.safetensors")
     assert "tokenizer" in run_bad("decode", drawn, "-m", lone)
 

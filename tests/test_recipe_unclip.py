@@ -169,7 +169,7 @@ def test_sweep_and_truth(built):
     assert len(both) == len(KINDS)
     painted = [line for line in named(commands, "decode") if "sweep/" in line and "embeddings" in line]
     assert len(painted) == len(KINDS) * len(guided)
-    assert all(line.count("--guidance") == 1 for line in painted)
+    assert all(line.count("--decoder-guidance") == 1 for line in painted)
     assert any(line.startswith("score.py unclip/truth.images.safetensors --captions") for line in commands)
     assert graph.make("sweep", "truth") == []
 
@@ -292,7 +292,11 @@ def test_the_emoji_run_it_too(tmp_path):
     order = ("model/clip", "unclip/decoder", "unclip/diffusion-prompts.images", "unclip/diffusion-prompts.best")
     assert [name for name in outs if name.startswith(order)] == [f"{name}.safetensors" for name in order]
     painted = [line.split(" -o ")[0].split("--sampler ")[1].split() for line in ran if "--sampler" in line]
-    assert painted == [["dpm++", "--steps", "20"], ["ddim", "--steps", "20"], ["ddim", "--steps", "100"]]
+    assert painted == [
+        ["dpm++", "--decoder-steps", "20"],
+        ["ddim", "--decoder-steps", "20"],
+        ["ddim", "--decoder-steps", "100"],
+    ]
     explored = {"vary-fluent-1f622", "vary-noto-1f427", "interpolate", "diff", "reconstruct"}
     assert {name for name in outs if name.endswith(".png")} == {
         f"unclip/{name}.png" for name in {"sheet-diffusion", "sheet-autoregressive", *explored}

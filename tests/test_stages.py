@@ -80,7 +80,7 @@ def test_exit_statuses(chain, tmp_path):
 
 
 def test_a_bug_keeps_its_traceback(chain, monkeypatch, tmp_path):
-    monkeypatch.setattr("dalle_cli.commands.drawing.decode", lambda *_: 1 / 0)
+    monkeypatch.setattr("dalle_cli.pipelines.codec.Codec.decode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_cli("decode", chain.drawn, "-m", chain.model, "-o", tmp_path / "x.safetensors")
 
@@ -89,7 +89,7 @@ def test_an_interrupt_is_130(chain, monkeypatch, tmp_path):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dalle_cli.commands.drawing.decode", stop)
+    monkeypatch.setattr("dalle_cli.pipelines.codec.Codec.decode", stop)
     result = run_cli("decode", chain.drawn, "-m", chain.model, "-o", tmp_path / "x.safetensors")
     assert (result.status, result.stdout) == (130, "")
     assert list(tmp_path.iterdir()) == []

@@ -23,9 +23,9 @@ from dalle_cli.pipelines import loading
 from dalle_cli.pipelines.clip import ClipScorer
 from dalle_cli.pipelines.inpainting import InpaintingMask
 from dalle_cli.pipelines.prompts import Candidate, Rows
+from dalle_cli.sampling import memory
 from dalle_cli.sampling.autoregressive import sample_batches
 from dalle_cli.sampling.embeddings import Read, autoregressed, diffused
-from dalle_cli.sampling.memory import fitting_batch
 
 log = logging.getLogger("dalle_cli")
 BATCH, STEPS = 64, 64  # candidates at once where the batch size is `auto`; steps of the paper's diffusion prior
@@ -133,7 +133,7 @@ class TokenPrior:
         if batch_size != AUTO:
             return batch_size
         several = len({row.text for row in rows}) > 1
-        return fitting_batch(self.model, len(rows), settings["guidance"] != 1, several, self.machine.dtype)
+        return memory.fitting_batch(self.model, len(rows), settings["guidance"] != 1, several, self.machine.dtype)
 
     def sample(
         self, rows: Sequence[Candidate], options: SamplingOptions | None = None, *, mask: InpaintingMask | None = None,
