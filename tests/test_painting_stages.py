@@ -426,7 +426,7 @@ def test_a_chain_of_upsamplers(model, large, drawn, tmp_path):
     assert pictures.shape == (5, 3, 64, 64)
     last = open_artifact(tmp_path / "a.safetensors").history[-1]
     assert last["options"]["upsampler_steps"] == 2
-    assert list(last["inputs"]) == ["embeddings", "decoder", "upsampler_1", "upsampler_2"]
+    assert list(last["inputs"]) == ["decoder", "embeddings", "upsampler_1", "upsampler_2"]
     assert last["inputs"]["upsampler_1"] == digest_file(large / "up16.safetensors")
     again = decode(drawn, large, tmp_path / "b.safetensors", "--upsampler-steps", 2, "--batch-size", 3)
     assert np.abs(again - pictures).max() <= 2
