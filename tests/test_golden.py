@@ -14,6 +14,7 @@ floats a projection of each row, of weights their norm, and the logged losses.
 import hashlib
 import itertools
 import json
+import re
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -31,22 +32,14 @@ import dalle_cli
 
 PROMPTS = {
     "emoji": (
-        "a noto style emoji of a red apple",
-        "a twemoji style emoji of a cat face",
-        "a fluent 3d style emoji of a rocket",
-        "빨간 사과",
-        "고양이 얼굴",
-        "노란 별",
+        "a noto style emoji of a red apple", "a twemoji style emoji of a cat face",
+        "a fluent 3d style emoji of a rocket", "빨간 사과", "고양이 얼굴", "노란 별",
     ),
     "shapes": (
-        "a small red circle left of a large blue square",
-        "a large green triangle",
-        "a yellow square above a red circle",
-        "빨간 원",
-        "파란 사각형",
-        "초록 별",
+        "a small red circle left of a large blue square", "a large green triangle",
+        "a yellow square above a red circle", "빨간 원", "파란 사각형", "초록 별",
     ),
-}
+}  # fmt: skip
 CPU = "--device cpu --dtype float32"
 SAMPLE = f"sample --prompts {{prompts}} -n 4 -m {{model}} --seed 0 {CPU} -o {{out}}"
 VARIANTS = {  # of SAMPLE, for both bundles; a second -n wins
@@ -62,97 +55,34 @@ MORE_VARIANTS = {  # for shapes, which is faster
 }
 DECODE = f"decode {{latents}} -m {{model}} {CPU} -o {{out}}"
 RERANK = f"rerank {{images}} -m {{model}} {CPU} -o {{out}}"
-RERANK_BY = {"clip": "", "prior": "--by prior --codes {codes}", "contrast": "--by contrast --codes {codes}"}
-CODES, IMAGES, EMBEDDINGS, SCORE, IDS, TOKENS = "codes", "images", "embeddings", "score", "ids.bytes", "tokens"
+RERANK_BY = {
+    "emoji": {"clip": ""},
+    "shapes": {"clip": "", "prior": "--by prior --codes {codes}", "contrast": "--by contrast"},
+}
+GENERATE = f"generate --prompts {{prompts}} -n 2 -m {{model}} --seed 3 {CPU} -o {{out}}.png --images {{out}}"
+CODES, IMAGES, EMBEDDINGS, SCORE, IDS, TOKENS = "codes", "images", "embeddings", "score", "ids", "tokens"
 LOG, LOG_MACHINE = "metrics.jsonl", ("seconds", "rate", "peak_memory")
 
-TRAIN = """
-steps = 20
-batch_size = 4
-lr = 1e-2
-warmup = 2
-ema = 0.5
-ema_every = 1
-log_every = 5
-validate_every = 10
-checkpoint_every = 10
-validation = 0.2
-"""
-UNET = """
-width = 8
-multipliers = [1, 2]
-depth = 1
-head_width = 4
-groups = 4
-dropout = 0.1
-n_timestep = 40
-"""
-TOWER = "n_layer = 2\nn_head = 2\nn_embd = 16"
+TRAIN = (
+    "steps = 20, batch_size = 4, lr = 1e-2, warmup = 2, ema = 0.5, ema_every = 1, log_every = 5, validate_every = 10, "
+    "checkpoint_every = 10, validation = 0.2"
+)
+UNET = "width = 8, multipliers = [1, 2], depth = 1, head_width = 4, groups = 4, dropout = 0.1, n_timestep = 40"
+TOWER = "n_layer = 2, n_head = 2, n_embd = 16"
+CLIP_TOWERS = ", ".join(f"{side}_width = 16, {side}_layers = 1, {side}_heads = 2" for side in ("vision", "text"))
+TEXT = "context_width = 8, text_layers = 1, text_heads = 2"
+PAINTER = f"{TRAIN}, sheet_pictures = 0"
 RECIPE = f"""
-[tokenizer]
-vocab_size = 300
-length = 16
-[dvae]
-image_size = 16
-n_groups = 3
-n_hid = 8
-n_blk_per_group = 1
-n_init = 8
-n_vocab = 20
-[dvae.train]{TRAIN}
-[clip]
-image_size = 16
-patch_size = 8
-n_proj = 16
-vision_width = 16
-vision_layers = 1
-vision_heads = 2
-n_text = 16
-text_width = 16
-text_layers = 1
-text_heads = 2
-[clip.train]{TRAIN}
-[prior]
-{TOWER}
-conv_kernel = 3
-[prior.train]{TRAIN}
-bpe_dropout = 0.1
-caption_dropout = 0.1
-sheet_prompts = 0
-[embedding_prior.diffusion]
-{TOWER}
-n_timestep = 50
-[embedding_prior.diffusion.train]{TRAIN}
-[embedding_prior.autoregressive]
-{TOWER}
-n_bucket = 16
-n_dot = 4
-n_component = 8
-[embedding_prior.autoregressive.train]{TRAIN}
-[decoder]
-image_size = 8
-attention = [4]
-context_width = 8
-text_layers = 1
-text_heads = 2
-{UNET}
-[decoder.train]{TRAIN}
-sheet_pictures = 0
-[upsampler_1]
-image_size = 16
-low_size = 8
-low_noise = 0.5
-{UNET}
-[upsampler_1.train]{TRAIN}
-crop = 2
-sheet_pictures = 0
-[upsampler_2]
-image_size = 32
-low_size = 16
-{UNET}
-[upsampler_2.train]{TRAIN}
-corruption = "bsr"
-sheet_pictures = 0
+tokenizer = {{vocab_size = 300, length = 16}}
+dvae = {{image_size = 16, n_groups = 3, n_hid = 8, n_blk_per_group = 1, n_init = 8, n_vocab = 20, train = {{{TRAIN}}}}}
+clip = {{image_size = 16, patch_size = 8, n_proj = 16, n_text = 16, {CLIP_TOWERS}, train = {{{TRAIN}}}}}
+decoder = {{image_size = 8, attention = [4], {TEXT}, {UNET}, train = {{{PAINTER}}}}}
+upsampler_1 = {{image_size = 16, low_size = 8, low_noise = 0.5, {UNET}, train = {{{PAINTER}, crop = 2}}}}
+upsampler_2 = {{image_size = 32, low_size = 16, {UNET}, train = {{{PAINTER}, corruption = "bsr"}}}}
+prior = {{{TOWER}, conv_kernel = 3, train = {{{TRAIN}, sheet_prompts = 0, bpe_dropout = 0.1, caption_dropout = 0.1}}}}
+[embedding_prior]
+diffusion = {{{TOWER}, n_timestep = 50, train = {{{TRAIN}}}}}
+autoregressive = {{{TOWER}, n_bucket = 16, n_dot = 4, n_component = 8, train = {{{TRAIN}}}}}
 """
 INPUTS = {  # of training: name -> command
     "tokenizer": "train-tokenizer {data} --config {recipe} -o {out}",
@@ -179,7 +109,32 @@ TRAINERS = {
     "upsampler-1": "train-decoder {data} --upsampler 1",
     "upsampler-2": "train-decoder {data} --upsampler 2",
 }
+UNCLIP = ("decoder", "upsampler-1", "upsampler-2")  # beside a prior, of what was trained
+EMBEDDED = {  # of SAMPLE
+    "diffusion": {name: f"--sampler {name} --steps 4 --guidance 8 -n 2" for name in ("ddpm", "ddim", "dpm++", "heun")},
+    "autoregressive": {"likely": "--temperature 0.9 --top-k 12 --top-p 0.9 --guidance 2 -n 2", "plain": "-n 2"},
+}
+PAINTED = {  # of DECODE
+    "ddpm": "--sampler ddpm --steps 4 --guidance 3 --upsampler-steps 2",
+    "ddim": "--sampler ddim --eta 0.5 --steps 4 --guidance 3 --upsampler-steps 2",
+    "dpm++": "--sampler dpm++ --steps 4 --guidance 1 --upsampler-steps 2 --seed 1",
+    "heun": "--sampler heun --steps 3 --guidance 2 --upsampler-steps 2",
+}
+EDIT = f"--steps 6 --upsampler-steps 2 --seed 2 -m {{model}} {CPU} -o {{out}}.png --images {{out}}"
+EDITED = {
+    "vary": "vary {image} -n 2 --eta 0.5",
+    "interpolate": "interpolate {image} {other} --decoder-steps 6",
+    "diff": "diff {image} red blue --decoder-steps 6",
+    "reconstruct": "reconstruct {image} --components 2,8",
+}
 INFO = "info {path} --json"
+INFO_TENSORS, INFO_DTYPE, INFO_SHAPE = "tensors", "dtype", "shape"
+INFO_OF = (  # one or more of each kind
+    "inputs/captions", "inputs/codes", "inputs/embeddings", "trained/dvae", "trained/clip", "trained/prior",
+    "trained/prior-sketch", "trained/diffusion", "trained/autoregressive", "trained/decoder", "trained/upsampler-1",
+    "trained/prior.run/checkpoint-00000020", "unclip/diffusion-ddpm", "unclip/ranked", "shapes/default-codes",
+    "shapes/clip",
+)  # fmt: skip
 
 # Where things are
 
@@ -244,6 +199,15 @@ def log_entry(path):
     return entry(np.array(numbers), relative=True)
 
 
+def rank_entries(name, path):
+    """Of ranked images: who is first, second, ... and their scores to 4 digits, by id."""
+    tensors = load_file(path)
+    text, ends = tensors[f"{IDS}.bytes"].tobytes().decode(), tensors[f"{IDS}.offsets"].tolist()
+    order = np.argsort([text[start:end] for start, end in itertools.pairwise(ends)], kind="stable")
+    places = np.argsort(order, kind="stable")
+    return {f"{name}/order": entry(places), f"{name}/scores": entry(np.round(tensors[SCORE][order], 4))}
+
+
 def run(command, **places):
     """A command of the table, with its places filled in."""
     return run_ok(*(word.format(**places) for word in command.split()))
@@ -286,9 +250,18 @@ class Golden:
         variants = {**VARIANTS, **(MORE_VARIANTS if name == "shapes" else {})}
         for variant, more in variants.items():
             stem = f"{name}/{variant}"
-            codes = self.make(f"{stem}.codes", f"{SAMPLE} {more}", model=model, prompts=prompts, image=image)
-            found[f"{stem}/codes"] = entry(load_file(codes)[CODES])
-        return found
+            codes = self.make(f"{stem}-codes", f"{SAMPLE} {more}", model=model, prompts=prompts, image=image)
+            found[f"{variant}/codes"] = entry(load_file(codes)[CODES])
+        images = self.make(
+            f"{name}/images", DECODE, latents=self.root / f"{name}/default-codes.safetensors", model=model
+        )
+        found["default/images"] = entry(load_file(images)[IMAGES])
+        for by, more in RERANK_BY[name].items():
+            codes = self.root / f"{name}/default-codes.safetensors"
+            ranked = self.make(f"{name}/{by}", f"{RERANK} {more}", images=images, model=model, codes=codes)
+            found |= rank_entries(f"rerank/{by}", ranked)
+        made = load_file(self.make(f"{name}/generated", f"{GENERATE} -n 2", model=model, prompts=prompts))
+        return {**found, "generate": entry(made[IMAGES])}
 
     @cached_property
     def emoji(self):
@@ -324,10 +297,63 @@ class Golden:
             found[f"{name}/log"] = log_entry(out.with_suffix(".run") / LOG)
         return found
 
+    @cached_property
+    def unclip(self):
+        """Embeddings, images and ranks by what was trained, with both kinds of prior."""
+        assert self.trained
+        found, prompts = {}, self.root / "unclip.txt"
+        prompts.write_text("a small red square on black\na large blue square on white")
+        for kind, samplers in EMBEDDED.items():
+            model = self.root / "unclip" / kind
+            model.mkdir(parents=True)
+            for path in (kind, *UNCLIP):
+                shutil.copy(self.root / "trained" / f"{path}.safetensors", model)
+            for path in ("clip.safetensors", "tokenizer.json"):
+                shutil.copy(self.places["shapes"] / path, model)
+            for name, more in samplers.items():
+                stem = f"unclip/{kind}-{name}"
+                drawn = self.make(stem, f"{SAMPLE} {more}", model=model, prompts=prompts)
+                found[f"{kind}/{name}/embeddings"] = entry(load_file(drawn)[EMBEDDINGS])
+            made = load_file(self.make(f"unclip/{kind}-generated", f"{GENERATE} {more}", model=model, prompts=prompts))
+            found[f"{kind}/generate"] = entry(made[IMAGES])
+        for name, more in PAINTED.items():
+            images = self.make(f"unclip/painted-{name}", f"{DECODE} {more}", latents=drawn, model=model)
+            found[f"decoder/{name}/images"] = entry(load_file(images)[IMAGES])
+        ranked = self.make("unclip/ranked", RERANK, images=images, model=model)
+        return {**found, **rank_entries("rerank", ranked)}
+
+    @cached_property
+    def edited(self):
+        """Images painted from those of an image."""
+        assert self.unclip
+        model, image, other = (
+            self.root / "unclip" / "diffusion",
+            *(self.places["data"] / f"{n}.png" for n in ("13", "06")),
+        )
+        found = {}
+        for name, command in EDITED.items():
+            out = self.make(f"edited/{name}", f"{command} {EDIT}", model=model, image=image, other=other)
+            found[name] = entry(load_file(out)[IMAGES])
+        return found
+
+    @cached_property
+    def info(self):
+        """What `info --json` says, with digests numbered and long lists of tensors as a hash."""
+        assert self.unclip
+        assert self.shapes
+        found, seen = {}, {}
+        for name in INFO_OF:
+            text = run(INFO, path=self.root / f"{name}.safetensors").replace(f"{self.root}/", "")
+            text = re.sub(r"\b[0-9a-f]{64}\b", lambda found: f"digest {seen.setdefault(found[0], len(seen))}", text)
+            told = found[name] = json.loads(text)
+            tensors = [f"{k}: {v[INFO_DTYPE]} {v[INFO_SHAPE]}" for k, v in sorted(told[INFO_TENSORS].items())]
+            told[INFO_TENSORS] = tensors if len(tensors) < 12 else f"{len(tensors)}, {digest(*tensors)[:12]}"
+        return found
+
 
 # Comparing
 
-GROUPS = ("inputs", "trained", "shapes", "emoji")
+GROUPS = ("inputs", "trained", "unclip", "edited", "shapes", "emoji")
 
 
 def changes(found, recorded, same_machine):
@@ -362,6 +388,11 @@ def read():
     return recorded["machine"], recorded["entries"]
 
 
+def read_info():
+    """The recorded texts of `info --json`."""
+    return json.loads((GOLDEN / "info.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
     before = torch.get_num_threads()
@@ -374,3 +405,29 @@ def test_results_are_those_recorded(golden, group):
     machine, entries = read()
     found = changes(getattr(golden, group), entries[group], machine == fingerprint())
     assert not found, "\n".join(f"{name}: {how}" for name, how in sorted(found.items()))
+
+
+def test_info_says_what_is_recorded(golden):
+    """On any machine: it holds no float result."""
+    recorded = read_info()
+    assert golden.info.keys() == recorded.keys()
+    for name, told in golden.info.items():
+        assert told == recorded[name], name
+
+
+def test_other_results_are_seen():
+    """On the recorded machine to the last bit, on another beyond rounding; and whether only names differ."""
+    rng = np.random.default_rng(0)
+    floats, codes = rng.normal(size=(8, 50)), rng.integers(0, 64, (8, 50)).astype(np.uint16)
+    near, far, rare = floats + 1e-5, rng.normal(size=(8, 50)), codes.copy()
+    rare[3, 7] ^= 1
+    for old, close, other in ((floats, near, far), (codes, rare, codes[::-1]), (floats, floats, floats[:7])):
+        assert alike(entry(old), entry(old), True)
+        assert alike(entry(close), entry(old), False)
+        assert not alike(entry(other), entry(old), True)
+        assert not alike(entry(other), entry(old), False)
+    assert not alike(entry(near), entry(floats), True)
+    assert not alike(entry(rare), entry(codes), True)
+    renamed = {"w": {**entry(floats), "names": "b"}}
+    assert changes(renamed, {"w": {**entry(floats), "names": "a"}}, True)["w"].startswith("the same tensors")
+    assert changes({"a": 1}, {"b": 1}, True) == {"a": "new", "b": "not there"}

@@ -21,9 +21,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = golden.Golden(Path(folder))
         entries = {group: getattr(made, group) for group in golden.GROUPS}
+        info = made.info
     for group, found in entries.items():
         for name, how in sorted(golden.changes(found, old.get(group, {}), before == machine).items()):
             print(f"{group} {name}: {how.splitlines()[0]}")
+    known = golden.read_info() if (HERE / "info.json").exists() else {}
+    for name in info.keys() | known.keys():
+        if info.get(name) != known.get(name):
+            print(f"info {name}: another text")
+    (HERE / "info.json").write_text(json.dumps(info, indent=1) + "\n")
     groups = []
     for group, found in entries.items():
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in found.items())
