@@ -16,7 +16,7 @@ import itertools
 import json
 import re
 import shutil
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,8 @@ import pytest
 import torch
 from conftest import run_ok
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import dalle_cli
 
@@ -67,7 +68,10 @@ TRAIN = (
     "steps = 20, batch_size = 4, lr = 1e-2, warmup = 2, ema = 0.5, ema_every = 1, log_every = 5, validate_every = 10, "
     "checkpoint_every = 10, validation = 0.2"
 )
-UNET = "width = 8, multipliers = [1, 2], depth = 1, head_width = 4, groups = 4, dropout = 0.1, n_timestep = 40"
+UNET = (
+    "width = 8, multipliers = [1, 2], depth = 1, head_width = 4, groups = 4, dropout = 0.1, n_timestep = 40, "
+    "prediction = 'epsilon'"
+)
 TOWER = "n_layer = 2, n_head = 2, n_embd = 16"
 CLIP_TOWERS = ", ".join(f"{side}_width = 16, {side}_layers = 1, {side}_heads = 2" for side in ("vision", "text"))
 TEXT = "context_width = 8, text_layers = 1, text_heads = 2"
@@ -94,6 +98,7 @@ INPUTS = {  # of training: name -> command
 PRIOR = "train-prior {captions} {codes} -t {shapes}/tokenizer.json"
 EMBEDDING_PRIOR = "train-prior {captions} {embeddings} --set embedding_prior.kind="
 OF_TRAINING = f"--config {{recipe}} --seed 0 {CPU} -o {{out}}"
+STILL = {"steps = 20": "steps = 1", "lr = 1e-2": "lr = 0", "'epsilon'": "'v'"}  # changes, for weights as they start
 TRAINERS = {
     "dvae": "train-dvae {data}",
     "dvae-fsq": "train-dvae {data} --set dvae.quantizer=fsq --set dvae.fsq_levels=[5,4] --set dvae.block=residual"
@@ -109,7 +114,7 @@ TRAINERS = {
     "upsampler-1": "train-decoder {data} --upsampler 1",
     "upsampler-2": "train-decoder {data} --upsampler 2",
 }
-UNCLIP = ("decoder", "upsampler-1", "upsampler-2")  # beside a prior, of what was trained
+UNCLIP = ("decoder", "upsampler-1", "upsampler-2")  # beside a prior
 EMBEDDED = {  # of SAMPLE
     "diffusion": {name: f"--sampler {name} --steps 4 --guidance 8 -n 2" for name in ("ddpm", "ddim", "dpm++", "heun")},
     "autoregressive": {"likely": "--temperature 0.9 --top-k 12 --top-p 0.9 --guidance 2 -n 2", "plain": "-n 2"},
@@ -234,6 +239,7 @@ class Golden:
         self.root = root
         self.places = {"shapes": BUNDLES / "shapes", "data": write_data(root / "data"), "recipe": root / "recipe.toml"}
         self.places["recipe"].write_text(RECIPE)
+        (root / "still.toml").write_text(re.sub("|".join(STILL), lambda found: STILL[found[0]], RECIPE))
 
     def make(self, name, command, **places):
         """Run a command that writes `name`.safetensors, and remember where that is."""
@@ -297,9 +303,25 @@ class Golden:
             found[f"{name}/log"] = log_entry(out.with_suffix(".run") / LOG)
         return found
 
+    @cache  # noqa: B019
+    def random(self, name):
+        """Weights of a trainer's start and noise where training moves them, alike on any machine to rounding."""
+        start = self.make(f"start/{name}", f"{TRAINERS[name]} {OF_TRAINING}", recipe=self.root / "still.toml")
+        trained, tensors = load_file(self.root / "trained" / start.name), load_file(start)
+        with safe_open(start, "np") as file:
+            metadata = file.metadata()
+        for key, x in tensors.items():
+            if np.abs(trained[key] - x).max() > 1e-4:  # a parameter, no buffer
+                noise = np.random.default_rng(x.shape).normal(scale=0.1, size=x.shape)
+                tensors[key] = x + (noise * (3 / x[0].size ** 0.5 if x.ndim > 1 else 1)).astype(x.dtype)
+        out = self.root / "random" / start.name
+        out.parent.mkdir(exist_ok=True)
+        save_file(tensors, out, metadata)
+        return out
+
     @cached_property
     def unclip(self):
-        """Embeddings, images and ranks by what was trained, with both kinds of prior."""
+        """Embeddings, images and ranks by random weights, with both kinds of prior."""
         assert self.trained
         found, prompts = {}, self.root / "unclip.txt"
         prompts.write_text("a small red square on black\na large blue square on white")
@@ -307,7 +329,7 @@ class Golden:
             model = self.root / "unclip" / kind
             model.mkdir(parents=True)
             for path in (kind, *UNCLIP):
-                shutil.copy(self.root / "trained" / f"{path}.safetensors", model)
+                shutil.copy(self.random(path), model)
             for path in ("clip.safetensors", "tokenizer.json"):
                 shutil.copy(self.places["shapes"] / path, model)
             for name, more in samplers.items():
