@@ -120,12 +120,12 @@ EMBEDDED = {  # of SAMPLE
     "autoregressive": {"likely": "--temperature 0.9 --top-k 12 --top-p 0.9 --guidance 2 -n 2", "plain": "-n 2"},
 }
 PAINTED = {  # of DECODE
-    "ddpm": "--sampler ddpm --steps 4 --guidance 3 --upsampler-steps 2",
-    "ddim": "--sampler ddim --eta 0.5 --steps 4 --guidance 3 --upsampler-steps 2",
-    "dpm++": "--sampler dpm++ --steps 4 --guidance 1 --upsampler-steps 2 --seed 1",
-    "heun": "--sampler heun --steps 3 --guidance 2 --upsampler-steps 2",
+    "ddpm": "--decoder-sampler ddpm --decoder-steps 4 --decoder-guidance 3 --upsampler-steps 2",
+    "ddim": "--decoder-sampler ddim --eta 0.5 --decoder-steps 4 --decoder-guidance 3 --upsampler-steps 2",
+    "dpm++": "--decoder-sampler dpm++ --decoder-steps 4 --decoder-guidance 1 --upsampler-steps 2 --seed 1",
+    "heun": "--decoder-sampler heun --decoder-steps 3 --decoder-guidance 2 --upsampler-steps 2",
 }
-EDIT = f"--steps 6 --upsampler-steps 2 --seed 2 -m {{model}} {CPU} -o {{out}}.png --images {{out}}"
+EDIT = f"--decoder-steps 6 --upsampler-steps 2 --seed 2 -m {{model}} {CPU} -o {{out}}.png --images {{out}}"
 EDITED = {
     "vary": "vary {image} -n 2 --eta 0.5",
     "interpolate": "interpolate {image} {other} --decoder-steps 6",
