@@ -128,8 +128,8 @@ PAINTED = {  # of DECODE
 EDIT = f"--decoder-steps 6 --upsampler-steps 2 --seed 2 -m {{model}} {CPU} -o {{out}}.png --images {{out}}"
 EDITED = {
     "vary": "vary {image} -n 2 --eta 0.5",
-    "interpolate": "interpolate {image} {other} --decoder-steps 6",
-    "diff": "diff {image} red blue --decoder-steps 6",
+    "interpolate": "interpolate {image} {other} --steps 6",
+    "diff": "diff {image} red blue --steps 6",
     "reconstruct": "reconstruct {image} --components 2,8",
 }
 INFO = "info {path} --json"
