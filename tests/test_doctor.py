@@ -199,7 +199,7 @@ def test_a_prior_that_ignores_captions(request, planted, tmp_path, kind):
     assert one(rows, "length of z_i")[0] == one(rows, "captions dropped")[0] == "ok"
     if kind == "diffusion":  # the other's null has a dot product of its own
         assert one(rows, "loss with null captions") == ("bad", pytest.approx(0, abs=1e-6))
-        assert one(rows, "distance of draws")[0] == "bad"
+        assert one(rows, "distance of samples")[0] == "bad"
         assert one(rows, "scale of z_i")[0] == "ok"
 
 
@@ -325,7 +325,7 @@ def test_an_upsampler(root, painted, tmp_path):
         tensors["unet.conv_in.weight"][:, 3:] = 0
 
     rows = rows_of(changed(weights, tmp_path / "blind.safetensors", edit), painted[0], "--no-overfit")
-    assert one(rows, "another's small picture")[0] == one(rows, "others' small pictures")[0] == "bad"
+    assert one(rows, "another's low-resolution image")[0] == one(rows, "others' low-resolution images")[0] == "bad"
 
 
 # dVAE, its prior, CLIP
@@ -351,7 +351,7 @@ def test_a_dvae(seen, chain, tmp_path):
     rows = rows_of(gone, chain.data, "--no-overfit")
     assert one(rows, "codes in use") == ("bad", 1)
     assert one(rows, "perplexity") == ("bad", pytest.approx(1))
-    assert one(rows, "dB")[0] == "bad"
+    assert one(rows, "PSNR")[0] == "bad"
 
 
 def test_a_clip(seen, chain, tmp_path):
@@ -388,7 +388,7 @@ def coded(root):
 def test_a_prior_over_codes(root, coded, tmp_path):
     weights = trained(root, "prior", "train-prior", *coded)
     rows = rows_of(weights, *coded)
-    text = one(rows, "nats of a caption token")  # drawn evenly: there is nothing in it to learn
+    text = one(rows, "nats per caption token")  # drawn evenly: there is nothing in it to learn
     sane({question: row for question, row in rows.items() if row != text})
     cut = changed(weights, tmp_path / "cut.safetensors", zeroed("token.", "pad."))
     rows = rows_of(cut, *coded, "--no-overfit")
