@@ -40,18 +40,23 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Look a trained model over for the usual failures; ends with status 0 whatever it finds."""
-    from dalle_cli import console, doctor
+    from dalle_cli import console
     from dalle_cli.devices import arithmetic
+    from dalle_cli.doctor import checks, kinds, overfit, tables
+    from dalle_cli.doctor.subject import Request
 
-    found = doctor.find_weights(weights)
-    machine = arithmetic(device, dtype)
-    request = doctor.Request(found, inputs or [], captions, without, machine, seed, limit, workers)
-    subject = doctor.open_subject(request)
+    found, machine = kinds.find_weights(weights), arithmetic(device, dtype)
+    subject = kinds.open_subject(Request(found, inputs or [], captions, without, machine, seed, limit, workers))
     if not as_json:
         rows = f"{subject.n} rows {'held out' if subject.held_out else 'of training, as none is held out'}"
         console.note(f"{found.path.name}: {found.headers[0].table.about}, on {rows}")
-    findings = doctor.examine(subject)
+    findings = tables.examine(subject)
     if not no_overfit:
-        with console.progress("overfit", doctor.UPDATES, unit="updates") as advance:
-            findings.append(doctor.overfit_subject(subject, advance))
-    console.emit_json(doctor.facts(subject, findings)) if as_json else console.emit(doctor.text(findings))
+        with console.progress("overfit", overfit.UPDATES, unit="updates") as advance:
+            findings.append(overfit.overfit_subject(subject, advance))
+    if not as_json:
+        console.emit(checks.text(findings))
+        return
+    facts = {"stage": "doctor", "kind": found.kind, "inputs": {"model": found.digest, **subject.digests}}
+    facts |= {"rows": subject.n, "held_out": subject.held_out, "verdict": checks.worst(findings)}
+    console.emit_json({**facts, "findings": checks.rows(findings)})

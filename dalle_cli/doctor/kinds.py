@@ -1,25 +1,28 @@
 """Opens weights and the inputs of their kind, and makes the `Subject` to examine."""
 
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dalle_cli import config
 from dalle_cli.artifacts import Artifact, open_artifact
+from dalle_cli.data import tokenizer
 from dalle_cli.data.conditions import Conditions
-from dalle_cli.data.datasets import Dataset, open_dataset
+from dalle_cli.data.datasets import open_dataset
 from dalle_cli.data.exclude import leave_out
 from dalle_cli.data.filters import Filters
 from dalle_cli.data.pairs import Pairs
-from dalle_cli.doctor.subject import Request, Subject
+from dalle_cli.data.split import split
+from dalle_cli.doctor.subject import Metrics, Request, Subject
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
 from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.pipelines import loading
-from dalle_cli.pipelines.clip import ClipScorer
-from dalle_cli.pipelines.codec import Codec
 from dalle_cli.training.clip import CLIPTask, CLIPTrain
 from dalle_cli.training.decoder import DecoderTask, DecoderTrain
 from dalle_cli.training.dvae import DVAETask, DVAETrain
@@ -27,15 +30,46 @@ from dalle_cli.training.embedding_prior import AutoregressivePriorTask, Diffusio
 from dalle_cli.training.prior import PriorTask, PriorTrain
 from dalle_cli.training.upsampler import UpsamplerTask, UpsamplerTrain
 
-INPUTS = {  # what each kind of weights is examined on
-    "weights.dvae": ("DATASET",),
-    "weights.clip": ("DATASET",),
-    "weights.prior.codes": ("CAPTIONS", "CODES"),
-    "weights.prior.embeddings": ("CAPTIONS", "EMBEDDINGS"),
-    "weights.decoder": ("DATASET", "EMBEDDINGS"),
-    "weights.upsampler": ("DATASET",),
-}
+DETERMINISTIC: dict[str, Any] = {  # training settings with which a batch is its rows and nothing else
+    "accumulate": 1, "augment": "center", "flip": False, "bpe_dropout": 0.0, "caption_dropout": 0.0,
+    "embedding_dropout": 0.0, "embedding_noise": 0.0, "code_noise": 0.0, "corruption": "none", "sketch_only": False,
+    "sketch_redrawn": 0.0, "validation": 0.0,
+}  # fmt: skip
 COUNTED = 4096  # training pairs, evenly spread, whose codes and tokens are counted
+
+
+class Kind(NamedTuple):
+    """What weights of a kind are examined on, and how their task is made."""
+
+    inputs: tuple[str, ...]
+    load: Any  # (weights, device) -> model
+    task: Any
+    settings: type
+    columns: str  # of a training batch
+    width: str  # the field of the model's config
+    error: str = "loss"  # the metric of a training batch that learning must lower
+
+
+KINDS = {
+    "weights.dvae": Kind(("DATASET",), loading.dvae, DVAETask, DVAETrain, "images", "n_hid", "psnr"),
+    "weights.clip": Kind(
+        ("DATASET",), loading.clip, CLIPTask, CLIPTrain, "images tokens lengths", "vision_width"
+    ),
+    "weights.prior.codes": Kind(
+        ("CAPTIONS", "CODES"), loading.prior, PriorTask, PriorTrain, "tokens lengths codes", "n_embd", "image_nats"
+    ),
+    "weights.prior.embeddings": Kind(
+        ("CAPTIONS", "EMBEDDINGS"), loading.embedding_prior, DiffusionPriorTask, EmbeddingPriorTrain,
+        "tokens lengths z_t z_i t noise", "n_embd",
+    ),
+    "weights.decoder": Kind(
+        ("DATASET", "EMBEDDINGS"), loading.decoder, DecoderTask, DecoderTrain,
+        "images noise t z_i given tokens lengths", "width", "mse",
+    ),
+    "weights.upsampler": Kind(
+        ("DATASET",), loading.upsampler, UpsamplerTask, UpsamplerTrain, "images noise t low levels", "width", "mse"
+    ),
+}  # fmt: skip
 
 
 def find_weights(run: str) -> Artifact:
@@ -52,8 +86,8 @@ def find_weights(run: str) -> Artifact:
     elif not path.is_file():
         path = bundles.locate(run)
     if path.is_file():
-        return open_artifact(path, *INPUTS)
-    files = [file for file in sorted(path.glob("*.safetensors")) if open_artifact(file).kind in INPUTS]
+        return open_artifact(path, *KINDS)
+    files = [file for file in sorted(path.glob("*.safetensors")) if open_artifact(file).kind in KINDS]
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise DalleError(f"expected one file of weights in {path}, found {names}; name one of them")
@@ -66,119 +100,109 @@ def open_subject(request: Request) -> Subject:
     Raises:
         DalleError: other inputs than this kind takes, or inputs made with another tokenizer or encoder.
     """
-    weights, wanted = request.weights, INPUTS[request.weights.kind]
-    if len(request.inputs) != len(wanted):
-        what = f"{' '.join(wanted)} for {weights.kind}"
+    weights, inputs = request.weights, KINDS[request.weights.kind].inputs
+    if len(request.inputs) != len(inputs):
+        what = f"{' '.join(inputs)} for {weights.kind}"
         raise DalleError(f"expected {what}, found {len(request.inputs)} inputs; give what it was trained with")
     reads = weights.kind == "weights.decoder" and weights.fact("model", dict).get("n_text") != 0
     if reads != (request.captions is not None):
-        found = "--captions" if request.captions else "none"
-        named = "--captions for a decoder that reads captions" if reads else "no captions besides"
-        raise DalleError(f"expected {named}, found {found}; {'give them' if reads else 'leave them out'}")
-    opens = {
-        "weights.dvae": _dvae, "weights.clip": _clip, "weights.prior.codes": _prior, "weights.decoder": _decoder,
-        "weights.prior.embeddings": _embedding_prior, "weights.upsampler": _upsampler,
-    }  # fmt: skip
-    return opens[weights.kind](request)
+        wanted = "--captions for a decoder that reads captions" if reads else "no --captions for these weights"
+        found, advice = ("none", "give them") if reads else ("some", "leave them out")
+        raise DalleError(f"expected {wanted}, found {found}; {advice}")
+    return _of_images(request) if inputs[0] == "DATASET" else _of_pairs(request)
 
 
-def _images(request: Request, conditions: Conditions | None = None, captions: bool = False) -> tuple[Dataset, Any]:
-    """The chosen rows of the data set as training filtered it; and what a subject says of them."""
-    history = request.weights.history
+def _of_images(request: Request) -> Subject:
+    weights, history, clip = request.weights, request.weights.history, request.weights.kind == "weights.clip"
     filters = config.build(Filters, history[-1].get("options", {}).get("data", {}) if history else {}, "data")
-    data = open_dataset(request.inputs[0], need_captions=captions, filters=filters)
-    digests = {"dataset": data.digest}
+    data = open_dataset(request.inputs[0], need_captions=clip, filters=filters)
+    digests, beside = {"dataset": data.digest}, []
     data = data.without(leave_out(request.exclude, data.ids))
-    if conditions is not None:
-        data = data.without(conditions.missing(data.ids))
-        digests |= {s.kind: s.digest for s in (conditions.embeddings, conditions.captions) if s is not None}
-    others, held_out, _ = request.choose(data.ids)
-    return data.without(others), {"request": request, "digests": digests, "held_out": held_out}
+    if clip:
+        beside.append(tokenizer.load(bundles.tokenizer(weights)))
+    elif weights.kind == "weights.decoder":
+        sources = [_checked(weights, request.inputs[1], "embeddings", "encoder")]
+        sources += [_checked(weights, request.captions, "captions", "tokenizer")] if request.captions else []
+        beside.append(Conditions(*sources))
+        digests |= {source.kind: source.digest for source in sources}
+        data = data.without(beside[0].missing(data.ids))
+    others, held_out, _ = _choose(request, data.ids)
+    data = data.without(others)
+    return _subject(request, len(data), (data, *beside), request.workers, digests=digests, held_out=held_out)
 
 
-def _pairs(request: Request, kind: str) -> tuple[Pairs, Any, Any]:
-    """The chosen pairs of captions and latents, some rows of both that training saw; what a subject says of them."""
-    captions = request.check(open_artifact(request.inputs[0], "captions"), "tokenizer")
-    latents = request.check(open_artifact(request.inputs[1], kind), "encoder")
+def _of_pairs(request: Request) -> Subject:
+    weights, of_codes = request.weights, request.weights.kind == "weights.prior.codes"
+    captions = _checked(weights, request.inputs[0], "captions", "tokenizer")
+    latents = _checked(weights, request.inputs[1], "codes" if of_codes else "embeddings", "encoder")
     pairs = Pairs(captions, latents)
     pairs = pairs.without(leave_out(request.exclude, pairs.ids))
-    others, held_out, training = request.choose(pairs.ids)
-    digests = {"captions": captions.digest, kind: latents.digest}
+    others, held_out, training = _choose(request, pairs.ids)
+    chosen = pairs.without(others)
+    facts = {"digests": {"captions": captions.digest, latents.kind: latents.digest}, "held_out": held_out}
+    if not of_codes:
+        return _subject(request, len(chosen), (chosen,), **facts)
+    dvae = bundles.find_weights(weights.fact("encoder", str), weights.path.parent, latents.path.parent)
     spread = training[np.linspace(0, len(training) - 1, min(len(training), COUNTED)).astype(np.int64)]
-    rows = pairs.draw(spread, np.zeros((len(spread), 2)))
-    return pairs.without(others), rows, {"request": request, "digests": digests, "held_out": held_out}
+    rows, code_rows = pairs.draw(spread, np.zeros((len(spread), 2)))
+    counted = tuple(map(torch.from_numpy, (*pairs.tokens(rows), pairs.codes(code_rows))))
+    return _subject(request, len(chosen), (chosen, None), dvae, counted=counted, **facts)
 
 
-def _dvae(request: Request) -> Subject:
-    data, facts = _images(request)
-    model, options = Codec(request.weights, request.machine).dvae, request.options(DVAETrain, len(data))
-    task = DVAETask(model.config, options, data, request.seed, request.workers)
-    # the loss is no error: the likelihood's may be below 0
-    return Subject(
-        **facts, task=task, model=model, names=("images",), width=model.config.n_hid,
-        error=lambda _, metrics: 10 ** (-metrics["psnr"] / 10),
-    )  # fmt: skip
+def _subject(request: Request, n: int, before: Sequence[Any], *after: Any, **facts: Any) -> Subject:
+    """A subject on n rows; a task takes its data before the seed, and what else it needs after it."""
+    kind, cls = KINDS[request.weights.kind], KINDS[request.weights.kind].task
+    model, known = kind.load(request.weights, request.machine.device), {field.name for field in fields(kind.settings)}
+    same = DETERMINISTIC | dict.fromkeys(("batch_size", "sketch_batch", "max_validation"), n)
+    options = replace(_settings(request.weights), **{name: value for name, value in same.items() if name in known})
+    names, loss = tuple(kind.columns.split()), None
+    if request.weights.kind == "weights.prior.codes":
+        loss = model.loss  # without the true sketch, which would give codes away
+    elif cls is DiffusionPriorTask and not isinstance(model, DiffusionPrior):
+        cls, names, loss = AutoregressivePriorTask, names[:4], _bucket_loss(model)
 
+    def error(loss: Tensor, metrics: Metrics) -> Tensor:
+        if kind.error == "psnr":  # a dVAE's loss may be below 0
+            return 10 ** (-metrics["psnr"] / 10)
+        return loss if kind.error == "loss" else metrics[kind.error]
 
-def _clip(request: Request) -> Subject:
-    data, facts = _images(request, captions=True)
-    scorer, options = ClipScorer(request.weights, request.machine), request.options(CLIPTrain, len(data))
-    task = CLIPTask(scorer.clip.config, options, data, scorer.tokenizer, request.seed, request.workers)
-    names, width = ("images", "tokens", "lengths"), scorer.clip.config.vision_width
-    return Subject(**facts, task=task, model=scorer.clip, names=names, width=width)
-
-
-def _prior(request: Request) -> Subject:
-    pairs, (captions, codes), facts = _pairs(request, "codes")
-    model, options = loading.prior(request.weights, request.machine.device), request.options(PriorTrain, len(pairs))
-    folders = request.weights.path.parent, pairs.latents.path.parent
-    dvae = bundles.find_weights(request.weights.fact("encoder", str), *folders)
-    names = ("tokens", "lengths", "codes")
-    counted = dict(zip(names, map(torch.from_numpy, (*pairs.tokens(captions), pairs.codes(codes))), strict=True))
-    return Subject(
-        **facts, task=PriorTask(model.config, options, pairs, None, request.seed, dvae), model=model, names=names,
-        width=model.config.n_embd, error=lambda _, metrics: metrics["image_nats"], counted=counted,
-        loss=lambda tokens, lengths, codes: model.loss(tokens, lengths, codes),  # without a sketch, which shows codes
-    )  # fmt: skip
-
-
-def _embedding_prior(request: Request) -> Subject:
-    pairs, _, facts = _pairs(request, "embeddings")
-    model = loading.embedding_prior(request.weights, request.machine.device)
-    options, names = request.options(EmbeddingPriorTrain, len(pairs)), ("tokens", "lengths", "z_t", "z_i")
-    facts |= {"model": model, "width": model.config.n_embd}
-    if isinstance(model, DiffusionPrior):
-        task = DiffusionPriorTask(model.config, options, pairs, request.seed)
-        return Subject(**facts, task=task, names=(*names, "t", "noise"))
-
-    def loss(tokens: Any, lengths: Any, z_t: Any, z_i: Any, dots: Any) -> Any:
-        # The dot product stays that of the own caption: one with another's would tell a prior that reads no captions.
-        return model.loss(tokens, lengths, z_t, model.quantize_dot(dots), model.quantize(z_i))
-
-    task = AutoregressivePriorTask(model.config, options, pairs, request.seed)
-    subject = Subject(**facts, task=task, names=names, loss=loss)
-    subject.columns["dots"] = (subject.columns["z_t"] * subject.columns["z_i"]).sum(-1)
+    task = cls(model.config, options, *before, request.seed, *after)
+    width = getattr(model.config, kind.width)
+    subject = Subject(request, task, model, names=names, width=width, error=error, loss=loss, **facts)
+    if cls is AutoregressivePriorTask:
+        subject.columns["dots"] = (subject.columns["z_t"] * subject.columns["z_i"]).sum(-1)
     return subject
 
 
-def _decoder(request: Request) -> Subject:
-    embeddings = request.check(open_artifact(request.inputs[1], "embeddings"), "encoder")
-    captions = request.check(open_artifact(request.captions, "captions"), "tokenizer") if request.captions else None
-    conditions = Conditions(embeddings, captions)
-    data, facts = _images(request, conditions)
-    model, options = loading.decoder(request.weights, request.machine.device), request.options(DecoderTrain, len(data))
-    return Subject(
-        **facts, task=DecoderTask(model.config, options, data, conditions, request.seed, request.workers), model=model,
-        names=("images", "noise", "t", "z_i", "given", "tokens", "lengths"), width=model.config.width,
-        error=lambda _, metrics: metrics["mse"],
-    )  # fmt: skip
+def _settings(weights: Artifact) -> Any:
+    """How the weights were trained."""
+    return config.build(KINDS[weights.kind].settings, weights.fact("train", dict), "train")
 
 
-def _upsampler(request: Request) -> Subject:
-    data, facts = _images(request)
-    model = loading.upsampler(request.weights, request.machine.device)
-    task = UpsamplerTask(model.config, request.options(UpsamplerTrain, len(data)), data, request.seed, request.workers)
-    return Subject(
-        **facts, task=task, model=model, names=("images", "noise", "t", "low", "levels"), width=model.config.width,
-        error=lambda _, metrics: metrics["mse"],
-    )  # fmt: skip
+def _bucket_loss(model: Any) -> Any:
+    """The loss with the dot product of the own caption, since another's is news to a prior that reads no captions."""
+    return lambda tokens, lengths, z_t, z_i, dots: model.loss(
+        tokens, lengths, z_t, model.quantize_dot(dots), model.quantize(z_i)
+    )
+
+
+def _checked(weights: Artifact, source: object, kind: str, name: str) -> Artifact:
+    """Raises: DalleError unless an input was made with the tokenizer or the encoder that the weights name."""
+    found, what = open_artifact(str(source), kind), "image encoder" if name == "encoder" else name
+    bundles.check_digest(what, found.fact(name, str), weights.fact(name, str), weights.path)
+    return found
+
+
+def _choose(request: Request, ids: Sequence[str]) -> tuple[frozenset[str], bool, Any]:
+    """The ids to leave out, whether the others were held out of training, and the places of training.
+
+    Raises:
+        DalleError: fewer than two rows remain.
+    """
+    training, held_out = split(ids, _settings(request.weights).validation)
+    places = held_out if len(held_out) > 1 else training
+    if request.limit is not None and request.limit < len(places):
+        places = places[np.arange(request.limit) * len(places) // request.limit]
+    if len(places) < 2:
+        raise DalleError(f"expected 2 rows or more to compare, found {len(places)}; give more, or raise --limit")
+    return frozenset(ids).difference(ids[place] for place in places.tolist()), len(held_out) > 1, training
