@@ -57,6 +57,10 @@ def run(
     if not as_json:
         console.emit(checks.text(findings))
         return
-    facts = {"stage": "doctor", "kind": found.kind, "inputs": {"model": found.digest, **subject.digests}}
+    facts: dict[str, object] = {
+        "stage": "doctor",
+        "kind": found.kind,
+        "inputs": {"model": found.digest, **subject.digests},
+    }
     facts |= {"rows": subject.n, "held_out": subject.held_out, "verdict": checks.worst(findings)}
     console.emit_json({**facts, "findings": checks.rows(findings)})

@@ -116,7 +116,7 @@ def _of_images(request: Request) -> Subject:
     weights, history, clip = request.weights, request.weights.history, request.weights.kind == "weights.clip"
     filters = config.build(Filters, history[-1].get("options", {}).get("data", {}) if history else {}, "data")
     data = open_dataset(request.inputs[0], need_captions=clip, filters=filters)
-    digests, beside = {"dataset": data.digest}, []
+    digests, beside = {"dataset": data.digest}, list[Any]()
     data = data.without(leave_out(request.exclude, data.ids))
     if clip:
         beside.append(tokenizer.load(bundles.tokenizer(weights)))

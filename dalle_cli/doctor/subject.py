@@ -69,7 +69,8 @@ class Subject:
         """A number for each row, equal where the captions are: (N,) int64."""
         tokens, lengths = self.columns["tokens"], self.columns["lengths"]
         tokens = tokens.masked_fill(torch.arange(tokens.shape[1]) >= lengths[:, None], -1)
-        return torch.unique(tokens, dim=0, return_inverse=True)[1]
+        numbers: Tensor = torch.unique(tokens, dim=0, return_inverse=True)[1]
+        return numbers
 
     @cached_property
     def others(self) -> Tensor:
