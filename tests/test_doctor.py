@@ -490,7 +490,7 @@ def test_a_run_is_weights_their_folder_or_a_bundle(diffusion, planted, tmp_path)
 def test_what_cannot_be_looked_at(diffusion, decoder, planted, painted, tmp_path):
     assert "CAPTIONS EMBEDDINGS" in run_bad("doctor", diffusion, planted[0])
     assert "--captions" in run_bad("doctor", decoder, *painted[:2])
-    assert "leave them out" in run_bad("doctor", diffusion, *planted, "--captions", planted[0])
+    assert "these alone" in run_bad("doctor", diffusion, *planted, "--captions", planted[0])
     assert "weights.dvae" in run_bad("doctor", planted[0], *planted)
     assert "no such file" in run_bad("doctor", tmp_path / "none.safetensors", *planted)
     found = open_artifact(planted[1])

@@ -1,6 +1,6 @@
 """Opens weights and the inputs of their kind, and makes the `Subject` to examine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +23,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
 from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.pipelines import loading
-from dalle_cli.training.clip import CLIPTask, CLIPTrain
-from dalle_cli.training.decoder import DecoderTask, DecoderTrain
-from dalle_cli.training.dvae import DVAETask, DVAETrain
-from dalle_cli.training.embedding_prior import AutoregressivePriorTask, DiffusionPriorTask, EmbeddingPriorTrain
-from dalle_cli.training.prior import PriorTask, PriorTrain
-from dalle_cli.training.upsampler import UpsamplerTask, UpsamplerTrain
+from dalle_cli.training import clip, decoder, dvae, embedding_prior, prior, upsampler
 
 DETERMINISTIC: dict[str, Any] = {  # training settings with which a batch is its rows and nothing else
     "accumulate": 1, "augment": "center", "flip": False, "bpe_dropout": 0.0, "caption_dropout": 0.0,
@@ -42,32 +37,41 @@ class Kind(NamedTuple):
     """What weights of a kind are examined on, and how their task is made."""
 
     inputs: tuple[str, ...]
-    load: Any  # (weights, device) -> model
-    task: Any
+    load: Callable[..., Any]  # (weights, device) -> model
+    task: Callable[..., Any]
     settings: type
     columns: str  # of a training batch
     width: str  # the field of the model's config
-    error: str = "loss"  # the metric of a training batch that learning must lower
+    error: Callable[[Tensor, Metrics], Tensor] = lambda loss, _: loss  # what learning must lower
+
+
+def _mse(_loss: Tensor, metrics: Metrics) -> Tensor:
+    return metrics["mse"]
 
 
 KINDS = {
-    "weights.dvae": Kind(("DATASET",), loading.dvae, DVAETask, DVAETrain, "images", "n_hid", "psnr"),
+    "weights.dvae": Kind(
+        ("DATASET",), loading.dvae, dvae.DVAETask, dvae.DVAETrain, "images", "n_hid",
+        lambda _, metrics: 10 ** (-metrics["psnr"] / 10),  # the loss may be below 0
+    ),
     "weights.clip": Kind(
-        ("DATASET",), loading.clip, CLIPTask, CLIPTrain, "images tokens lengths", "vision_width"
+        ("DATASET",), loading.clip, clip.CLIPTask, clip.CLIPTrain, "images tokens lengths", "vision_width"
     ),
     "weights.prior.codes": Kind(
-        ("CAPTIONS", "CODES"), loading.prior, PriorTask, PriorTrain, "tokens lengths codes", "n_embd", "image_nats"
+        ("CAPTIONS", "CODES"), loading.prior, prior.PriorTask, prior.PriorTrain, "tokens lengths codes", "n_embd",
+        lambda _, metrics: metrics["image_nats"],
     ),
     "weights.prior.embeddings": Kind(
-        ("CAPTIONS", "EMBEDDINGS"), loading.embedding_prior, DiffusionPriorTask, EmbeddingPriorTrain,
-        "tokens lengths z_t z_i t noise", "n_embd",
+        ("CAPTIONS", "EMBEDDINGS"), loading.embedding_prior, embedding_prior.DiffusionPriorTask,
+        embedding_prior.EmbeddingPriorTrain, "tokens lengths z_t z_i t noise", "n_embd",
     ),
     "weights.decoder": Kind(
-        ("DATASET", "EMBEDDINGS"), loading.decoder, DecoderTask, DecoderTrain,
-        "images noise t z_i given tokens lengths", "width", "mse",
+        ("DATASET", "EMBEDDINGS"), loading.decoder, decoder.DecoderTask, decoder.DecoderTrain,
+        "images noise t z_i given tokens lengths", "width", _mse,
     ),
     "weights.upsampler": Kind(
-        ("DATASET",), loading.upsampler, UpsamplerTask, UpsamplerTrain, "images noise t low levels", "width", "mse"
+        ("DATASET",), loading.upsampler, upsampler.UpsamplerTask, upsampler.UpsamplerTrain,
+        "images noise t low levels", "width", _mse,
     ),
 }  # fmt: skip
 
@@ -100,16 +104,14 @@ def open_subject(request: Request) -> Subject:
     Raises:
         DalleError: other inputs than this kind takes, or inputs made with another tokenizer or encoder.
     """
-    weights, inputs = request.weights, KINDS[request.weights.kind].inputs
-    if len(request.inputs) != len(inputs):
-        what = f"{' '.join(inputs)} for {weights.kind}"
-        raise DalleError(f"expected {what}, found {len(request.inputs)} inputs; give what it was trained with")
-    reads = weights.kind == "weights.decoder" and weights.fact("model", dict).get("n_text") != 0
-    if reads != (request.captions is not None):
-        wanted = "--captions for a decoder that reads captions" if reads else "no --captions for these weights"
-        found, advice = ("none", "give them") if reads else ("some", "leave them out")
-        raise DalleError(f"expected {wanted}, found {found}; {advice}")
-    return _of_images(request) if inputs[0] == "DATASET" else _of_pairs(request)
+    weights, wanted = request.weights, [*KINDS[request.weights.kind].inputs]
+    if weights.kind == "weights.decoder" and weights.fact("model", dict).get("n_text") != 0:
+        wanted.append("--captions")
+    given = len(request.inputs)
+    if given + wanted.count("--captions") != len(wanted) or ("--captions" in wanted) != bool(request.captions):
+        found = f"{given} inputs with{'' if request.captions else 'out'} --captions"
+        raise DalleError(f"expected {' '.join(wanted)} for {weights.kind}, found {found}; give it these alone")
+    return _of_images(request) if wanted[0] == "DATASET" else _of_pairs(request)
 
 
 def _of_images(request: Request) -> Subject:
@@ -145,45 +147,37 @@ def _of_pairs(request: Request) -> Subject:
     dvae = bundles.find_weights(weights.fact("encoder", str), weights.path.parent, latents.path.parent)
     spread = training[np.linspace(0, len(training) - 1, min(len(training), COUNTED)).astype(np.int64)]
     rows, code_rows = pairs.draw(spread, np.zeros((len(spread), 2)))
-    counted = tuple(map(torch.from_numpy, (*pairs.tokens(rows), pairs.codes(code_rows))))
+    arrays = zip(("tokens", "lengths", "codes"), (*pairs.tokens(rows), pairs.codes(code_rows)), strict=True)
+    counted = {name: torch.from_numpy(array) for name, array in arrays}
     return _subject(request, len(chosen), (chosen, None), dvae, counted=counted, **facts)
 
 
 def _subject(request: Request, n: int, before: Sequence[Any], *after: Any, **facts: Any) -> Subject:
     """A subject on n rows; a task takes its data before the seed, and what else it needs after it."""
-    kind, cls = KINDS[request.weights.kind], KINDS[request.weights.kind].task
-    model, known = kind.load(request.weights, request.machine.device), {field.name for field in fields(kind.settings)}
+    kind, known = KINDS[request.weights.kind], {field.name for field in fields(KINDS[request.weights.kind].settings)}
     same = DETERMINISTIC | dict.fromkeys(("batch_size", "sketch_batch", "max_validation"), n)
     options = replace(_settings(request.weights), **{name: value for name, value in same.items() if name in known})
-    names, loss = tuple(kind.columns.split()), None
+    model = kind.load(request.weights, request.machine.device)
+    facts |= {"model": model, "width": getattr(model.config, kind.width), "error": kind.error}
+    names, arguments = tuple(kind.columns.split()), (model.config, options, *before, request.seed, *after)
     if request.weights.kind == "weights.prior.codes":
-        loss = model.loss  # without the true sketch, which would give codes away
-    elif cls is DiffusionPriorTask and not isinstance(model, DiffusionPrior):
-        cls, names, loss = AutoregressivePriorTask, names[:4], _bucket_loss(model)
+        facts["loss"] = model.loss  # without the true sketch, which would give codes away
+    if request.weights.kind != "weights.prior.embeddings" or isinstance(model, DiffusionPrior):
+        return Subject(request, kind.task(*arguments), names=names, **facts)
 
-    def error(loss: Tensor, metrics: Metrics) -> Tensor:
-        if kind.error == "psnr":  # a dVAE's loss may be below 0
-            return 10 ** (-metrics["psnr"] / 10)
-        return loss if kind.error == "loss" else metrics[kind.error]
+    def loss(tokens: Tensor, lengths: Tensor, z_t: Tensor, z_i: Tensor, dots: Tensor) -> Any:
+        # With the dot product of the own caption: another's would be news even to a prior that reads no captions.
+        return model.loss(tokens, lengths, z_t, model.quantize_dot(dots), model.quantize(z_i))
 
-    task = cls(model.config, options, *before, request.seed, *after)
-    width = getattr(model.config, kind.width)
-    subject = Subject(request, task, model, names=names, width=width, error=error, loss=loss, **facts)
-    if cls is AutoregressivePriorTask:
-        subject.columns["dots"] = (subject.columns["z_t"] * subject.columns["z_i"]).sum(-1)
+    task = embedding_prior.AutoregressivePriorTask(*arguments)
+    subject = Subject(request, task, names=names[:4], loss=loss, **facts)
+    subject.columns["dots"] = (subject.columns["z_t"] * subject.columns["z_i"]).sum(-1)
     return subject
 
 
 def _settings(weights: Artifact) -> Any:
     """How the weights were trained."""
     return config.build(KINDS[weights.kind].settings, weights.fact("train", dict), "train")
-
-
-def _bucket_loss(model: Any) -> Any:
-    """The loss with the dot product of the own caption, since another's is news to a prior that reads no captions."""
-    return lambda tokens, lengths, z_t, z_i, dots: model.loss(
-        tokens, lengths, z_t, model.quantize_dot(dots), model.quantize(z_i)
-    )
 
 
 def _checked(weights: Artifact, source: object, kind: str, name: str) -> Artifact:

@@ -6,7 +6,7 @@ embedding) and asks the task for its loss again, so `doctor` has no loss of its 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,7 @@ class Subject:
     width: int  # of the model's stream
     error: Callable[[Tensor, Metrics], Tensor]
     loss: Callable[..., tuple[Tensor, Metrics]] | None = None  # where it is not the task's
-    counted: tuple[Tensor, ...] = ()  # tokens, lengths and codes of training pairs
+    counted: Columns = field(default_factory=dict)  # of training pairs
 
     def __post_init__(self) -> None:
         self.fresh, self.device = self.task.model, self.request.machine.device

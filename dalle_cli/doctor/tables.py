@@ -23,7 +23,7 @@ COLLAPSE = 0.05  # share of the vocabulary, or of the codes seen, below which a 
 CONSTANT = 1.1  # perplexity of codes that say nothing
 GUIDANCE, STEPS, DECODER_STEPS = 3.0, 16, 8  # of the samples that guidance is compared on
 N_BINS = 4  # of the timesteps
-CLIP_BATCH = 64  # the group in which a CLIP's validation looks for the own caption
+GROUP = 64  # images among whose captions a CLIP looks for the own one
 TRAIN = "train longer, or lower lr"
 UNREAD = "captions are not read: check that they belong to these rows, and the share that is dropped"
 NULL = "the null says as much as what it stands for: check the mask of dropped ones"
@@ -47,14 +47,16 @@ def dvae(s: Subject) -> list[Finding]:
 
 def clip(s: Subject) -> list[Finding]:
     """A CLIP: whether it finds the own caption, and tells images apart."""
-    n, n_pairs, accuracy = min(s.n, CLIP_BATCH), s.n * (s.n - 1), s.validate()["accuracy_held_out"]
-    equal = float((s.captions == s.captions[:, None]).sum() - s.n) / n_pairs
-    chance = (1 + (n - 1) * equal) / n
-    with torch.no_grad(), s.request.machine.autocast():
-        parts = torch.split(s.columns["images"], CLIP_BATCH)
-        z = torch.cat([s.model.encode_image(from_uint8(part.to(s.device))).double().cpu() for part in parts])
-    total = F.normalize(z, dim=1).sum(0)
-    cosine = float(total @ total - s.n) / n_pairs
+    hits, z = [], []
+    for rows in torch.split(torch.arange(s.n), GROUP):
+        images, tokens, lengths = (column[rows].to(s.device) for column in s.columns.values())
+        with torch.no_grad(), s.request.machine.autocast():
+            hits.append(s.model.loss(from_uint8(images), tokens, lengths)[1]["accuracy"].item() * len(rows) / s.n)
+            z.append(F.normalize(s.model.encode_image(from_uint8(images)).double().cpu(), dim=1))
+    parts = torch.split(s.captions, GROUP)
+    chance = sum(float((part == part[:, None]).double().mean()) * len(part) for part in parts) / s.n
+    total, accuracy = torch.cat(z).sum(0), sum(hits)
+    cosine = float(total @ total - s.n) / (s.n * (s.n - 1))
     lost = f"own captions are hardly found: {TRAIN}, in larger batches"
     alike = "all images look the same to it: lower lr, or train in larger batches"
     return [
@@ -67,10 +69,10 @@ def clip(s: Subject) -> list[Finding]:
 def token_prior(s: Subject) -> list[Finding]:
     """A prior over codes: whether it beats counting, and reads captions."""
     c, found, own, dropped = s.model.config, s.validate(), s.run({})[0], s.setting("caption_dropout")
-    (tokens, codes), (seen, seen_codes) = map(_targets, (tuple(s.columns.values()), s.counted))
     other, null = (s.run(changed)[0] - own for changed in (s.of_others("tokens", "lengths"), s.null()))
     advice, what = f"it is no better than counting: {TRAIN}", "nats per code with {} captions, more than with own"
-    guess, text_guess = unigram(codes, seen_codes, c.n_image_vocab), unigram(tokens, seen, c.n_text_vocab)
+    guess = unigram(s.columns["codes"], s.counted["codes"], c.n_image_vocab)
+    text_guess = unigram(written(s.columns), written(s.counted), c.n_text_vocab)
     return [
         at_most("nats per code", found["image_nats"], guess, math.log(c.n_image_vocab), advice),
         at_most("nats per caption token", found["text_nats"], text_guess, math.log(c.n_text_vocab), advice),
@@ -216,16 +218,16 @@ def timesteps(s: Subject, own: Tensor) -> list[Finding]:
     ]  # fmt: skip
 
 
+def written(columns: Columns) -> Tensor:
+    """The caption tokens without pads: (n,) int64."""
+    tokens, lengths = columns["tokens"], columns["lengths"]
+    return tokens[torch.arange(tokens.shape[1]) < lengths[:, None]]
+
+
 def unigram(targets: Tensor, seen: Tensor, n_vocab: int) -> float:
     """Nats per target of a guess by smoothed counts of what was seen, which knows no order and no caption."""
-    counts = torch.bincount(seen, minlength=n_vocab).double() + 1
+    counts = torch.bincount(seen.flatten(), minlength=n_vocab).double() + 1
     return float(counts.sum().log() - counts[targets].log().mean())
-
-
-def _targets(columns: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """All caption tokens without pads, and all codes: (n,), (m,) int64."""
-    tokens, lengths, codes = columns
-    return tokens[torch.arange(tokens.shape[1]) < lengths[:, None]], codes.flatten()
 
 
 def sample(s: Subject, guidance: float) -> Tensor:
