@@ -1,4 +1,4 @@
-"""`dalle doctor`: planted faults are found, each by the question that is about it, and sane small models pass."""
+"""`dalle doctor`: each planted fault is found by the check of it, and sound small models pass."""
 
 import json
 import math
@@ -100,10 +100,10 @@ OPTIONS = ("--workers", 0, "--device", "cpu")
 
 
 def rows_of(*arguments, **more):
-    """What it says in JSON: question -> (verdict, value)."""
-    told = json.loads(run_ok("doctor", *arguments, *OPTIONS, "--json", **more))
-    assert told["verdict"] == max((row["verdict"] for row in told["findings"]), key=doctor.VERDICTS.index)
-    return {row["question"]: (row["verdict"], row["value"]) for row in told["findings"]}
+    """The findings in JSON: question -> (verdict, value)."""
+    report = json.loads(run_ok("doctor", *arguments, *OPTIONS, "--json", **more))
+    assert report["verdict"] == max((row["verdict"] for row in report["findings"]), key=doctor.VERDICTS.index)
+    return {row["question"]: (row["verdict"], row["value"]) for row in report["findings"]}
 
 
 def one(rows, words):
@@ -317,6 +317,20 @@ def test_a_decoder_of_embeddings_that_are_not_scaled(root, painted, tmp_path):
     assert one(rows, "least of them")[0] != "ok"  # it has learned nothing yet
 
 
+def test_a_decoder_without_captions(root, painted, tmp_path):
+    out = tmp_path / "decoder.safetensors"
+    config = ("--config", root / "recipe.toml", "--set", "decoder.train.steps=2")
+    run_ok("train-decoder", *painted[:2], *config, "-o", out)
+    (painted[0] / "00.png").rename(tmp_path / "00.png")
+    (painted[0] / "00.png").write_bytes(b"no image")
+    try:
+        rows = rows_of(out, *painted[:2], "--no-overfit", "--limit", 5)
+    finally:
+        (tmp_path / "00.png").replace(painted[0] / "00.png")
+    assert not [question for question in rows if "caption" in question]
+    assert len(rows) == 12
+
+
 def test_an_upsampler(root, painted, tmp_path):
     weights = trained(root, "upsampler", "train-decoder", painted[0], "--upsampler", 1)
     sane(rows_of(weights, painted[0]))
@@ -396,14 +410,14 @@ def test_a_prior_over_codes(root, coded, tmp_path):
         assert one(rows, words) == ("bad", pytest.approx(0, abs=1e-6))
 
 
-# Eight rows by heart
+# Eight rows, overfitted
 
 
 def steps_of(model, loss):
     return lambda number: (loss(model), loss(model).detach())
 
 
-def test_by_heart_is_found_out():
+def test_what_cannot_be_overfitted():
     """A model that learns passes; one whose loss hangs on nothing, or that is too small for it, does not."""
     torch.manual_seed(0)
     x, y = torch.randn(8, 4), torch.randn(8, 2)

@@ -66,7 +66,9 @@ class Subject:
 
     @cached_property
     def captions(self) -> Tensor:
-        """A number for each row, equal where the captions are: (N,) int64."""
+        """A number for each row, equal where the captions are: (N,) int64; all differ where there are none."""
+        if "tokens" not in self.columns or not self.columns["tokens"].shape[1]:
+            return torch.arange(self.n)
         tokens, lengths = self.columns["tokens"], self.columns["lengths"]
         tokens = tokens.masked_fill(torch.arange(tokens.shape[1]) >= lengths[:, None], -1)
         numbers: Tensor = torch.unique(tokens, dim=0, return_inverse=True)[1]
@@ -75,9 +77,8 @@ class Subject:
     @cached_property
     def others(self) -> Tensor:
         """For each row the next one with another caption, or just the next if no caption differs: (N,) int64."""
-        captions = self.captions if "tokens" in self.columns else torch.arange(self.n)
         following = (torch.arange(self.n)[:, None] + torch.arange(1, self.n)) % self.n
-        return following[torch.arange(self.n), (captions[following] != captions[:, None]).byte().argmax(1)]
+        return following[torch.arange(self.n), (self.captions[following] != self.captions[:, None]).byte().argmax(1)]
 
     def of_others(self, *names: str) -> Columns:
         """These columns, each row's taken from another row."""
