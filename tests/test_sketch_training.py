@@ -206,7 +206,7 @@ def test_doctor_looks_at_one_of_which_a_part_was_trained(chain, trained, tmp_pat
     out = train(chain, tmp_path / "prior.safetensors", "--init", trained, *settings(f"train.{way}"))
     rows = json.loads(run_ok("doctor", out, chain.captions, chain.codes, "--device", "cpu", "--json"))["findings"]
     assert all(np.isfinite(row["value"]) for row in rows)
-    (by_heart,) = (row for row in rows if "by heart" in row["question"])
+    (by_heart,) = (row for row in rows if "overfitted" in row["question"])
     assert by_heart["verdict"] == "ok"
 
 
