@@ -134,7 +134,7 @@ def test_the_picture_is_named_after_the_first_run_and_replaced_only_if_it_is_one
     assert run_ok("plot", stdin=f"{weights}\n") == str(tmp_path / "prior.png")
     assert Image.open(tmp_path / "prior.png").size[0] > 800
     result = run_cli("plot", weights, weights, "-o", tmp_path / "two.svg", "--title", "Two of them")
-    assert "runs 2, figures 4" in result.stderr
+    assert "runs 2, metrics 4" in result.stderr
     text = (tmp_path / "two.svg").read_text()
     assert text.startswith("<?xml")
     run_ok("plot", weights, "-o", tmp_path / "two.svg")
@@ -167,7 +167,7 @@ def test_training_is_thin_and_held_out_thick_with_points(tmp_path):
     assert lines[0].get_color() == lines[2].get_color() != lines[1].get_color()
     assert {text.get_text() for text in drawn["image loss"].texts} == {"2.75"}  # the last of the held-out
     told = [text.get_text() for text in picture.legends[0].get_texts()]
-    assert told == ["a", "b", "training", "held out"]
+    assert told == ["a", "b", "training", "validation"]
 
 
 def test_a_scale_is_logarithmic_where_it_helps(tmp_path):

@@ -23,7 +23,7 @@ CAPTIONS = [
     "a tutu radish walking a dog",
     "ein Löwe auf dem Mond",
     '</script><script>document.title = "broken"</script> & <b>bold</b>',
-    "{{style}} and a very long caption " + " ".join(["that goes on and on"] * 12),
+    "{{ style }} and a very long caption " + " ".join(["that goes on and on"] * 12),
     "a red circle",
     "강아지",
 ]
@@ -58,7 +58,7 @@ def page(sides, tmp_path_factory):
 
 def facts(page):
     """What the page knows."""
-    found = re.search(r'<script type="application/json" id="survey">(.*?)</script>', page.read_text(), re.DOTALL)
+    found = re.search(r'<script type="application/json" id="values">(.*?)</script>', page.read_text(), re.DOTALL)
     return json.loads(found[1])
 
 
@@ -84,7 +84,7 @@ def test_each_caption_comes_once_with_its_own_two_pictures(sides, page):
     found = facts(page)
     assert sorted(item["caption"] for item in found["items"]) == sorted(CAPTIONS)
     for item in found["items"]:
-        of_key = dict(item["pictures"])
+        of_key = dict(item["images"])
         row = CAPTIONS.index(item["caption"])
         a, b = (decode(of_key[survey.key(found["survey"], item["caption"], side)]) for side in "AB")
         assert a.shape == (16, 16, 3)
@@ -105,9 +105,9 @@ def test_the_page_is_blind(sides, tmp_path):
     assert str(tmp_path) not in text
     items = facts(path)["items"]
     assert {type(x) for item in items for x in item} == {str}
-    assert all(set(item) == {"caption", "pictures"} for item in items)
-    assert all(re.fullmatch("[0-9a-f]{16}", key) for item in items for key, _ in item["pictures"])
-    first = sum(is_a(item["pictures"][0][1]) for item in items)
+    assert all(set(item) == {"caption", "images"} for item in items)
+    assert all(re.fullmatch("[0-9a-f]{16}", key) for item in items for key, _ in item["images"])
+    first = sum(is_a(item["images"][0][1]) for item in items)
     assert 70 < first < 130  # of 200, fair coins: five deviations
     order = [item["caption"] for item in items]
     assert abs(stats.spearmanr(np.arange(200), [captions.index(c) for c in order]).statistic) < 0.3
@@ -118,7 +118,7 @@ def test_the_page_needs_nothing_but_itself(page):
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\(|<link(?! rel=\"icon\" href=\"data:,\")", text)
     assert all(uri.startswith("data:") for uri in re.findall(r'(?:src|href)="([^"]*)"', text))
     assert "default-src 'none'" in text
-    assert "{{" not in text.replace("{{style}} and a very", "")  # which is a caption
+    assert "{{" not in text.replace("{{ style }} and a very", "")  # which is a caption
 
 
 def test_same_inputs_same_bytes_and_a_seed_of_its_own(sides, page, tmp_path):
@@ -127,8 +127,8 @@ def test_same_inputs_same_bytes_and_a_seed_of_its_own(sides, page, tmp_path):
     run_ok("survey", *sides, "-o", other, "--seed", 1)
     assert again.read_bytes() == page.read_bytes()
     assert facts(other)["survey"] != facts(page)["survey"]
-    assert {k for i in facts(other)["items"] for k, _ in i["pictures"]}.isdisjoint(
-        k for i in facts(page)["items"] for k, _ in i["pictures"]
+    assert {k for i in facts(other)["items"] for k, _ in i["images"]}.isdisjoint(
+        k for i in facts(page)["items"] for k, _ in i["images"]
     )
 
 
@@ -141,7 +141,7 @@ def test_prompts_limit_the_survey_and_the_first_picture_of_each_counts(tmp_path)
     assert {item["caption"] for item in found["items"]} == {"two", "three"}
     assert found["wanted"] == 3
     (two,) = (item for item in found["items"] if item["caption"] == "two")
-    assert {int(decode(uri)[0, 0, 1]) for _, uri in two["pictures"]} == {1}
+    assert {int(decode(uri)[0, 0, 1]) for _, uri in two["images"]} == {1}
     pairs = survey.pair(open_artifact(a), open_artifact(b))
     assert [(p.caption, p.a, p.b) for p in pairs] == [("one", 0, 0), ("two", 1, 1), ("three", 3, 3)]
 
@@ -189,7 +189,7 @@ def luminance(color):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_in_both_palettes(scheme):
-    blocks = re.findall(r":root \{(.*?)\}", (Path(html.__file__).parent / "page.css").read_text(), re.DOTALL)
+    blocks = re.findall(r":root \{(.*?)\}", (html.TEMPLATES / "page.css").read_text(), re.DOTALL)
     assert len(blocks) == 2
     color = dict(re.findall(r"--([\w-]+): (#\w{6});", blocks[scheme == "dark"]))
     for ink, paper in itertools.product(("ink", "faint", "accent", "accent-2", "warn"), ("paper", "raised")):
@@ -305,7 +305,7 @@ def test_faults_of_votes_are_told_in_a_line(sides, page, tmp_path):
     for text in ("", "{", "[]", "3", "\udcff", "[" * 100_000):
         broken.write_text(text, errors="surrogateescape")
         line = bad(broken)
-        assert "broken.json; save them anew" in line
+        assert "broken.json; save them again" in line
         assert "no JSON" in line or text in ("[]", "3")
     assert "absent.json" in bad(tmp_path / "absent.json")
     assert "found none" in bad()
@@ -571,7 +571,7 @@ def test_half_a_survey_can_be_saved_and_other_raters_answers_stay_apart(visit, t
 def test_sides_are_random_and_a_raters_own(visit, page):
     tab = visit()
     name, lay = facts(page)["survey"], {}
-    firsts = "names => names.map(name => shuffled(name).map(item => [item.caption, item.pictures[0][0]]))"
+    firsts = "names => names.map(name => shuffled(name).map(item => [item.caption, item.images[0][0]]))"
     raters = [f"rater {number}" for number in range(12)]
     orders = tab.evaluate(firsts, raters)
     assert tab.evaluate(firsts, raters) == orders
@@ -609,7 +609,7 @@ def test_captions_are_text(visit):
     enter(tab, "Anna")
     met = vote(tab, plan_of("AAAAAA", "AAAAAA"), 12, by_key)
     assert set(met) == set(CAPTIONS)
-    assert tab.title() == "Which picture is better?"
+    assert tab.title() == "Which image is better?"
 
 
 def test_by_tab_and_enter_with_names_for_all(visit):
@@ -618,12 +618,12 @@ def test_by_tab_and_enter_with_names_for_all(visit):
     enter(tab, "Anna")
     first = seen(tab)
     assert tab.evaluate("document.activeElement.id") == "question"
-    assert tab.get_by_role("heading", name="Which picture is more realistic?").is_visible()
+    assert tab.get_by_role("heading", name="Which image is more realistic?").is_visible()
     assert tab.get_by_role("progressbar", name="Progress").get_attribute("aria-valuetext") == "pair 1 of 6"
-    pictures = tab.get_by_role("group", name="Which picture is more realistic?").get_by_role("button")
+    pictures = tab.get_by_role("group", name="Which image is more realistic?").get_by_role("button")
     assert pictures.count() == 2
-    assert "First picture Left" in " ".join(pictures.first.aria_snapshot().split())
-    assert "Second picture Right" in " ".join(pictures.last.aria_snapshot().split())
+    assert "First image Left" in " ".join(pictures.first.aria_snapshot().split())
+    assert "Second image Right" in " ".join(pictures.last.aria_snapshot().split())
     tab.keyboard.press("Tab")
     outline = tab.locator(".pick").first.evaluate("e => getComputedStyle(e).outlineStyle")
     assert outline == "solid"

@@ -5,6 +5,8 @@ import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
+import numpy as np
+
 from dalle_cli.errors import DalleError
 from dalle_cli.viz import charts
 from dalle_cli.viz.curves import Curves, choose
@@ -50,18 +52,23 @@ def _panel(key: str, run: Curves, prefix: str) -> Panel:
     panel.set_xlim(0, run.last or 1)
     charts.plot(panel, key, [run])
     panel.xaxis.set_major_locator(charts.load_matplotlib(".ticker").MaxNLocator(4))
-    lines = []
+    lines: list[dict[str, Any]] = []
     for line in panel.lines:
-        points = [(x, HIGH - y) for x, y in panel.transData.transform(line.get_xydata()).tolist()]
+        data = np.asarray(line.get_xydata(), dtype=np.float64)
+        points = [(x, HIGH - y) for x, y in panel.transData.transform(data).tolist()]
         kind = CLASSES[str(line.get_gid())]
-        x, y = ([float(f"{value:.8g}") for value in values] for values in (line.get_xdata(), line.get_ydata()))
+        x, y = ([float(f"{value:.8g}") for value in values] for values in data.T.tolist())
         at = [[round(value, 1) for value in point] for point in points]
         lines.append({"name": kind, "class": kind, "x": x, "y": y, "at": at})
     ends = ", ".join(f"{line['name']} {charts.number(line['y'][-1])}" for line in lines)
     label = charts.label(key)
     about = f"{label.title} over {charts.number(run.last)} updates; at the end {ends}"
     attributes = {"class": f"panel ends-{lines[-1]['class']}", "role": "img", "tabindex": "0", "aria-label": about}
-    return Panel(label, inline(figure, prefix, attributes), {"lines": lines, "top": HIGH - bottom - high, "bottom": HIGH - bottom})
+    return Panel(
+        label,
+        inline(figure, prefix, attributes),
+        {"lines": lines, "top": HIGH - bottom - high, "bottom": HIGH - bottom},
+    )
 
 
 def inline(figure: "Figure", prefix: str, attributes: dict[str, str]) -> str:
@@ -75,8 +82,11 @@ def inline(figure: "Figure", prefix: str, attributes: dict[str, str]) -> str:
                 parent.remove(child)
     used = set(re.findall(rb'href="#(\w+)"', file.getvalue()))
     for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
+        element.tag, element.tail = element.tag.rpartition("}")[2], None
+        element.text = (element.text or "").strip()
         element.attrib = _attributes(element.attrib, prefix, used)
+    for marker in root.iterfind(".//defs/*"):
+        marker.attrib.pop("stroke", None)  # inherited from its <use>, which has the color of the page
     root.attrib = {"viewBox": f"0 0 {WIDE} {HIGH}", **attributes}
     ElementTree.SubElement(root, "g", {"class": "pointer"})
     return ElementTree.tostring(root, encoding="unicode")
@@ -95,6 +105,6 @@ def _attributes(old: dict[str, str], prefix: str, used: set[bytes]) -> dict[str,
         elif name == "style":
             rules = dict(re.findall(r"([\w-]+): *([^;]+)", value))
             new |= {rule: PALETTE.get(said, said) for rule, said in rules.items() if not rule.startswith("font")}
-        elif name not in ("id", "clip-path"):
+        elif name not in ("id", "clip-path") and not value.startswith("rotate(-0"):
             new[name] = re.sub(r"\d+\.\d{2,}", lambda found: f"{float(found[0]):.1f}", value) if name == "d" else value
     return new

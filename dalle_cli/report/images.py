@@ -1,6 +1,6 @@
 """The images of a report as data URIs: image grids of training, samples by prompt, and image files.
 
-A page has a budget of bytes for each of these. Images are PNG where all of them fit, else JPEG, else the first that fit.
+A page has a budget of bytes for each of these. Images are PNG if all of them fit, else JPEG, else the first that fit.
 """
 
 import base64
@@ -113,14 +113,14 @@ def files(paths: Sequence[Path], found: Scan) -> dict[Path, Tile]:
     tiles = {}
     most = FILE_BYTES // max(1, len(paths))
     for path in paths:
-        image, uri, sides = read(path) if path.suffix.lower() != ".svg" else None, None, (None, None)
+        image = read(path) if path.suffix.lower() != ".svg" else None
         if image is None:
-            uri = "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
-            uri = uri if len(uri) <= most else None
-        elif isinstance(image, Image.Image):
-            ((uri,), _), sides = encode([image], most), image.size
+            svg = "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+            uri = svg if len(svg) <= most else None
+        else:
+            uri = None if isinstance(image, str) else encode([image], most)[0][0]
         if uri:
-            tiles[path] = Tile(uri, found.name(path), *sides)
+            tiles[path] = Tile(uri, found.name(path), *(image.size if isinstance(image, Image.Image) else (None, None)))
         else:
             found.note(path, f"left out, {image if isinstance(image, str) else 'too large for the page'}")
     return tiles
@@ -167,7 +167,7 @@ def _samples(item: Item, artifact: Artifact, source: Artifact | None, origin: st
             tiles[text].append(Tile(uri, text, sides[0], sides[1], one.score, one.best, longest <= SMALL))
     each = max(map(len, (_groups(source) if source is not None else groups).values()))
     note = _note(artifact, groups, prompts, f"The best by CLIP among {each} for each of " if origin else "")
-    if origin and any(len(ones) > 1 for ones in prompts.values()):
+    if any(not one.best for ones in prompts.values() for one in ones) and origin:
         note += f"; beside it other candidates of {origin}, in order"
     return Strip(item.label, note + "; as JPEG" * lossy + ".", {text: ones for text, ones in tiles.items() if ones})
 

@@ -4,7 +4,6 @@ It is a function of the files alone: no times, no paths from outside the folder.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 from dalle_cli import __version__
@@ -76,7 +75,7 @@ def _lead(found: Scan) -> str:
 def _models(found: Scan) -> list[dict[str, Any]]:
     """The weights of the run, and how their training went."""
     runs = {training.name: training for training in found.trainings}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for item, artifact in found.of_kind("weights."):
         about = artifact.headers[0].table.about.removeprefix("weights of a ")
         cells = (number(artifact.headers[0].n_parameters), html.size(item.size))

@@ -1,7 +1,7 @@
 """A human preference survey of two sets of images (Ramesh et al. 2021, sec. 3.1 and fig. 7): its page, its tally.
 
-The page knows each image by a key, a hash of survey, caption and side, and votes name keys. Only hashing both sides again
-tells which key is A's: neither the page nor a file of votes says it.
+The page knows each image by a key, a hash of survey, caption and side, and votes name keys. Only hashing both sides
+again tells which key is A's: neither the page nor a file of votes says it.
 
 Shapes: N captions, C choices.
 """
@@ -45,7 +45,7 @@ class CaptionPair:
 
 @dataclass(frozen=True)
 class Vote:
-    """A rater's answers on one caption: the side that was shown first (left, or on top), and the choice per question."""
+    """A rater's answers on one caption: the side shown first (left, or on top), and the choice per question."""
 
     caption: str
     first: str
@@ -72,7 +72,9 @@ def pair(a: Artifact, b: Artifact, prompts: Sequence[str] | None = None) -> list
         DalleError: images have no captions, a prompt is missing on one side, or no caption is on both.
     """
     first = [_first_rows(side) for side in (a, b)]
-    wanted = [caption for caption in first[0] if caption in first[1]] if prompts is None else list(dict.fromkeys(prompts))
+    wanted = (
+        [caption for caption in first[0] if caption in first[1]] if prompts is None else list(dict.fromkeys(prompts))
+    )
     for side, rows in zip((a, b), first, strict=True):
         if missing := [prompt for prompt in wanted if prompt not in rows]:
             rest = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -254,8 +256,8 @@ def tally(ballots: Sequence[Ballot], seed: int = 0) -> dict[str, Any]:
 def preference(counts: NDArray[np.int64], seed: int) -> dict[str, Any]:
     """The result of one question: votes (N, 2) for A and B; a caption's majority is the side with more votes.
 
-    The majority share leaves out ties; its interval is Wilson's. Votes on a caption depend on each other, so the share of
-    single votes has a bootstrap interval over captions.
+    The majority share leaves out ties; its interval is Wilson's. Votes on a caption depend on each other, so the share
+    of single votes has a bootstrap interval over captions.
     """
     a, b = counts.T
     won, lost = int((a > b).sum()), int((b > a).sum())
@@ -296,8 +298,8 @@ def bootstrap(
 def agree(counts: NDArray[np.int64]) -> tuple[float | None, float | None]:
     """The share of other raters of a caption who agree, and Krippendorff's nominal alpha; votes are (N, C).
 
-    Alpha is 1 where all agree, and 0 where agreement is that of chance. Without a caption of two votes both are None; alpha
-    is None also where all votes are alike.
+    Alpha is 1 where all agree, and 0 where agreement is that of chance. Without a caption of two votes both are None;
+    alpha is None also where all votes are alike.
     """
     counts = counts[counts.sum(1) > 1]
     each, total = counts.sum(1), int(counts.sum())

@@ -5,7 +5,7 @@ Records stand side by side, values with their errors or intervals; long lists of
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from dalle_cli.viz.charts import number
 
@@ -111,7 +111,7 @@ def is_leaf(value: Any) -> bool:
     return isinstance(value, Scalar) or estimate(value) is not None
 
 
-def _is_numbers(value: Any) -> bool:
+def _is_numbers(value: Any) -> TypeGuard[list[float]]:
     return isinstance(value, list) and bool(value) and all(map(is_number, value))
 
 
@@ -134,7 +134,9 @@ def _table(value: Any) -> Table | None:
         scalar = [key for key in apart if all(isinstance(row.get(key), Scalar) for row in rows)]
         names = [f"{words(scalar[0])} {plain(row[scalar[0]])}" if scalar else str(n) for n, row in enumerate(rows, 1)]
         keys = [key for key in keys if key not in scalar[:1]]
-    return Table(["", *names], [(_called(key, rows), [(row[key],) if key in row else None for row in rows]) for key in keys])
+    return Table(
+        ["", *names], [(_called(key, rows), [(row[key],) if key in row else None for row in rows]) for key in keys]
+    )
 
 
 def _called(key: str, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -123,9 +123,7 @@ def _rows(log: Path) -> list[dict[str, Any]]:
             except (ValueError, RecursionError):
                 continue
     except OSError as error:
-        raise DalleError(
-            f"expected the log of a run, found {error.strerror}: {log}; make the file readable"
-        ) from None
+        raise DalleError(f"expected the log of a run, found {error.strerror}: {log}; make the file readable") from None
     return [row for row in rows if isinstance(row, dict)]
 
 
