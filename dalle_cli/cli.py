@@ -27,7 +27,7 @@ STAGES: dict[str, dict[str, str]] = {
         "train-clip": "Train a CLIP, which scores how well a picture fits a caption.",
         "train-prior": "Train a prior over codes, or over CLIP embeddings, given captions.",
         "train-decoder": "Train a diffusion decoder, which paints embeddings, or an upsampler of pictures.",
-        "plot": "Draw the curves of training runs, several in one picture.",
+        "plot": "Plot the training curves of one or several runs.",
     },
     "Draw": {
         "sample": "Draw codes, or CLIP embeddings, for a prompt from a prior.",
@@ -45,8 +45,8 @@ STAGES: dict[str, dict[str, str]] = {
         "evaluate": "Score pictures against real ones, or a dVAE or a prior on data.",
         "score": "Score codes or pictures by a prior: log p(codes | caption).",
         "overlap": "Find pictures of one set that are in another, too.",
-        "report": "Write one HTML page of a run: curves, pictures, scores, and the history of every artifact.",
-        "survey": "Let people judge two sets of pictures: one HTML page, and the tally of their votes.",
+        "report": "Write one HTML page of a run: curves, images, scores, and the provenance of every artifact.",
+        "survey": "Let people compare two sets of images: one HTML page, and the tally of their votes.",
     },
     "Share": {
         "export": "Write pictures as PNG files with a manifest, which is again a data set.",

@@ -4,6 +4,7 @@ Sides and order are random and differ between raters. The page needs no network,
 saves the votes as a file.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,6 +79,7 @@ def _page(a: Path, b: Path, out: Path | None, prompts: Path | None, votes: int, 
 
 def _tally(files: list[Path], out: Path | None, seed: int, as_json: bool, force: bool) -> None:
     from dalle_cli import console
+    from dalle_cli.artifacts.text import write_text
     from dalle_cli.report import survey
 
     if not files:
@@ -89,7 +91,7 @@ def _tally(files: list[Path], out: Path | None, seed: int, as_json: bool, force:
         wanted = f"{found['votes_wanted']} votes"
         console.warn(f"{short} of {found['captions']} captions have fewer than {wanted}; let more people vote")
     if out is not None:
-        survey.save_tally(out, found)
+        write_text(out, json.dumps(found, ensure_ascii=False, indent=2) + "\n")
     if as_json:
         console.emit_json(found)
     elif out is None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dalle_cli import console
 from dalle_cli.artifacts import Artifact, digest_bytes
-from dalle_cli.artifacts.text import check_ours, json_fact, write_text
+from dalle_cli.artifacts.text import check_ours, json_fact
 from dalle_cli.errors import DalleError
 from dalle_cli.report import html
 
@@ -71,10 +71,15 @@ def pair(a: Artifact, b: Artifact, prompts: Sequence[str] | None = None) -> list
     Raises:
         DalleError: images have no captions, a prompt is missing on one side, or no caption is on both.
     """
-    first = [_first_rows(side) for side in (a, b)]
-    wanted = (
-        [caption for caption in first[0] if caption in first[1]] if prompts is None else list(dict.fromkeys(prompts))
-    )
+    first: list[dict[str, int]] = [{}, {}]
+    for side, rows in zip((a, b), first, strict=True):
+        if "text" not in side:
+            raise DalleError(f"expected images with their prompts, found none in {side.path}; sample them from prompts")
+        for row, text in enumerate(side.strings("text")):
+            rows.setdefault(text.strip(), row)
+        rows.pop("", None)
+    common = [caption for caption in first[0] if caption in first[1]]
+    wanted = common if prompts is None else list(dict.fromkeys(prompts))
     for side, rows in zip((a, b), first, strict=True):
         if missing := [prompt for prompt in wanted if prompt not in rows]:
             rest = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -84,29 +89,6 @@ def pair(a: Artifact, b: Artifact, prompts: Sequence[str] | None = None) -> list
         found = f"none in common of {a.path} and {b.path}"
         raise DalleError(f"expected captions that both have, found {found}; sample both from the same prompts")
     return [CaptionPair(caption, first[0][caption], first[1][caption]) for caption in wanted]
-
-
-def _first_rows(images: Artifact) -> dict[str, int]:
-    if "text" not in images:
-        raise DalleError(f"expected images with their prompts, found none in {images.path}; sample them from prompts")
-    rows: dict[str, int] = {}
-    for row, text in enumerate(images.strings("text")):
-        if text.strip():
-            rows.setdefault(text.strip(), row)
-    return rows
-
-
-def digest(a: Artifact, b: Artifact, pairs: Sequence[CaptionPair], seed: int) -> str:
-    """The identity of a survey: the SHA-256 of its images, captions and seed.
-
-    Raises:
-        DalleError: A and B are the same.
-    """
-    if a.digest == b.digest:
-        found = f"the same in {a.path} and {b.path}"
-        raise DalleError(f"expected two sets of images to compare, found {found}; give another as B")
-    facts = [VERSION, a.digest, b.digest, [[p.caption, p.a, p.b] for p in pairs], seed]
-    return digest_bytes(json.dumps(facts).encode())
 
 
 def key(survey: str, caption: str, side: str) -> str:
@@ -120,7 +102,11 @@ def page(a: Artifact, b: Artifact, pairs: Sequence[CaptionPair], wanted: int, se
     Raises:
         DalleError: A and B are the same, or jinja2 is not installed.
     """
-    survey = digest(a, b, pairs, seed)
+    if a.digest == b.digest:
+        found = f"the same in {a.path} and {b.path}"
+        raise DalleError(f"expected two sets of images to compare, found {found}; give another as B")
+    identity = [VERSION, a.digest, b.digest, [[p.caption, p.a, p.b] for p in pairs], seed]
+    survey = digest_bytes(json.dumps(identity).encode())
     pixels_a, pixels_b = a.array("images"), b.array("images")
     items: list[tuple[list[tuple[str, str]], str]] = []
     with console.progress("survey", len(pairs), unit="captions") as advance:
@@ -149,46 +135,40 @@ def read_ballot(path: Path) -> Ballot:
         DalleError: it cannot be read, is another kind of file, or its votes do not belong to the survey it names.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict) or value.get("format") != VOTES:
-            raise ValueError("something else")
-        if value["version"] != VERSION:
-            raise ValueError(f"version {value['version']!r}")
-        ballot = _ballot(path, value)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        said = f"expected votes that a survey's page saved, found {_fault(error)} in {path}"
-        raise DalleError(f"{said}; save them again, or leave the file out") from None
-    if not ballot.votes:
-        raise DalleError(f"expected votes, found none in {path}; leave it out")
-    votes = Counter(vote.caption for vote in ballot.votes)
-    if twice := [caption for caption, n in votes.items() if n > 1]:
-        raise DalleError(f"expected one vote per caption, found two for {twice[0]!r} in {path}; leave it out")
-    return ballot
+        return _ballot(path, json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        fault = "no JSON"
+    except KeyError as error:
+        fault = f"no {error}"
+    except TypeError:
+        fault = "malformed facts"
+    except OSError as error:
+        fault = (error.strerror or str(error)).lower()
+    except ValueError as error:
+        fault = str(error)
+    said = f"expected votes that a survey's page saved, found {fault} in {path}"
+    raise DalleError(f"{said}; save them again, or leave the file out")
 
 
-def _fault(error: Exception) -> str:
-    """What is wrong with a file of votes, in words."""
-    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, RecursionError)):
-        return "no JSON"
-    if isinstance(error, (KeyError, TypeError)):
-        return f"no {error}" if isinstance(error, KeyError) else "malformed facts"
-    return error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def _ballot(path: Path, value: dict[str, Any]) -> Ballot:
-    survey, rater, inputs = value["survey"], value["rater"], value["inputs"]
-    captions, wanted = value["captions"], value["wanted"]
-    if not isinstance(inputs, list) or len(inputs) != 2:
-        raise ValueError("malformed facts")
+def _ballot(path: Path, value: Any) -> Ballot:
+    """Raises: ValueError, KeyError or TypeError if these are no votes."""
+    if not isinstance(value, dict) or value.get("format") != VOTES:
+        raise ValueError("something else")
+    if value["version"] != VERSION:
+        raise ValueError(f"version {value['version']!r}")
+    survey, rater, captions, wanted = (value[name] for name in ("survey", "rater", "captions", "wanted"))
+    a, b = value["inputs"] if isinstance(value["inputs"], list) and len(value["inputs"]) == 2 else (None, None)
     numbers = all(type(x) is int and x > 0 for x in (captions, wanted))
-    if not numbers or not all(isinstance(x, str) for x in (survey, rater, *inputs)):
+    if not numbers or not all(isinstance(x, str) for x in (survey, rater, a, b)):
         raise ValueError("malformed facts")
     if not _normalize(rater):
         raise ValueError("no rater")
     votes = [_vote(survey, entry) for entry in value["votes"]]
-    if len(votes) > captions:
+    if not 0 < len(votes) <= captions:
         raise ValueError(f"{len(votes)} votes on {captions} captions")
-    return Ballot(path, rater, survey, (inputs[0], inputs[1]), captions, wanted, votes)
+    if twice := [caption for caption, n in Counter(vote.caption for vote in votes).items() if n > 1]:
+        raise ValueError(f"two votes for {twice[0]!r}")
+    return Ballot(path, rater, survey, (a, b), captions, wanted, votes)
 
 
 def _vote(survey: str, entry: dict[str, Any]) -> Vote:
@@ -205,8 +185,7 @@ def _normalize(rater: str) -> str:
     return " ".join(unicodedata.normalize("NFC", rater).casefold().split())
 
 
-def check_ballots(ballots: Sequence[Ballot]) -> None:
-    """Raises: DalleError if files belong to several surveys, or two of them to one rater."""
+def _check_ballots(ballots: Sequence[Ballot]) -> None:
     first, raters = ballots[0], dict[str, Ballot]()
     for ballot in ballots:
         if ballot.survey != first.survey:
@@ -224,7 +203,7 @@ def tally(ballots: Sequence[Ballot], seed: int = 0) -> dict[str, Any]:
     Raises:
         DalleError: files belong to several surveys, or two of them to one rater.
     """
-    check_ballots(ballots)
+    _check_ballots(ballots)
     votes = [vote for ballot in ballots for vote in ballot.votes]
     captions = sorted({vote.caption for vote in votes})
     row_of = {caption: row for row, caption in enumerate(captions)}
@@ -318,8 +297,3 @@ def check_tally(path: Path, force: bool) -> None:
         DalleError: something else lies at `path`.
     """
     check_ours(path, "a tally", lambda path: json_fact(path, "format") == TALLY, force)
-
-
-def save_tally(path: Path, value: dict[str, Any]) -> None:
-    """Write a tally as JSON, atomically."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
