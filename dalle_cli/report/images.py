@@ -152,8 +152,7 @@ def _samples(item: Item, artifact: Artifact, source: Artifact | None, origin: st
     groups = _groups(artifact)
     prompts = _candidates(artifact, groups, source)
     # The first image of each prompt before any second: where room is short, images are missing evenly.
-    order = sorted((rank, text) for text, ones in prompts.items() for rank in range(len(ones)))
-    order.sort(key=lambda place: place[0])
+    order = [(i, text) for i in range(MOST_OF_A_PROMPT) for text, ones in prompts.items() if i < len(ones)]
     images = [_image(prompts[text][rank]) for rank, text in order]
     uris, lossy = encode(images, most)
     if left_out := uris.count(None):

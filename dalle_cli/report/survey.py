@@ -168,7 +168,7 @@ def _ballot(path: Path, value: Any) -> Ballot:
         raise ValueError(f"{len(votes)} votes on {captions} captions")
     if twice := [caption for caption, n in Counter(vote.caption for vote in votes).items() if n > 1]:
         raise ValueError(f"two votes for {twice[0]!r}")
-    return Ballot(path, rater, survey, (a, b), captions, wanted, votes)
+    return Ballot(path, rater, survey, (str(a), str(b)), captions, wanted, votes)
 
 
 def _vote(survey: str, entry: dict[str, Any]) -> Vote:

@@ -13,9 +13,6 @@ MOST_DEEP, MOST_RECORDS = 6, 8  # levels, records side by side
 MOST_IN_LINE = 8  # values of a list that stands in a cell
 MOST_CELLS = 64  # of a heat map's side
 FLAT = 3  # levels of a record that become columns
-CENTERS = ("value", "mean", "score", "estimate", "median")
-ERRORS = ("error", "std", "standard_error")
-INTERVALS = (("low", "high"), ("lower", "upper"))
 NAMES = {True: "true", False: "false", None: "none"}
 Scalar = (str, int, float, bool, type(None))
 
@@ -56,18 +53,16 @@ def plain(value: Any) -> str:
 
 
 def estimate(value: Any) -> str | None:
-    """A number with its error or interval, in any of the usual forms; None if `value` is something else."""
-    if not isinstance(value, Mapping) or not all(isinstance(entry, (*Scalar, list)) for entry in value.values()):
+    """The text of {"value", and "error" or "interval" or "low" and "high"}; None if `value` is something else."""
+    if not isinstance(value, Mapping) or not is_number(value.get("value")):
         return None
-    center = next((value[name] for name in CENTERS if is_number(value.get(name))), None)
-    error = next((value[name] for name in ERRORS if is_number(value.get(name))), None)
-    pairs = [value.get("interval"), *([value.get(low), value.get(high)] for low, high in INTERVALS)]
-    ends = next((pair for pair in pairs if _is_numbers(pair) and len(pair) == 2), None)
-    if center is None or (error is None and ends is None and "value" not in value):
+    if not all(isinstance(entry, (*Scalar, list)) for entry in value.values()):
         return None
-    if ends:
-        return f"{plain(center)} ({plain(ends[0])}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{plain(ends[1])})"
-    return plain(center) + (f" \N{PLUS-MINUS SIGN} {plain(error)}" if error is not None else "")
+    center, error = plain(value["value"]), value.get("error")
+    for ends in (value.get("interval"), [value.get("low"), value.get("high")]):
+        if _is_numbers(ends) and len(ends) == 2:
+            return f"{center} ({plain(ends[0])}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{plain(ends[1])})"
+    return f"{center} \N{PLUS-MINUS SIGN} {plain(error)}" if is_number(error) else center
 
 
 def flat(value: Mapping[str, Any], separator: str = ".", levels: int = 32) -> dict[str, Any]:
@@ -150,32 +145,21 @@ def words(key: object) -> str:
     return str(key).replace("_", " ")
 
 
-def _finite(values: Sequence[float]) -> tuple[list[float], float, float]:
-    finite = [value for value in values if math.isfinite(value)] or [0.0]
-    return finite, min(finite), max(finite)
-
-
 def _series(values: Sequence[float]) -> dict[str, Any]:
     """A small curve, 240 by 40."""
-    finite, low, high = _finite(values)
-    points = [
-        f"{240 * i / max(1, len(finite) - 1):.1f},{2 + 36 * (1 - (y - low) / ((high - low) or 1)):.1f}"
-        for i, y in enumerate(finite)
-    ]
-    return {"points": " ".join(points), "n": len(values), "low": low, "high": high}
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
+    heights = [2 + 36 * (1 - (y - low) / ((high - low) or 1)) for y in finite]
+    points = " ".join(f"{240 * i / max(1, len(finite) - 1):.1f},{height:.1f}" for i, height in enumerate(heights))
+    return {"points": points, "n": len(values), "low": low, "high": high}
 
 
 def _grid(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
     """A heat map; of a large grid every `step`-th row and column."""
     step = max(1, -(-max(len(rows), len(rows[0])) // MOST_CELLS))
     shown = [row[::step] for row in rows[::step]]
-    _, low, high = _finite([value for row in shown for value in row])
-    cells = [
-        (x, y, f"{0.04 + 0.96 * (value - low) / ((high - low) or 1):.3f}", value)
-        for y, row in enumerate(shown) for x, value in enumerate(row) if math.isfinite(value)
-    ]  # fmt: skip
+    cells = [(x, y, value) for y, row in enumerate(shown) for x, value in enumerate(row) if math.isfinite(value)]
+    values = [value for _, _, value in cells] or [0.0]
+    size = {"rows": len(rows), "columns": len(rows[0]), "wide": len(shown[0]), "tall": len(shown)}
     side = max(4, 240 // max(len(shown), len(shown[0])))
-    return {
-        "cells": cells, "side": side, "wide": len(shown[0]), "tall": len(shown), "step": step, "low": low, "high": high,
-        "rows": len(rows), "columns": len(rows[0]),
-    }  # fmt: skip
+    return {"cells": cells, "side": side, "step": step, "low": min(values), "high": max(values), **size}

@@ -57,22 +57,14 @@ class Label(NamedTuple):
 
 
 LABELS = {
-    "image_nats": Label("image loss", "nats per code"),
-    "text_nats": Label("text loss", "nats per token"),
-    "loss": Label("loss"),
-    "recon": Label("reconstruction loss", "per pixel value"),
-    "psnr": Label("reconstruction", "PSNR, dB"),
-    "accuracy": Label("own caption nearest", "share"),
-    "kl": Label("KL divergence", "nats per code"),
-    "codebook": Label("codebook loss"),
-    "codes_used": Label("codes in use", "codes"),
-    "perplexity": Label("perplexity of codes", "codes"),
-    "scale": Label("CLIP logit scale", "1 / temperature"),
-    "grad_norm": Label("gradient norm"),
-    "lr": Label("learning rate"),
-    "rate": Label("speed", "per second"),
+    "image_nats": Label("image loss", "nats per code"), "text_nats": Label("text loss", "nats per token"),
+    "recon": Label("reconstruction loss", "per pixel value"), "psnr": Label("reconstruction", "PSNR, dB"),
+    "accuracy": Label("own caption nearest", "share"), "kl": Label("KL divergence", "nats per code"),
+    "codebook": Label("codebook loss"), "codes_used": Label("codes in use", "codes"),
+    "perplexity": Label("perplexity of codes", "codes"), "scale": Label("CLIP logit scale", "1 / temperature"),
+    "grad_norm": Label("gradient norm"), "lr": Label("learning rate"), "rate": Label("speed", "per second"),
     "peak_memory": Label("peak memory", "MiB"),
-}
+}  # fmt: skip
 
 
 def label(key: str) -> Label:
