@@ -42,7 +42,7 @@ def draw(run: Curves, prefix: str) -> tuple[list[Panel], list[str]]:
     except DalleError:
         keys = run.keys
     with charts.load_matplotlib().rc_context(STYLE):
-        return [_panel(key, run, f"{prefix}-{key}") for key in keys[:MOST_PANELS]], keys[MOST_PANELS:]
+        return [_panel(key, run, f"{prefix}-{i}") for i, key in enumerate(keys[:MOST_PANELS])], keys[MOST_PANELS:]
 
 
 def _panel(key: str, run: Curves, prefix: str) -> Panel:

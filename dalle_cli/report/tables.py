@@ -3,7 +3,6 @@
 Records stand side by side, values with their errors or intervals; long lists of numbers are small graphics.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -12,6 +11,7 @@ from dalle_cli.viz.charts import number
 MOST_DEEP, MOST_RECORDS = 6, 8  # levels, records side by side
 MOST_IN_LINE = 8  # values of a list that stands in a cell
 MOST_CELLS = 64  # of a heat map's side
+FINITE = 1e300  # an integer of JSON can be beyond any float
 FLAT = 3  # levels of a record that become columns
 NAMES = {True: "true", False: "false", None: "none"}
 Scalar = (str, int, float, bool, type(None))
@@ -49,7 +49,7 @@ def plain(value: Any) -> str:
         return NAMES[value]
     if isinstance(value, int):
         return f"{value:,}"
-    return number(value) if isinstance(value, float) and math.isfinite(value) else str(value)
+    return number(value) if isinstance(value, float) and _is_finite(value) else str(value)
 
 
 def estimate(value: Any) -> str | None:
@@ -87,6 +87,10 @@ def join_errors(value: Mapping[str, Any]) -> dict[str, Any]:
                 joined[key] = pair
                 del joined[f"{key}_{part}"]
     return joined
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < FINITE
 
 
 def is_digest(value: object) -> bool:
@@ -147,7 +151,7 @@ def words(key: object) -> str:
 
 def _series(values: Sequence[float]) -> dict[str, Any]:
     """A small curve, 240 by 40."""
-    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    finite = [value for value in values if _is_finite(value)] or [0.0]
     low, high = min(finite), max(finite)
     heights = [2 + 36 * (1 - (y - low) / ((high - low) or 1)) for y in finite]
     points = " ".join(f"{240 * i / max(1, len(finite) - 1):.1f},{height:.1f}" for i, height in enumerate(heights))
@@ -158,7 +162,7 @@ def _grid(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
     """A heat map; of a large grid every `step`-th row and column."""
     step = max(1, -(-max(len(rows), len(rows[0])) // MOST_CELLS))
     shown = [row[::step] for row in rows[::step]]
-    cells = [(x, y, value) for y, row in enumerate(shown) for x, value in enumerate(row) if math.isfinite(value)]
+    cells = [(x, y, value) for y, row in enumerate(shown) for x, value in enumerate(row) if _is_finite(value)]
     values = [value for _, _, value in cells] or [0.0]
     size = {"rows": len(rows), "columns": len(rows[0]), "wide": len(shown[0]), "tall": len(shown)}
     side = max(4, 240 // max(len(shown), len(shown[0])))

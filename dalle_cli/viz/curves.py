@@ -1,7 +1,6 @@
 """Training curves, read from the `metrics.jsonl` of a run, and which of them are worth a chart."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -13,6 +12,7 @@ from dalle_cli.errors import DalleError
 LOG = "metrics.jsonl"
 AXES = ("step", "seconds")
 MOST_METRICS = 24
+LARGEST = 1e300  # an integer of JSON can be beyond any float
 ORDER = (  # of the charts; other metrics of the log follow
     "image_nats", "text_nats", "loss", "recon", "psnr", "accuracy", "kl", "codebook", "codes_used", "perplexity",
     "scale", "grad_norm", "lr",
@@ -128,7 +128,7 @@ def _rows(log: Path) -> list[dict[str, Any]]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def metric(key: str) -> str:
