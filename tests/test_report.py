@@ -363,21 +363,20 @@ def test_scores_of_any_form_are_told():
     assert [float(a["opacity"]) for a in page.of("rect")] == [0.04, 1.0, 0.28, 0.52]
     assert any("40 values, 1 to 2" in text for text in told)
     assert any("deeper than is shown" in text for text in told)
+    numbers = ([1, 10**400] * 9, [[1, 2], [3, 10**400]], [float("nan")] * 9, 10**400)
     for odd in (
         [],
         {},
         [[]],
         [1, "x", None],
         [[1, 2], [3]],
-        [1, 10**400] * 9,
-        [[1, 2], [3, 10**400]],
-        [float("nan")] * 9,
         [{}],
         {"a": []},
         3,
         "x",
         None,
         [[[[[[[[1]]]]]]]],
+        *numbers,
     ):
         show(odd)
 
