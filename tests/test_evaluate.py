@@ -282,7 +282,7 @@ def test_the_plot_shows_each_score(evaluate, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == first
     evaluate("--blur", "1", "--plot", tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes() != first
-    assert "expected a picture's name" in run_bad(
+    assert "expected an image's name" in run_bad(
         "evaluate", tmp_path, "--reference", tmp_path, "--plot", tmp_path / "b.txt", "-o", tmp_path / "s.json"
     )
 

@@ -254,7 +254,7 @@ def test_the_heat_map(chain, tmp_path):
     assert Image.open(tmp_path / "a.png").size[0] > 1000
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     (tmp_path / "notes.png").write_text("mine")
-    with pytest.raises(DalleError, match="expected to write a picture"):
+    with pytest.raises(DalleError, match="expected to write an image"):
         of_prior(chain, tmp_path, plot=tmp_path / "notes.png")
 
 
