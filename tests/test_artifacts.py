@@ -173,7 +173,7 @@ def test_incomplete_or_mixed_shards(tmp_path):
     assert "expected 3 shards, found 2" in fill("first missing", [None, of(3), of(3)])
     assert "expected 2 shards, found 3" in fill("too many", [of(2)] * 3)
     assert "from another" in fill("of two configs", [of(2), of(2, grid=3)])
-    assert "other columns" in fill("of two layouts", [of(2), of(2)], [{}, {"text": ["a", "b"]}])
+    assert "found others in" in fill("of two layouts", [of(2), of(2)], [{}, {"text": ["a", "b"]}])
     for lie in ("2", 1.0, -1, None, [1], True):
         fill(f"lying {lie!r}", [of(lie)] * 2)
     (tmp_path / "empty").mkdir()

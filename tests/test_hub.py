@@ -28,7 +28,7 @@ LARGE = 24 << 20  # bytes: huggingface-hub writes to disk in steps of 10 MiB
 WORKER = """
 import json, sys
 from conftest import run_cli
-from dalle_cli import hub
+from dalle_cli.hub import transfer as hub
 for line in sys.stdin:
     given = json.loads(line)
     hub._resolve.cache_clear()
@@ -429,7 +429,7 @@ def test_a_kind_that_a_bundle_has_not(quiet, bad, good, planted, tmp_path, envir
     assert "expected weights.prior.codes or " in found
     assert "found none in the bundle hf://me/noprior" in found
     good("pull", "hf://me/noprior")
-    code = "from dalle_cli import hub; hub.fetch('hf://me/noprior', ['weights.prior.codes'])"
+    code = "from dalle_cli.hub import transfer as hub; hub.fetch('hf://me/noprior', ['weights.prior.codes'])"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env={**environment, **NOWHERE}, capture_output=True, text=True, check=False)
     error = done.stderr.splitlines()[-1]
