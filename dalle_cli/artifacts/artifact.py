@@ -154,8 +154,6 @@ def _open_shards(path: Path) -> list[Header]:
             raise DalleError(f"expected shards of one run, found {header.path} from another; make {path} again")
         if _layout(header) != _layout(first):
             raise DalleError(f"expected equal columns in all shards, found others in {header.path}; make {path} again")
-                f"expected equal columns in all shards, found other columns in {header.path}; make {path} again"
-            )
     return headers
 
 

@@ -64,7 +64,7 @@ def _files(folder: Path, force: bool) -> list[Path]:
     if not folder.is_dir():
         raise DalleError(f"expected a bundle, found a file: {folder}; give the folder that holds it")
     there = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and not p.name.endswith(LEFT))
-    files = [path for path in there if path.is_file() and hub.TRAVELS.fullmatch(path.name)]
+    files = [path for path in there if path.is_file() and hub.BUNDLE_FILE.fullmatch(path.name)]
     other = [path.name for path in there if path not in files]
     if other and not force:
         raise DalleError(
