@@ -183,7 +183,13 @@ def test_names_that_are_no_repositories():
 
 def test_pull_fetches_a_bundle_and_nothing_else(quiet, good, planted, tmp_path):
     ours = {**read(planted), "README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"yes", "scores.json": b"{}"}
-    evil = {"../up.json": b"{}", "pytorch_model.bin": b"\x80\x04", "x.pkl": b"\x80\x04", "run.py": b"1", "sub/prior.safetensors": b"0"}
+    evil = {
+        "../up.json": b"{}",
+        "pytorch_model.bin": b"\x80\x04",
+        "x.pkl": b"\x80\x04",
+        "run.py": b"1",
+        "sub/prior.safetensors": b"0",
+    }
     quiet.add("me/all", {**ours, **evil, "other.safetensors": b"no header of ours"})
     folder = good("pull", "hf://me/all")
     assert read(folder) == ours
