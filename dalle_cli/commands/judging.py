@@ -148,7 +148,7 @@ def validation_share(weights: "Artifact") -> float | None:
 def draw_worst(path: Path, scores: "Reconstructions", ids: "Sequence[str]", size: int) -> None:
     """The pictures that were rebuilt worst, the worst first, each beside its reconstruction."""
     from dalle_cli.artifacts.container import replace_file
-    from dalle_cli.viz.grid import sheet
+    from dalle_cli.viz.grid import image_grid
 
     pixels: list[Any] = []
     texts: list[str] = []
@@ -158,7 +158,7 @@ def draw_worst(path: Path, scores: "Reconstructions", ids: "Sequence[str]", size
         texts += [ids[seen.row], f"{seen.psnr:.1f} dB{alike}"]
     title = "Originals beside their reconstructions, worst first"
     columns = min(len(pixels), 8 if size <= 128 else 4)
-    image = sheet(pixels, texts, columns=columns, title=title)
+    image = image_grid(pixels, texts, columns=columns, title=title)
     replace_file(path, lambda part: image.save(part, format="PNG"))
 
 
