@@ -210,7 +210,7 @@ def test_what_a_list_names_in_vain_is_warned_of(chain, rebuilt, tmp_path):
     result = run_cli("evaluate", rebuilt, *fixed, "--without", ids, "-o", tmp_path / "s.json")
     assert result.status == 0
     assert "2 of 24 images are excluded by ids.txt" in result.stderr
-    assert "found 1 of no picture: nobody" in result.stderr
+    assert "found 1 of no image: nobody" in result.stderr
 
 
 def test_too_few_pictures_are_refused_with_the_number_needed(chain, rebuilt, tmp_path):
