@@ -403,7 +403,7 @@ def test_nothing_usable_is_one_line(tmp_path):
         tmp_path,
         {"bare/a.png": picture(), "bare/list.csv": "image\n", "w.zip": "x", "n.csv": "a,b\n1,2\n", "e.jsonl": ""},
     )
-    assert "found 1 pictures and no .txt; give the manifest list.csv" in error(tmp_path / "bare")
+    assert "found 1 images and no .txt; give the manifest list.csv" in error(tmp_path / "bare")
     os.remove(tmp_path / "bare/list.csv")
     assert "write the caption of a.png to a.txt" in error(tmp_path / "bare")
     assert "w.zip" in error(tmp_path / "w.zip")

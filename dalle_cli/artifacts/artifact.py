@@ -17,7 +17,7 @@ from dalle_cli.errors import DalleError
 F = TypeVar("F", str, int, dict[str, Any])
 
 
-class Rows:
+class ShardedRows:
     """The rows of one column over several shards; indexing copies the rows asked for.
 
     Index it along the rows by an int, a slice, or an array of ints or bools.
@@ -58,7 +58,7 @@ class Rows:
         return out
 
 
-class ChainedStrings(StringColumn):
+class ShardedStrings(StringColumn):
     """A string column over several shards."""
 
     def __init__(self, parts: list[Strings]):
@@ -120,14 +120,14 @@ class Artifact:
         return [n for n in self.headers[0].tensors if n.rpartition(".")[0] not in stems]
 
     def array(self, name: str) -> Any:
-        """A column of numbers as a read-only memory map (one file) or as `Rows` (shards)."""
+        """A column of numbers as a read-only memory map (one file) or as `ShardedRows` (shards)."""
         parts = [header.map(name) for header in self.headers]
-        return parts[0] if len(parts) == 1 else Rows(parts)
+        return parts[0] if len(parts) == 1 else ShardedRows(parts)
 
     def strings(self, name: str) -> Sequence[str]:
         """A column of strings, each decoded when it is read."""
         parts = [_strings(header, name) for header in self.headers]
-        return parts[0] if len(parts) == 1 else ChainedStrings(parts)
+        return parts[0] if len(parts) == 1 else ShardedStrings(parts)
 
     @cached_property
     def digest(self) -> str:
