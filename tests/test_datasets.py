@@ -337,7 +337,7 @@ def test_tar_errors(tmp_path):
     assert "expected" in error(tmp_path / "zero.tar")
     assert "1.tar, found no such file" in error(str(tmp_path / "{0..1}.tar"))
     for braces in ("{1..0}", "{x}", "{0..9999999999}", "{0..9999}{0..9999}"):
-        assert "mend" in error(f"{tmp_path}/{braces}.tar")
+        assert "correct" in error(f"{tmp_path}/{braces}.tar")
     assert "without caption" in error(fill(tmp_path, {"b.tar": tar_bytes([("a.png", picture())])}) / "b.tar")
 
 
