@@ -151,6 +151,7 @@ def main() -> None:
 
     if _launched():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: else each process warns of its own
+    console.show_library_messages()
     for stream in (sys.stdin, sys.stdout):  # paths may hold bytes that are no UTF-8, and go through pipes as they are
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")

@@ -6,6 +6,7 @@ model card and licenses, never a pickle. Each file is checked against the hub's 
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +16,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dalle_cli import __version__, console
+from dalle_cli import __version__
 from dalle_cli.artifacts import digest_file
 from dalle_cli.artifacts.container import read_header, replace_file
 from dalle_cli.errors import DalleError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+log = logging.getLogger("dalle_cli")
 
 SCHEME = "hf://"
 BUNDLE_FILE = re.compile(r"[\w][\w .()+=,-]*\.(safetensors|json)|README\.md|(LICENSE|NOTICE)(\.md|\.txt)?")
@@ -140,7 +143,7 @@ def _resolve(repository: Repository) -> Snapshot:
         if snapshot is None:
             raise
         reason, commit = _explain(repository, error)[0], snapshot.commit[:7]
-        console.note(f"{repository}: {reason}, using the copy in the cache (commit {commit})")
+        log.info("%s: %s, using the copy in the cache (commit %s)", repository, reason, commit)
         return snapshot
     digests = {
         file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) or ""
