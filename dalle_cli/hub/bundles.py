@@ -1,16 +1,20 @@
 """Find weights: `-m` names a file, a bundle (a folder of weights and tokenizers), or a hub repository."""
 
+import filecmp
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from dalle_cli.artifacts import Artifact, digest_file, open_artifact
-from dalle_cli.artifacts.container import read_header
+from dalle_cli.artifacts.container import read_header, replace_file
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import transfer as hub
 
 SHIPPED = Path(__file__).parents[1] / "bundles"
 DEFAULTS = ("emoji", "shapes")  # without -m, the first of these that is shipped
 UPSAMPLER = "weights.upsampler"
+LEFT = (".run", ".log")  # suffixes of what stages leave beside the weights that they write
 
 
 def locate(model: str | None) -> Path:
@@ -118,6 +122,50 @@ def whole(files: Sequence[Path]) -> list[Artifact]:
                     "found none of that digest; put it beside"
                 )
     return found
+
+
+def files_of(folder: Path, force: bool) -> list[Path]:
+    """The files of the bundle in a folder: safetensors, JSON, model card, licenses.
+
+    Raises:
+        DalleError: no folder; other files in it, unless `force` skips them; JSON that cannot be read.
+    """
+    if not folder.is_dir():
+        raise DalleError(f"expected a bundle, found a file: {folder}; give the folder that holds it")
+    present = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and not p.name.endswith(LEFT))
+    files = [path for path in present if path.is_file() and hub.BUNDLE_FILE.fullmatch(path.name)]
+    other = [path.name for path in present if path not in files]
+    if other and not force:
+        raise DalleError(
+            f"expected safetensors, JSON, README.md and licenses, found {other[0]} in {folder}; "
+            "take it out, or give --force to leave it behind"
+        )
+    for file in (file for file in files if file.suffix == ".json"):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DalleError(f"expected JSON, found {error}: {file}; make it again") from None
+    return files
+
+
+def copy(files: Sequence[Path], folder: Path, force: bool) -> None:
+    """Copy a bundle's files, each atomically; files that are there already are not copied again.
+
+    Raises:
+        DalleError: there are other files in the folder, unless `force`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DalleError(f"expected a folder to write to, found a file: {folder}; choose another -o")
+    ours = {path.name: path for path in files}
+    present = [path for path in folder.glob("*") if not path.name.startswith(".")]
+    same = {p.name for p in present if p.name in ours and p.is_file() and filecmp.cmp(p, ours[p.name], shallow=False)}
+    other = sorted(path.name for path in present if path.name not in same)
+    if other and not force:
+        raise DalleError(
+            f"expected an empty folder or this very bundle, found {other[0]} in {folder}; choose another -o or --force"
+        )
+    for name in ours.keys() - same:
+        replace_file(folder / name, lambda part, source=ours[name]: shutil.copyfile(source, part))  # type: ignore[misc]
 
 
 def find_tokenizer(digest: str, *folders: Path) -> Path:
