@@ -172,8 +172,9 @@ def _parse_metadata(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     config, history = meta.get("config", {}), meta.get("history", [])
     if not isinstance(kind, str):
         raise _broken(path, "metadata without a kind")
-    well = type(version) is int and version >= 0 and isinstance(config, dict) and isinstance(history, list)
-    if not well or not all(map(_is_entry, history)):
+    if not isinstance(version, int) or isinstance(version, bool) or version < 0:
+        raise _broken(path, "malformed metadata")
+    if not isinstance(config, dict) or not isinstance(history, list) or not all(map(_is_entry, history)):
         raise _broken(path, "malformed metadata")
     if version > VERSION:
         raise DalleError(f"expected artifact version {VERSION} or older, found {version}: {path}; upgrade dalle-cli")

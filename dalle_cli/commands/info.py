@@ -52,10 +52,11 @@ def _stages(artifact: "Artifact", of: int) -> str:
 
 def _describe(artifact: "Artifact") -> dict[str, Any]:
     first = artifact.headers[0]
-    tensors = {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in first.tensors.items()}
-    for name in first.tensors if first.table.rows else ():
+    shapes = {name: list(info.shape) for name, info in first.tensors.items()}
+    for name in shapes if first.table.rows else ():
         if not name.endswith(".offsets"):
-            tensors[name]["shape"][0] = sum(header.tensors[name].shape[0] for header in artifact.headers)
+            shapes[name][0] = sum(header.tensors[name].shape[0] for header in artifact.headers)
+    tensors = {name: {"dtype": info.dtype, "shape": shapes[name]} for name, info in first.tensors.items()}
     return {
         "path": str(artifact.path),
         "kind": artifact.kind,

@@ -36,11 +36,11 @@ def read_ids(path: Path) -> frozenset[str]:
             raise ValueError("ids that are not text")
         return frozenset(ids)
     except OSError as error:
-        found = error.strerror
+        found = str(error.strerror)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         found = "what is not UTF-8 or not JSON"
     except ValueError as error:
-        found = error
+        found = str(error)
     raise DalleError(f"expected a list of ids, found {found}: {path}; give a list that `overlap` wrote")
 
 

@@ -43,7 +43,7 @@ def index(source: str, plan: Plan) -> list[Sample]:
         except BadSample as reason:
             plan.skipped.add(sample_id or where, str(reason))
     with ThreadPoolExecutor(files.readers(source)) as pool:
-        found = pool.map(lambda item: _sample(item[0], *item[1], plan), merged.items())
+        found = pool.map(lambda item: _sample(item[0], item[1][0], item[1][1], plan), merged.items())
         return [sample for sample in found if sample]
 
 

@@ -152,7 +152,7 @@ def _resolve(repository: Repository) -> Snapshot:
     }
     wrong = [digest for digest in digests.values() if not DIGEST.fullmatch(digest)]
     if wrong or not COMMIT.fullmatch(info.sha or ""):  # they become paths in the cache
-        found = (wrong or [info.sha])[0]
+        found = wrong[0] if wrong else info.sha
         raise DalleError(f"expected digests in hex from {repository}, found {found!r}; check HF_ENDPOINT")
     return Snapshot(repository, str(info.sha), digests)
 
