@@ -10,7 +10,7 @@ from PIL import Image
 
 from dalle_cli.data import files, folder, images, manifest, webdataset
 from dalle_cli.data.filters import Filters
-from dalle_cli.data.samples import Plan, Sample, unique
+from dalle_cli.data.samples import IndexOptions, Sample, unique
 from dalle_cli.data.skips import BadSample, SkipLog
 from dalle_cli.errors import DalleError
 
@@ -72,39 +72,39 @@ def open_dataset(
         DalleError: no such data set, or no sample in it that can be used.
     """
     source = str(source)
-    plan = Plan(need_captions, all_lines, filters or Filters(), SkipLog())
+    options = IndexOptions(need_captions, all_lines, filters or Filters(), SkipLog())
     try:
-        samples = unique(_index(source, plan), plan.skipped)
+        samples = unique(_index(source, options), options.skipped)
     except OSError as error:
         reason = " ".join(str(error.strerror or error).split())
         raise DalleError(f"expected to read {source}, found {reason}; check the path and your access") from None
     if not samples:
         wanted = "images with captions" if need_captions else "images"
-        found = plan.skipped.summary() or "none"
+        found = options.skipped.summary() or "none"
         raise DalleError(f"expected {wanted} in {source}, found {found}; give {_KINDS}")
-    return Dataset(samples, plan.filters, plan.skipped)
+    return Dataset(samples, options.filters, options.skipped)
 
 
-def _index(source: str, plan: Plan) -> list[Sample]:
+def _index(source: str, options: IndexOptions) -> list[Sample]:
     suffix = os.path.splitext(source)[1].lower()
     what = files.kind(source)
     if what == "" and suffix == ".tar" and "{" in source:
-        return webdataset.index(webdataset.expand(source), plan)
+        return webdataset.index(webdataset.expand(source), options)
     if what == "":
         raise DalleError(f"expected a data set, found no such file or folder: {source}; give {_KINDS}")
     if what == "folder":
         table = files.join(source, manifest.IN_FOLDER)
-        return manifest.index(table, plan) if files.kind(table) == "file" else _index_folder(source, plan)
+        return manifest.index(table, options) if files.kind(table) == "file" else _index_folder(source, options)
     if suffix == ".tar":
-        return webdataset.index([source], plan)
+        return webdataset.index([source], options)
     if suffix in manifest.SUFFIXES:
-        return manifest.index(source, plan)
+        return manifest.index(source, options)
     raise DalleError(f"expected a data set, found the file {source}; give {_KINDS}")
 
 
-def _index_folder(source: str, plan: Plan) -> list[Sample]:
-    found = files.listing(source, plan.skipped.add)
+def _index_folder(source: str, options: IndexOptions) -> list[Sample]:
+    found = files.listing(source, options.skipped.add)
     tars = [f.path for f in found if f.name.lower().endswith(".tar")]
     if any(f.name.lower().endswith(images.SUFFIXES) for f in found):
-        return folder.index(source, found, plan)
-    return webdataset.index(tars, plan) if tars else []
+        return folder.index(source, found, options)
+    return webdataset.index(tars, options) if tars else []

@@ -24,7 +24,7 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class IndexOptions:
     """How to make an index, and where to count the samples that are left out."""
 
     need_captions: bool

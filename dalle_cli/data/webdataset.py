@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from dalle_cli.data import captions, files
-from dalle_cli.data.samples import Plan, Sample, is_image
+from dalle_cli.data.samples import IndexOptions, Sample, is_image
 from dalle_cli.data.skips import BadSample
 from dalle_cli.errors import DalleError
 
@@ -51,9 +51,9 @@ def _choices(inner: str, source: str) -> list[str]:
     raise DalleError(f"expected braces like {{00000..00099}} or {{a,b}}, found {{{inner}}} in {source}; correct them")
 
 
-def index(paths: list[str], plan: Plan) -> list[Sample]:
+def index(paths: list[str], options: IndexOptions) -> list[Sample]:
     """The samples of all tars, each with the range of its image."""
-    per_tar = [_index_tar(path, plan) for path in paths]
+    per_tar = [_index_tar(path, options) for path in paths]
     keys = [sample.id for samples in per_tar for sample in {s.id: s for s in samples}.values()]
     if len(set(keys)) == len(keys):
         return list(itertools.chain.from_iterable(per_tar))
@@ -64,19 +64,19 @@ def _stem(path: str) -> str:
     return path.replace("\\", "/").rpartition("/")[2].removesuffix(".tar")
 
 
-def _index_tar(path: str, plan: Plan) -> list[Sample]:
+def _index_tar(path: str, options: IndexOptions) -> list[Sample]:
     images: list[Sample] = []
     texts: dict[str, bytes] = {}
     records: dict[str, bytes] = {}
     try:
         with files.open_binary(path) as file:
-            for member in _members(file, path, plan):
+            for member in _members(file, path, options):
                 if not member.isreg() or not (match := _KEY.fullmatch(member.name)):
                     continue
                 key, suffix = match[1], match[2].lower()
                 if is_image(f".{suffix}") and "." not in suffix:
                     images.append(Sample(key, path, member.offset_data, member.size, ()))
-                elif plan.need_captions and suffix in ("txt", "json"):
+                elif options.need_captions and suffix in ("txt", "json"):
                     file.seek(member.offset_data)
                     target = texts if suffix == "txt" else records
                     target.setdefault(key, file.read(min(member.size, captions.MAX_BYTES + 1)))
@@ -84,12 +84,12 @@ def _index_tar(path: str, plan: Plan) -> list[Sample]:
         raise DalleError(f"expected a tar at {path}, found no such file; check the path or the braces") from None
     except OSError as error:
         raise DalleError(f"expected to read {path}, found {error.strerror or error}; check the file") from None
-    if not plan.need_captions:
+    if not options.need_captions:
         return images
-    return [sample for image in images if (sample := _captioned(image, texts, records, plan))]
+    return [sample for image in images if (sample := _captioned(image, texts, records, options))]
 
 
-def _members(file: BinaryIO, path: str, plan: Plan) -> Iterator[tarfile.TarInfo]:
+def _members(file: BinaryIO, path: str, options: IndexOptions) -> Iterator[tarfile.TarInfo]:
     """Yield the members whose data are complete; a tar that is truncated or broken is counted where it stops."""
     if file.read(6).startswith(_COMPRESSED):
         raise DalleError(f"expected a plain tar, found a compressed one at {path}; decompress it, images already are")
@@ -101,27 +101,29 @@ def _members(file: BinaryIO, path: str, plan: Plan) -> Iterator[tarfile.TarInfo]
         while member := tar.next():
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
             if member.offset <= last or member.offset_data + member.size > end:
-                plan.skipped.add(_stem(path) + ".tar", f"truncated tar: {member.name}")
+                options.skipped.add(_stem(path) + ".tar", f"truncated tar: {member.name}")
                 return
             last = member.offset
             yield member
         file.seek(tar.offset)
         if len(block := file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE or block.strip(b"\0"):
-            plan.skipped.add(_stem(path) + ".tar", "truncated tar: no end mark")
+            options.skipped.add(_stem(path) + ".tar", "truncated tar: no end mark")
     except (tarfile.TarError, ValueError, EOFError) as error:  # ValueError: a malformed number in a header
         if last < 0:
             raise DalleError(f"expected a tar at {path}, found {error}; write or fetch it again") from None
-        plan.skipped.add(_stem(path) + ".tar", f"truncated tar: {error}")
+        options.skipped.add(_stem(path) + ".tar", f"truncated tar: {error}")
 
 
-def _captioned(image: Sample, texts: dict[str, bytes], records: dict[str, bytes], plan: Plan) -> Sample | None:
+def _captioned(
+    image: Sample, texts: dict[str, bytes], records: dict[str, bytes], options: IndexOptions
+) -> Sample | None:
     """Add the captions of the .txt, if there is one, else `caption` (or text, title) of the .json."""
     try:
         if image.id in texts:
-            return image._replace(captions=plan.text(texts[image.id]))
-        return image._replace(captions=plan.value(_from_json(records.get(image.id))))
+            return image._replace(captions=options.text(texts[image.id]))
+        return image._replace(captions=options.value(_from_json(records.get(image.id))))
     except BadSample as reason:
-        plan.skipped.add(image.id, str(reason))
+        options.skipped.add(image.id, str(reason))
         return None
 
 

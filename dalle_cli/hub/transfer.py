@@ -213,7 +213,7 @@ def _check(snapshot: Snapshot, name: str, path: Path) -> None:
         file.unlink(missing_ok=True)
     raise DalleError(
         f"expected {name} of {snapshot.repository} of digest {expected[:12]}, found {found[:12]}: changed bytes; "
-        "it was removed from the cache, run again to fetch it anew"
+        "it was removed from the cache, run again to fetch it once more"
     )
 
 
