@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -70,7 +71,9 @@ def emit_json(value: object) -> None:
 
 
 def result(path: Path | str, **metrics: object) -> None:
-    """Print the path of what was written to stdout, and facts about it to stderr."""
+    """Print the path of what was written to stdout, and facts to stderr; of several processes only the first prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("RANK", "0") != "0":
+        return
     if facts := _format(metrics):
         _stderr(f"{Path(path).name}: {facts}")
     print(path, flush=True)

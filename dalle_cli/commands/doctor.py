@@ -214,13 +214,13 @@ def pictures(case: Case, need_captions: bool = False) -> "tuple[Dataset, str]":
     """The data set as training read it, without what is left out; and its digest."""
     from dalle_cli import config
     from dalle_cli.data.datasets import open_dataset
-    from dalle_cli.data.exclude import read_exclude_list
+    from dalle_cli.data.exclude import leave_out
     from dalle_cli.data.filters import Filters
 
     told = case.weights.history[-1].get("options", {}).get("data", {}) if case.weights.history else {}
     filters = config.build(Filters, told, "data")
     data = open_dataset(case.inputs[0], need_captions=need_captions, filters=filters)
-    return data.without(read_exclude_list(case.without, data.ids)), data.digest
+    return data.without(leave_out(case.without, data.ids)), data.digest
 
 
 def dvae(case: Case, advance: Callable[[], None]) -> Seat:
@@ -303,7 +303,7 @@ def joined(case: Case, kind: str) -> "Pairs":
         DalleError: of another tokenizer or encoder than the weights.
     """
     from dalle_cli.artifacts import open_artifact
-    from dalle_cli.data.exclude import read_exclude_list
+    from dalle_cli.data.exclude import leave_out
     from dalle_cli.data.pairs import Pairs
     from dalle_cli.hub import bundles as bundle
 
@@ -311,7 +311,7 @@ def joined(case: Case, kind: str) -> "Pairs":
     for what, name, source in (("tokenizer", "tokenizer", texts), ("image encoder", "encoder", latents)):
         bundle.check_digest(what, source.fact(name, str), case.weights.fact(name, str), case.weights.path)
     pairs = Pairs(texts, latents)
-    return pairs.without(read_exclude_list(case.without, pairs.ids))
+    return pairs.without(leave_out(case.without, pairs.ids))
 
 
 def embedding_prior(case: Case, advance: Callable[[], None]) -> Seat:

@@ -333,12 +333,12 @@ def save_sheet(
         DalleError: something that is no PNG lies there.
     """
     from dalle_cli.artifacts.container import replace_file
-    from dalle_cli.viz.grid import image_grid
+    from dalle_cli.viz.grid import sheet
 
     check_png(path, force)
     alike = len(set(texts)) < len(texts)
     groups = [texts.index(text) for text in texts] if alike else None  # a row for each prompt, unless one picture each
-    image = image_grid(pixels, texts, scores, columns=columns or None, title=title, groups=groups)
+    image = sheet(pixels, texts, scores, columns=columns or None, title=title, groups=groups)
     replace_file(path, lambda part: image.save(part, format="PNG"))
     return path
 

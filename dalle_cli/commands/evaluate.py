@@ -218,7 +218,7 @@ def judge_pictures(
     from dataclasses import replace
 
     from dalle_cli.artifacts.container import replace_file
-    from dalle_cli.data.exclude import read_exclude_list
+    from dalle_cli.data.exclude import leave_out
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
     from dalle_cli.evaluation.cache import Pass
@@ -235,7 +235,7 @@ def judge_pictures(
         charts.check_drawable()
     where = arithmetic(machine.device, machine.dtype)
     sides = (open_side(GENERATED, generated, asked.limit), open_side(REFERENCE, asked.reference, asked.limit))
-    gone = read_exclude_list(asked.without, itertools.chain.from_iterable(one.pictures.ids for one in sides))
+    gone = leave_out(asked.without, itertools.chain.from_iterable(one.pictures.ids for one in sides))
     side = asked.size or sides[0].size()
     if max(asked.radii) >= side:
         raise DalleError(f"expected radii of blur below {side} pixels, found {max(asked.radii):g}; mend --blur")

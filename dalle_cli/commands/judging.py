@@ -37,7 +37,7 @@ def judge_dvae(
         DalleError: no picture can be read, too few for the features, or no PNG lies where the sheet goes.
     """
     from dalle_cli.commands.drawing import check_png
-    from dalle_cli.data.exclude import read_exclude_list
+    from dalle_cli.data.exclude import leave_out
     from dalle_cli.data.loader import sequential
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
@@ -50,7 +50,7 @@ def judge_dvae(
         check_png(sheet, force)
     machine = arithmetic(device, dtype)
     dvae = load.dvae(weights, machine.device)
-    gone, skips = read_exclude_list(without, data.ids), skip_list(out.with_name(out.name.removesuffix(".json")))
+    gone, skips = leave_out(without, data.ids), skip_list(out.with_name(out.name.removesuffix(".json")))
     left = [row for row, name in enumerate(data.ids) if name not in gone]
     rows = [left[place] for place in some(len(left), limit).tolist()]
     scores = Reconstructions(dvae.config.n_vocab, WORST if sheet is not None else 0)
@@ -129,9 +129,9 @@ def left_out(weights: "Artifact") -> str | None:
 
 def other_split(weights: "Artifact", gone: frozenset[str]) -> str | None:
     """What is wrong if training left ids out and these are not the same, so that it held out a part of others."""
-    from dalle_cli.data.exclude import exclude_digest
+    from dalle_cli.data.exclude import told
 
-    wanted, found = left_out(weights), exclude_digest(gone).get("without")
+    wanted, found = left_out(weights), told(gone).get("without")
     if wanted in (None, found):
         return None
     given = f"{len(gone)} others (sha256 {found[:12]})" if found else "none"
@@ -148,7 +148,7 @@ def validation_share(weights: "Artifact") -> float | None:
 def draw_worst(path: Path, scores: "Reconstructions", ids: "Sequence[str]", size: int) -> None:
     """The pictures that were rebuilt worst, the worst first, each beside its reconstruction."""
     from dalle_cli.artifacts.container import replace_file
-    from dalle_cli.viz.grid import image_grid
+    from dalle_cli.viz.grid import sheet
 
     pixels: list[Any] = []
     texts: list[str] = []
@@ -158,7 +158,7 @@ def draw_worst(path: Path, scores: "Reconstructions", ids: "Sequence[str]", size
         texts += [ids[seen.row], f"{seen.psnr:.1f} dB{alike}"]
     title = "Originals beside their reconstructions, worst first"
     columns = min(len(pixels), 8 if size <= 128 else 4)
-    image = image_grid(pixels, texts, columns=columns, title=title)
+    image = sheet(pixels, texts, columns=columns, title=title)
     replace_file(path, lambda part: image.save(part, format="PNG"))
 
 
@@ -177,7 +177,7 @@ def judge_prior(
     """
     from dalle_cli import console
     from dalle_cli.artifacts import open_artifact
-    from dalle_cli.data.exclude import read_exclude_list
+    from dalle_cli.data.exclude import leave_out
     from dalle_cli.data.pairs import Pairs
     from dalle_cli.devices import arithmetic
     from dalle_cli.evaluation.likelihood import Judge as Scores
@@ -192,7 +192,7 @@ def judge_prior(
     prior = load.prior(weights, machine.device)
     check_made_for(weights, prior, texts, latents)
     pairs = Pairs(texts, latents)
-    gone = read_exclude_list(without, pairs.ids)
+    gone = leave_out(without, pairs.ids)
     training, places = judged_places(weights, pairs, gone, everything)
     counts = count(prior, pairs, training, batch_size) if len(training) else count(prior, pairs, places, batch_size)
     counts.own = not len(training)

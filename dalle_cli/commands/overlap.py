@@ -146,11 +146,11 @@ def write(out: Path, found: "Overlap", of: str, made: dict[str, Any]) -> None:
     import json
 
     from dalle_cli.artifacts.text import write_text
-    from dalle_cli.data.exclude import format_id
+    from dalle_cli.data.exclude import as_line
 
     ids, pictures = found.ids(of), found.test if of == "test" else found.train
     said = f"{len(ids)} of {len(pictures)} pictures of {of.upper()}, by {made['features']} from {found.threshold:g} on"
-    lines = [HEAD + said, *map(format_id, ids)]
+    lines = [HEAD + said, *map(as_line, ids)]
     table = {"format": FORMAT, **made, "of": of, "threshold": found.threshold, "ids": ids, "pairs": found.told()}
     write_text(beside(out), json.dumps(table, ensure_ascii=False, indent=1) + "\n")
     write_text(out, "".join(f"{line}\n" for line in lines))

@@ -42,7 +42,7 @@ def run(
     from dalle_cli.artifacts import history
     from dalle_cli.data import tokenizer as tokenizers
     from dalle_cli.data.datasets import open_dataset
-    from dalle_cli.data.exclude import exclude_digest, read_exclude_list
+    from dalle_cli.data.exclude import leave_out, told
     from dalle_cli.data.filters import Filters
     from dalle_cli.devices import arithmetic
     from dalle_cli.models.clip import CLIPConfig
@@ -60,7 +60,7 @@ def run(
     model, options = recipes.section(table, "clip", CLIPConfig, known, train=CLIPTrain)
     (filters,) = recipes.section(table, "data", Filters)
     data = open_dataset(dataset, need_captions=True, filters=filters)
-    gone = read_exclude_list(without, data.ids)
+    gone = leave_out(without, data.ids)
     machine = arithmetic(device, dtype)
     header = {"model": asdict(model), "train": asdict(options), "tokenizer": bpe.digest}
     beginning.check_inputs(start, header)
@@ -69,7 +69,7 @@ def run(
         {"seed": seed, "dtype": machine.name, "data": asdict(filters)},
         dataset=data.digest,
         tokenizer=bpe.digest,
-        **exclude_digest(gone),
+        **told(gone),
         **beginning.named(start),
     )
     data = data.without(gone)

@@ -78,7 +78,7 @@ def run(
     from dalle_cli import console
     from dalle_cli.artifacts import history
     from dalle_cli.data.datasets import open_dataset
-    from dalle_cli.data.exclude import exclude_digest, read_exclude_list
+    from dalle_cli.data.exclude import leave_out, told
     from dalle_cli.data.filters import Filters
     from dalle_cli.devices import arithmetic
     from dalle_cli.errors import DalleError
@@ -93,7 +93,7 @@ def run(
     table = recipes.read(config, sets)
     (filters,) = recipes.section(table, "data", Filters)
     data = open_dataset(dataset, need_captions=False, filters=filters)
-    gone, digest = read_exclude_list(without, data.ids), data.digest
+    gone, digest = leave_out(without, data.ids), data.digest
     data = data.without(gone)
     start = beginning.opened(init, f"weights.{'upsampler' if upsampler else 'decoder'}", "train-decoder")
     if upsampler is None:
@@ -104,9 +104,7 @@ def run(
     machine = arithmetic(device, dtype)
     settings: dict[str, Any] = {"seed": seed, "dtype": machine.name, "data": asdict(filters)}
     settings |= {} if upsampler is None else {"upsampler": upsampler}
-    made = history(
-        "train-decoder", settings, dataset=digest, **part.inputs, **exclude_digest(gone), **beginning.named(start)
-    )
+    made = history("train-decoder", settings, dataset=digest, **part.inputs, **told(gone), **beginning.named(start))
     run_ = Run(out, part.kind, part.header, made, force)
     with joined(machine.device, part.options.timeout) as group:
         figures = train(part.build, part.options, run_, machine, seed, fresh, start)

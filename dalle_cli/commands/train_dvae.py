@@ -39,7 +39,7 @@ def run(
     from dalle_cli import console
     from dalle_cli.artifacts import history
     from dalle_cli.data.datasets import open_dataset
-    from dalle_cli.data.exclude import exclude_digest, read_exclude_list
+    from dalle_cli.data.exclude import leave_out, told
     from dalle_cli.data.filters import Filters
     from dalle_cli.devices import arithmetic
     from dalle_cli.models.dvae import DVAEConfig
@@ -56,11 +56,11 @@ def run(
     model, options = recipes.section(table, "dvae", DVAEConfig, known, train=DVAETrain)
     (filters,) = recipes.section(table, "data", Filters)
     data = open_dataset(dataset, need_captions=False, filters=filters)
-    gone = read_exclude_list(without, data.ids)
+    gone = leave_out(without, data.ids)
     machine = arithmetic(device, dtype)
     header = {"model": asdict(model), "train": asdict(options)}
     settings = {"seed": seed, "dtype": machine.name, "data": asdict(filters)}
-    made = history("train-dvae", settings, dataset=data.digest, **exclude_digest(gone), **beginning.named(start))
+    made = history("train-dvae", settings, dataset=data.digest, **told(gone), **beginning.named(start))
     data = data.without(gone)
     run_ = Run(out, "weights.dvae", header, made, force)
     with joined(machine.device, options.timeout) as group:

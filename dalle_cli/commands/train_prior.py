@@ -40,17 +40,17 @@ def run(
     from dalle_cli import console
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.commands import embedding_priors
-    from dalle_cli.data.exclude import exclude_digest, read_exclude_list
+    from dalle_cli.data.exclude import leave_out, told
     from dalle_cli.data.pairs import Pairs
     from dalle_cli.devices import arithmetic, rank
 
     texts, found = open_artifact(captions, "captions"), open_artifact(latents, "codes", "embeddings")
     pairs, table, machine = Pairs(texts, found), recipes.read(config, sets), arithmetic(device, dtype)
-    gone = read_exclude_list(without, pairs.ids)
+    gone = leave_out(without, pairs.ids)
     if pairs.unmatched and rank() == 0:
         both = f"{len(pairs)} pictures have captions and {found.kind}"
         console.note(f"{both}; {pairs.unmatched} have only one and are left out")
-    given = embedding_priors.Inputs(texts, found, pairs.without(gone), exclude_digest(gone), out, init)
+    given = embedding_priors.Inputs(texts, found, pairs.without(gone), told(gone), out, init)
     if found.kind == "embeddings":
         figures = embedding_priors.train_prior(table, given, machine, seed, fresh, force)
     else:

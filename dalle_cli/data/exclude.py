@@ -74,3 +74,6 @@ def exclude_digest(excluded: frozenset[str]) -> dict[str, str]:
     """The entry of a history's inputs that names the excluded ids by their SHA-256; empty if there are none."""
     lines = "".join(f"{format_id(name)}\n" for name in sorted(excluded))
     return {"without": digest_bytes(lines.encode())} if excluded else {}
+
+
+leave_out, told, as_line = read_exclude_list, exclude_digest, format_id  # until all callers use the new names

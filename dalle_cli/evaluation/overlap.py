@@ -25,7 +25,7 @@ from dalle_cli.evaluation import similarity as likeness
 from dalle_cli.evaluation.features import Features
 from dalle_cli.evaluation.neighbors import Candidates, Ints, Nearest
 from dalle_cli.models.pixels import from_uint8
-from dalle_cli.viz.grid import image_grid
+from dalle_cli.viz.grid import sheet
 
 PAIRS = 64  # compared at once
 DIGITS = 4  # of a similarity: the rest depends on how many are computed at once
@@ -236,7 +236,7 @@ class Overlap:
         groups = [0] * len(above) + [1] * len(below)
         counts = f"{len(above) or 'no'} pairs from the threshold {self.threshold:g} on, {len(below) or 'none'} below it"
         title = f"TEST beside TRAIN: {counts}"
-        return image_grid(pictures, names, scores, columns=4, title=title, groups=groups)
+        return sheet(pictures, names, scores, columns=4, title=title, groups=groups)
 
 
 def _side_by_side(left: Image.Image, right: Image.Image) -> npt.NDArray[np.uint8]:

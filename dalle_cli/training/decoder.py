@@ -28,7 +28,7 @@ from dalle_cli.sampling.decoder import Brush, paint, process, to_signed
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.denoising import Bins, Draws, denoising, drawn, made_ahead
 from dalle_cli.training.loop import Batch, mix
-from dalle_cli.viz.grid import image_grid
+from dalle_cli.viz.grid import sheet
 
 VALIDATION_BATCH = 32
 N_PICKS = 4  # of the embedding and of the caption among several, and whether each is dropped
@@ -184,4 +184,4 @@ class DecoderTask:
         pixels = [*images.numpy(), *painted.cpu().numpy()]
         path.parent.mkdir(parents=True, exist_ok=True)
         title = "held-out originals, and what is painted from their embeddings"
-        image_grid(pixels, columns=len(rows), title=title).save(path)
+        sheet(pixels, columns=len(rows), title=title).save(path)

@@ -22,7 +22,7 @@ from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.distributed import from_first
 from dalle_cli.training.loop import Batch, mix
 from dalle_cli.training.schedules import cosine
-from dalle_cli.viz.grid import image_grid
+from dalle_cli.viz.grid import sheet
 
 VALIDATION_BATCH = 32
 SHEET_PICTURES = 12
@@ -150,4 +150,4 @@ class DVAETask:
         rebuilt = model.reconstruct(from_uint8(first.to(device))).cpu()
         pixels = [*first.numpy(), *to_uint8(rebuilt).numpy()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(pixels, columns=len(first), title="held-out originals, and their reconstructions").save(path)
+        sheet(pixels, columns=len(first), title="held-out originals, and their reconstructions").save(path)

@@ -28,7 +28,7 @@ from dalle_cli.sampling.autoregressive import sample_codes
 from dalle_cli.sampling.sketches import N_TIMESTEP, redraw_sketches, sketch_losses
 from dalle_cli.training.config import TrainConfig, check_drawing
 from dalle_cli.training.loop import Batch, mix
-from dalle_cli.viz.grid import image_grid
+from dalle_cli.viz.grid import sheet
 
 VALIDATION_BATCH = 64
 COLORS_AT_ONCE = 256  # codes
@@ -302,4 +302,4 @@ class PriorTask:
             pixels = to_uint8(load.dvae(self.dvae, device).decode(codes)).cpu().numpy()
         texts = self.pairs.captions.strings("text")
         path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(list(pixels), [texts[int(row)] for row in captions], title="held-out captions").save(path)
+        sheet(list(pixels), [texts[int(row)] for row in captions], title="held-out captions").save(path)

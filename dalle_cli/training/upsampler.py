@@ -26,7 +26,7 @@ from dalle_cli.sampling.decoder import Brush, process, to_signed, to_stored, ups
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.denoising import Bins, Draws, denoising, drawn, made_ahead
 from dalle_cli.training.loop import Batch, mix
-from dalle_cli.viz.grid import image_grid
+from dalle_cli.viz.grid import sheet
 
 VALIDATION_BATCH = 16
 _DEGRADE = 4  # the last word of a seed, as in data/loader.py
@@ -171,4 +171,4 @@ class UpsamplerTask:
         shown = low.repeat_interleave(self.config.factor, 2).repeat_interleave(self.config.factor, 3)
         pixels = [*shown.numpy(), *larger.cpu().numpy(), *images.numpy()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(pixels, columns=len(rows), title="held-out pictures: small, enlarged, and as they are").save(path)
+        sheet(pixels, columns=len(rows), title="held-out pictures: small, enlarged, and as they are").save(path)
