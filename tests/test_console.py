@@ -208,7 +208,7 @@ def test_a_bundle_is_a_folder_a_file_a_shipped_name_or_a_repository(chain, monke
     monkeypatch.setattr(bundle, "DEFAULTS", ("nothing", "model"))
     assert bundle.locate(None) == chain.model
     monkeypatch.setattr(
-        "dalle_cli.hub.transfer.fetch", lambda name: {"hf://me/it@v2": Fetched(chain.model, (), "", {})}[name]
+        "dalle_cli.hub.transfer.fetch", lambda name, kinds: {"hf://me/it@v2": Fetched(chain.model, (), "")}[name]
     )
     assert bundle.locate("hf://me/it@v2") == chain.model
 

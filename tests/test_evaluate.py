@@ -209,8 +209,8 @@ def test_what_a_list_names_in_vain_is_warned_of(chain, rebuilt, tmp_path):
     fixed = ("--reference", chain.data, "-m", chain.model, "--bootstrap", 0, "--scores", "kernel")
     result = run_cli("evaluate", rebuilt, *fixed, "--without", ids, "-o", tmp_path / "s.json")
     assert result.status == 0
-    assert "2 of 24 pictures are left out, as ids.txt says" in result.stderr
-    assert "found 1 of no picture: nobody" in result.stderr
+    assert "2 of 24 images are excluded by ids.txt" in result.stderr
+    assert "found 1 of no image: nobody" in result.stderr
 
 
 def test_too_few_pictures_are_refused_with_the_number_needed(chain, rebuilt, tmp_path):

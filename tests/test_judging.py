@@ -316,7 +316,7 @@ def test_a_prior_trained_without_some_is_judged_on_what_it_held_out_of_the_other
     inputs = ("evaluate", prior, chain.captions, chain.codes, "--device", "cpu", "-o", out)
     result = run_cli(*inputs, "--without", listed)
     assert result.status == 0, result.stderr
-    assert "5 of 24 pictures are left out, as gone.txt says" in result.stderr
+    assert "5 of 24 images are excluded by gone.txt" in result.stderr
     document = json.loads(out.read_text())
     told, last = document["scores"], [row["validation"] for row in rows(prior) if "validation" in row][-1]
     assert told["image_nats"] == pytest.approx(last["image_nats"], rel=1e-5)

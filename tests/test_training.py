@@ -72,7 +72,7 @@ def test_scales_that_fit_nothing_are_refused(chain, tmp_path):
     ):
         path = tmp_path / "wrong.safetensors"
         save_tensors(path, whole.kind, {**tensors, **wrong}, whole.config, whole.history, force=True)
-        with pytest.raises(DalleError, match="expected rows of 8 bits beside their scales"):
+        with pytest.raises(DalleError, match="expected an 8-bit matrix beside its scales"):
             load.prior(open_artifact(path), torch.device("cpu"))
 
 
