@@ -6,6 +6,7 @@ from comparisons import assert_same_value_and_gradient
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_cli.models import head as module
 from dalle_cli.models.head import float32_linear, head_logits, head_loss
@@ -104,12 +105,13 @@ def test_no_process_wide_setting_changes():
 @pytest.mark.parametrize("missing", [False, True], ids=["oneDNN", "plain"])
 def test_any_shape_of_rows(missing, monkeypatch):
     if missing:
-        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+        monkeypatch.setattr(module, "ONEDNN_LINEAR", None)
     head = nn.Linear(8, 31)
     for x in (torch.randn(0, 8), torch.randn(8), torch.randn(2, 8, 3, 3).permute(0, 2, 3, 1)):
         for bias in (head.bias, None):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:
                 y = float32_linear(x, head.weight, bias)
+            assert counter.get_total_flops() == 2 * x.numel() * 31
             torch.testing.assert_close(y, F.linear(x, head.weight, bias), rtol=1e-5, atol=1e-5)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 CPU_CHUNK = 1 << 21  # logits at a time: 8 MiB of float32, which fit the processor's cache
 DEVICE_CHUNK = 1 << 25  # 128 MiB: an accelerator needs larger products to be busy
+ONEDNN_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -125,9 +127,16 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype) ->
 
     oneDNN is called through the operator that torch.compile emits, which changes no process-wide setting.
     """
-    fast = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     lowered = low != weight.dtype == torch.float32
-    if fast is None or not x.is_cpu or not lowered or torch.compiler.is_compiling():
+    if ONEDNN_LINEAR is None or not x.is_cpu or not lowered or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    y: Tensor = fast(x, weight, bias, "none", [], "")
+    y: Tensor = ONEDNN_LINEAR(x, weight, bias, "none", [], "")
     return y
+
+
+def _linear_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    return 2 * x[:-1].numel() * weight.numel()
+
+
+if ONEDNN_LINEAR is not None:  # torch's counter does not know the operator
+    register_flop_formula(ONEDNN_LINEAR)(_linear_flops)
