@@ -175,9 +175,9 @@ def test_a_run_is_another_one_with_another_list(chain, tmp_path, listed, stage):
     before = out.stat().st_mtime_ns
     run_ok(*command, "--without", as_json)  # the same ids: finished already
     assert (out.read_bytes(), out.stat().st_mtime_ns > before) == (first, True)
-    result = run_cli(*command)
-    assert result.status == 0
-    assert "starting over" in result.stderr
+    assert "found a finished run of another config or other inputs" in run_bad(*command)
+    assert out.read_bytes() == first
+    run_ok(*command, "--fresh")
     assert out.read_bytes() != first
     assert "without" not in open_artifact(out).history[-1]["inputs"]
 
@@ -188,7 +188,7 @@ def test_an_unfinished_run_of_another_list_is_refused(chain, tmp_path, listed):
     run_ok(*command, "--without", listed)
     out.unlink()
     (tmp_path / "dvae.run" / "checkpoint-00000006.safetensors").unlink()  # as if it had been stopped after four updates
-    assert "another config or other inputs" in run_bad(*command)
+    assert "an unfinished run of another config or other inputs" in run_bad(*command)
     run_ok(*command, "--without", listed)
 
 

@@ -148,6 +148,13 @@ def test_other_numbers_call_what_reads_them(tmp_path):
     assert len(named(commands, "train-prior")) == 1
 
 
+def test_fresh_reaches_every_training_stage(tmp_path):
+    commands = Graph(tmp_path).make("unclip", "FRESH=--fresh")
+    fresh = [line.split()[0] for line in commands if "--fresh" in line.split()]
+    assert fresh == [line.split()[0] for line in commands if line.startswith("train-") and "tokenizer" not in line[:15]]
+    assert set(fresh) == {"train-dvae", "train-clip", "train-prior", "train-decoder"}
+
+
 def test_small_is_dalle_and_a_smaller_dalle_2(tmp_path):
     graph = Graph(tmp_path)
     commands = graph.make("small", "-j2")

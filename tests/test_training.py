@@ -200,12 +200,18 @@ def test_weights_from_before_a_setting_came_count_as_its_default(chain, tmp_path
     assert {info.dtype for info in open_artifact(out).headers[0].tensors.values()} == {"BF16"}
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_another_config(chain, tmp_path):
     out = copy_run(chain.dvae, tmp_path)
     other = ("--set", "dvae.train.lr=1e-3")
-    result = run_cli(*training(chain, "dvae", out, *other))
-    assert result.status == 0
-    assert "another config or other inputs than last time, so starting over" in result.stderr
+    before = contents(tmp_path)
+    refusal = run_bad(*training(chain, "dvae", out, *other))
+    assert "found a finished run of another config or other inputs; --fresh starts over" in refusal
+    assert contents(tmp_path) == before
+    run_ok(*training(chain, "dvae", out, *other, "--fresh"))
     assert out.read_bytes() != chain.dvae.read_bytes()
     run_ok(*training(chain, "dvae", tmp_path / "b.safetensors", *other))
     assert out.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -242,7 +248,10 @@ def test_other_inputs(chain, tmp_path):
     shutil.copy(more / "00.png", more / "99.png")
     shutil.copy(more / "00.txt", more / "99.txt")
     out = copy_run(chain.dvae, tmp_path)
-    run_ok("train-dvae", more, "--config", chain.recipe, "--dtype", "float32", "-o", out)
+    command = ("train-dvae", more, "--config", chain.recipe, "--dtype", "float32", "-o", out)
+    assert "--fresh" in run_bad(*command)
+    assert out.read_bytes() == chain.dvae.read_bytes()
+    run_ok(*command, "--fresh")
     assert out.read_bytes() != chain.dvae.read_bytes()
 
 
@@ -251,7 +260,7 @@ def test_seed_matters_and_workers_do_not(chain, tmp_path):
     for workers in (0, 5):
         run_ok(*training(chain, "dvae", out, "--workers", workers, "--fresh"))
         assert out.read_bytes() == chain.dvae.read_bytes()
-    run_ok(*training(chain, "dvae", out, "--seed", 1))
+    run_ok(*training(chain, "dvae", out, "--seed", 1, "--fresh"))
     ours, others = (load_tensors(open_artifact(path)) for path in (out, chain.dvae))
     assert not any(torch.equal(ours[name], others[name]) for name in ours if ours[name].ndim > 1)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.attention import trains_on_cpu
+from dalle_cli.models.blocks import StackedBlock
 from dalle_cli.models.local_attention import batched_attention
 
 MAX_LOG_SCALE = math.log(100.0)  # sec. 2.5: the scale is clipped, or training becomes unstable
@@ -128,7 +129,7 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))  # type: ignore[no-any-return]
 
 
-class Layer(nn.Module):
+class Layer(StackedBlock):
     """Pre-norm transformer layer."""
 
     def __init__(self, width: int, n_head: int, activation: str, causal: bool) -> None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.attention import Pattern, layer_kinds
+from dalle_cli.models.blocks import StackedBlock
 from dalle_cli.models.cache import Cache, Prompt
 from dalle_cli.models.head import head_logits, head_loss
 from dalle_cli.models.mlp import gelu_linear
@@ -82,7 +83,7 @@ class Attend(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor: ...
 
 
-class Block(nn.Module):
+class Block(StackedBlock):
     """The paper's pre-norm residual block; who sees whom is the caller's: the stream, or one position over a cache."""
 
     def __init__(self, config: PriorConfig) -> None:
@@ -106,7 +107,7 @@ class Block(nn.Module):
         return y
 
 
-class ModernBlock(nn.Module):
+class ModernBlock(StackedBlock):
     """RMS norm, gated MLP (SwiGLU of about the same size), normalised queries and keys that turn with their place."""
 
     def __init__(self, config: PriorConfig) -> None:

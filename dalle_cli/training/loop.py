@@ -19,7 +19,7 @@ from dalle_cli.artifacts import Artifact
 from dalle_cli.artifacts.weights import stored_as
 from dalle_cli.devices import Arithmetic, compiled, keep_freed_memory
 from dalle_cli.errors import DalleError
-from dalle_cli.training.blocks import blocks, recomputed, surround
+from dalle_cli.training.blocks import blocks, recompute, wrap_forward
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.distributed import Alone, Group, Replicas, Shares, joined
 from dalle_cli.training.interrupt import Interrupt
@@ -86,9 +86,9 @@ class Costs(Protocol):
         """Floating-point operations of one update, forward and backward."""
 
 
-def mix(*numbers: int) -> int:
-    """A seed from several numbers, well mixed, below 2**63."""
-    data = b"".join(n.to_bytes(8, "little", signed=True) for n in numbers)
+def mix(*parts: int | str) -> int:
+    """A seed from several numbers and names, well mixed, below 2**63."""
+    data = b"".join(p.encode() if isinstance(p, str) else p.to_bytes(8, "little", signed=True) for p in parts)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
@@ -156,7 +156,7 @@ class Trainer:
             )
         if c.checkpoint_activations:
             for block in blocks(self.model).values():
-                surround(block, recomputed)
+                wrap_forward(block, recompute)
         if self.machine.dtype == torch.float16:
             self.scales = BlockScales(self.model)
             self.scales.attach()
@@ -251,10 +251,9 @@ class Trainer:
         return dict(zip(range(first, first + here), parts if shares else parts[first : first + here], strict=True))
 
     def _seeded(self, *numbers: int) -> torch.Generator:
-        """Torch's own generators and one for the task, as these numbers have them."""
-        seed = mix(self.seed, *numbers)
-        torch.manual_seed(seed)
-        return torch.Generator(self.device).manual_seed(seed)
+        """Seed torch's global generators (dropout) from these numbers, and make an independent one for the task."""
+        torch.manual_seed(mix(self.seed, *numbers, "global"))
+        return torch.Generator(self.device).manual_seed(mix(self.seed, *numbers))
 
     def _autocast(self) -> AbstractContextManager[None]:
         """The arithmetic of the loss; with scales, float16 is inside the blocks alone."""
