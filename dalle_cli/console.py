@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -70,7 +71,9 @@ def emit_json(value: object) -> None:
 
 
 def result(path: Path | str, **figures: object) -> None:
-    """The path of what was written, on stdout, and the facts, on stderr."""
+    """The path of what was written, on stdout, and the facts, on stderr; of several processes only the first prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("RANK", "0") != "0":
+        return
     if said := _figures(figures):
         _stderr(f"{Path(path).name}: {said}")
     print(path, flush=True)

@@ -178,7 +178,7 @@ SampleRows = Annotated[str | None, opt("N,N", "Of --from, these rows only, count
 Keep = Annotated[int, opt("N", "Keep the best N per prompt; 0 keeps all, best first.", min=0)]
 Columns = Annotated[int, opt("N", "Images in a row of the grid; 0 = as fits.", min=0)]
 Terminal = Annotated[bool | None, opt(None, "Preview in the terminal, or not.", "--terminal/--no-terminal")]
-Without = Annotated[Path | None, opt("FILE", "Leave out the ids in this file, as `overlap` writes it.")]
+Without = Annotated[Path | None, opt("FILE", "Leave out the ids in this file, as `overlap` writes it.", "--without")]
 Limit = Annotated[int | None, opt("N", "Use at most N of them, spread over all.", min=1)]
 ImageFile = Annotated[
     str | None,
@@ -323,6 +323,21 @@ class DeviceOptions:
         from dalle_cli.devices import arithmetic
 
         return arithmetic(self.device, self.dtype or "float32")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What every training takes beside its inputs. In Python `config` may also be a dict of a recipe's tables."""
+
+    config: Recipe = None
+    sets: Sets = dataclasses.field(default_factory=list)
+    init: Init = None
+    exclude: Without = None
+    seed: Seed = 0
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    fresh: Fresh = False
+    force: Force = False
 
 
 @dataclass(frozen=True)

@@ -20,43 +20,8 @@ from dalle_cli.artifacts import Artifact, open_artifact
 from dalle_cli.artifacts.container import check_replaceable
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
+from dalle_cli.training.config import TrainConfig, affecting, with_defaults
 from dalle_cli.training.schedules import same_until
-
-# Training settings that the first weights did not name, and what they did.
-LATER = {
-    "save_dtype": "float32",
-    "plateau_figure": "loss",
-    "plateau_patience": 5,
-    "plateau_factor": 0.5,
-    "plateau_least": 1 / 32,
-    "accumulate": 1,
-    "checkpoint_activations": False,
-    "compile": False,
-    "tensorboard": False,
-    "parallel": "replicate",
-    "powersgd_rank": 0,
-    "timeout": 1800,
-    "code_noise": 0.0,  # of the token prior
-    "guidance": 1.0,  # of the priors
-    "temperature": 1.0,  # of the token prior
-    "sketch_batch": 256,  # likewise
-    "sketch_only": False,
-    "sketch_redrawn": 0.0,
-    "sketch_guidance": 1.0,
-}
-# Of models, likewise.
-LATER_SIZES = {"sketch": 0, "sketch_width": 384}  # of decoder and token prior
-# What does not change what is computed: a run is the same without.
-ASIDE = ("tensorboard", "parallel", "timeout", "sheet_prompts")
-
-
-def _compared(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with what it did not name yet, and without what does not count."""
-    if isinstance(model := config.get("model"), dict):
-        config = {**config, "model": {**LATER_SIZES, **model}}
-    if not isinstance(told := config.get("train"), dict):
-        return config
-    return {**config, "train": {name: value for name, value in {**LATER, **told}.items() if name not in ASIDE}}
 
 
 @dataclass(frozen=True)
@@ -68,6 +33,8 @@ class Run:
     config: dict[str, Any]
     history: list[dict[str, Any]]
     force: bool = False
+    model_type: type[Any] | None = None  # dataclasses of config["model"] and config["train"]
+    train_type: type[Any] = TrainConfig
 
     @property
     def name(self) -> str:
@@ -90,17 +57,25 @@ class Run:
         A setting that came after the artifact was made counts as its default: an upgrade makes nobody train again.
         """
         mine, history = json.loads(json.dumps([self.config, self.history]))
-        return bool([_compared(config), artifact.history] == [_compared(mine), history])
+        return bool([self._compared(config), artifact.history] == [self._compared(mine), history])
+
+    def _compared(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A config with the settings that came after it, and without those that change nothing of the result."""
+        config = dict(config)
+        if self.model_type and isinstance(model := config.get("model"), dict):
+            config["model"] = with_defaults(self.model_type, model)
+        if isinstance(train := config.get("train"), dict):
+            aside = affecting(self.train_type, "nothing")
+            train = with_defaults(self.train_type, train)
+            config["train"] = {name: value for name, value in train.items() if name not in aside}
+        return json.loads(json.dumps(config))  # type: ignore[no-any-return]  # tuples are lists in JSON
 
     def _same_so_far(self, artifact: Artifact, config: dict[str, Any], step: int) -> bool:
         """Whether this run would have come to a checkpoint as well: its end may be another, and what it writes then."""
-        mine, told = json.loads(json.dumps(self.config)).get("train"), _compared(config).get("train")
+        mine, told = json.loads(json.dumps(self.config)).get("train"), self._compared(config).get("train")
         if not isinstance(mine, dict) or not isinstance(told, dict):
             return False
-        drawn = (
-            ("guidance", "temperature", "sketch_guidance") if self.kind.startswith("weights.prior") else ()
-        )  # a dVAE's is of training
-        end = {name: mine[name] for name in ("steps", "save_dtype", *drawn) if name in mine}
+        end = {name: mine[name] for name in ("steps", *affecting(self.train_type, "end")) if name in mine}
         theirs = {**told, **end, "steps": told["steps"]}
         return self._same(artifact, {**config, "train": {**told, **end}}) and same_until(step, theirs, {**told, **end})
 

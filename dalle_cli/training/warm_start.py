@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -11,8 +12,6 @@ from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles as bundle
 
-FREE = ("dropout",)  # settings of a model that its weights say nothing of
-LATER = ("sketch", "sketch_width")  # sizes of what a token prior may be given later, as it changes little at first
 LATER_PARTS = ("sketch.", "hint.")
 CHECKPOINT = "checkpoint"
 AVERAGE = "ema/"  # what is taken of a checkpoint
@@ -40,10 +39,11 @@ def named(found: Artifact | None) -> dict[str, Artifact]:
     return {} if found is None else {"init": found}
 
 
-def sizes(found: Artifact | None, known: Mapping[str, Any], told: object) -> dict[str, Any]:
-    """What inputs, and weights if there are any, decide of a model: `known` by the inputs, `told` by the recipe.
+def sizes(found: Artifact | None, known: Mapping[str, Any], recipe: object, model: type[Any]) -> dict[str, Any]:
+    """The sizes of a model that the inputs (`known`) and the initial weights decide, if there are any.
 
-    A recipe may ask for a sketch where the weights are of a token prior that has none, or one of another width.
+    The recipe still sets a field of `model` with the metadata `warm_start`: "free", which the weights do not depend on,
+    or "added", a part that trained weights may lack.
 
     Raises:
         DalleError: the inputs have another size than the weights.
@@ -57,12 +57,10 @@ def sizes(found: Artifact | None, known: Mapping[str, Any], told: object) -> dic
                 f"expected inputs with {name} = {own[name]}, as {found.path} was trained with, found {value}; "
                 "make them by its tokenizer and its encoder"
             )
-    said = told if isinstance(told, Mapping) else {}  # what is no table is refused with the rest of the recipe
-    free = {name for name in (*FREE, *LATER) if name in said}
+    named = recipe if isinstance(recipe, Mapping) else {}  # anything but a table is refused with the rest of the recipe
+    free = {f.name for f in fields(model) if f.metadata.get("warm_start") and f.name in named}
     if own.get("sketch"):
         free.discard("sketch")
-    elif "n_image_vocab" not in own:  # no token prior
-        free -= {*LATER}
     return {**{name: value for name, value in own.items() if name not in free}, **known}
 
 
