@@ -232,7 +232,13 @@ DecoderEta = Annotated[
 UpsamplerSteps = Annotated[int | None, opt("N", "Steps of each of the bundle's upsamplers; else 10.", min=1)]
 LowNoise = Annotated[
     float | None,
-    opt("X", "Gaussian noise added to the image that an upsampler enlarges, in units of [-1, 1]; else 0.", min=0.0),
+    opt(
+        "X",
+        "Noise on the image that an upsampler enlarges, up to this share of its timesteps; it hides artifacts. The "
+        "upsampler must be trained with it. Else what the upsampler was trained for.",
+        min=0.0,
+        max=1.0,
+    ),
 ]
 EditSteps = Annotated[int | None, opt("N", "DDIM steps, and as many back to an image's noise; else 50.", min=1)]
 

@@ -34,12 +34,12 @@ def run(
     from dalle_cli import console, training
 
     more = {"workers": workers, **vars(options)}
-    if upsampler is not None and (embeddings or captions):
-        raise DalleError("expected images alone for an upsampler, found EMBEDDINGS or --captions; leave them out")
-    if upsampler is None and embeddings is None:
-        raise DalleError("expected EMBEDDINGS for a decoder, found none; give them, or --upsampler N")
-    if upsampler is None:
-        metrics = training.train_decoder(dataset, embeddings, out, captions=captions, **more)
-    else:
+    if upsampler is not None:
+        if embeddings or captions:
+            raise DalleError("expected images alone for an upsampler, found EMBEDDINGS or --captions; leave them out")
         metrics = training.train_upsampler(dataset, upsampler, out, **more)
+    elif embeddings is None:
+        raise DalleError("expected EMBEDDINGS for a decoder, found none; give them, or --upsampler N")
+    else:
+        metrics = training.train_decoder(dataset, embeddings, out, captions=captions, **more)
     console.result(out, **metrics)

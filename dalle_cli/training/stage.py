@@ -78,7 +78,7 @@ def pair_inputs(captions: Artifact, latents: Artifact, options: TrainingOptions)
         )
     sizes = {"n_text_vocab": captions.fact("n_vocab", int), "n_text": captions.fact("n_text", int)}
     header = {"tokenizer": captions.fact("tokenizer", str), "encoder": latents.fact("encoder", str)}
-    inputs = {"captions": captions, latents.kind: latents, **told(gone)}
+    inputs: dict[str, Artifact | str] = {"captions": captions, latents.kind: latents, **told(gone)}
     return pairs.without(gone), StageInputs(inputs, sizes, header)
 
 
