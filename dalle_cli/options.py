@@ -232,13 +232,7 @@ DecoderEta = Annotated[
 UpsamplerSteps = Annotated[int | None, opt("N", "Steps of each of the bundle's upsamplers; else 10.", min=1)]
 LowNoise = Annotated[
     float | None,
-    opt(
-        "X",
-        "Noise on the image that an upsampler enlarges, up to this share of its timesteps; it hides artifacts. The "
-        "upsampler must be trained with it. Else what the upsampler was trained for.",
-        min=0.0,
-        max=1.0,
-    ),
+    opt("X", "Noise on the image that an upsampler enlarges: a share of its timesteps; else as trained for.", min=0.0),
 ]
 EditSteps = Annotated[int | None, opt("N", "DDIM steps, and as many back to an image's noise; else 50.", min=1)]
 
@@ -329,21 +323,6 @@ class DeviceOptions:
         from dalle_cli.devices import arithmetic
 
         return arithmetic(self.device, self.dtype or "float32")
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """What every training takes beside its inputs. In Python `config` may also be a dict of a recipe's tables."""
-
-    config: Recipe = None
-    sets: Sets = dataclasses.field(default_factory=list)
-    init: Init = None
-    exclude: Without = None
-    seed: Seed = 0
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    fresh: Fresh = False
-    force: Force = False
 
 
 @dataclass(frozen=True)

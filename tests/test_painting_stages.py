@@ -227,7 +227,7 @@ def test_pictures_without_an_embedding(unclip, tmp_path):
     some = write_artifact(tmp_path / "some.safetensors", "embeddings", columns, table.config, [])
     config = ("--config", unclip.recipe, "--set", "decoder.train.steps=1", "-o", tmp_path / "x.safetensors")
     result = run_cli("train-decoder", unclip.data, some, *config)
-    assert "10 of 24 pictures have no embedding and are left out" in result.stderr
+    assert "10 of 24 images have no embedding and are left out" in result.stderr
     columns["ids"] = [f"other{i}" for i in range(14)]
     none = write_artifact(tmp_path / "none.safetensors", "embeddings", columns, table.config, [])
     assert "no id in common" in run_bad("train-decoder", unclip.data, none, *config)
@@ -236,7 +236,7 @@ def test_pictures_without_an_embedding(unclip, tmp_path):
 def test_arguments_that_do_not_go_together(unclip, tmp_path):
     config = ("--config", unclip.recipe, "-o", tmp_path / "x.safetensors")
     assert "EMBEDDINGS" in run_bad("train-decoder", unclip.data, *config)
-    assert "pictures alone" in run_bad("train-decoder", unclip.data, unclip.embeddings, "--upsampler", 1, *config)
+    assert "images alone" in run_bad("train-decoder", unclip.data, unclip.embeddings, "--upsampler", 1, *config)
     assert "expected embeddings, found captions" in run_bad("train-decoder", unclip.data, unclip.captions, *config)
     for setting, says in (
         ("upsampler_2.train.crop=32", "lower crop"),

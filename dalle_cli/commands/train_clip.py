@@ -1,6 +1,7 @@
 """`dalle train-clip`."""
 
-from dalle_cli.options import DatasetArg, OutFile, TokenizerFile, TrainingOptions, Workers
+from dalle_cli.options import DatasetArg, OutFile, TokenizerFile, Workers
+from dalle_cli.training.options import TrainingOptions
 
 EXAMPLE = "dalle train-clip photos/ -t tokenizer.json --config recipe.toml -o clip.safetensors"
 

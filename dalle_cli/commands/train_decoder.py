@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from dalle_cli.errors import DalleError
-from dalle_cli.options import DatasetArg, OutFile, TrainingOptions, Workers
+from dalle_cli.options import DatasetArg, OutFile, Workers
+from dalle_cli.training.options import TrainingOptions
 
 EXAMPLE = """dalle train-decoder photos/ embeddings/ --captions captions.safetensors -o decoder.safetensors
 dalle train-decoder photos/ --upsampler 1 --config recipe.toml -o upsampler-1.safetensors"""

@@ -1,6 +1,7 @@
 """`dalle train-dvae`."""
 
-from dalle_cli.options import DatasetArg, OutFile, TrainingOptions, Workers
+from dalle_cli.options import DatasetArg, OutFile, Workers
+from dalle_cli.training.options import TrainingOptions
 
 EXAMPLE = "dalle train-dvae photos/ --config recipes/emoji/recipe.toml -o dvae.safetensors"
 

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from dalle_cli.options import OutFile, TrainingOptions
+from dalle_cli.options import OutFile
+from dalle_cli.training.options import TrainingOptions
 
 EXAMPLE = """dalle train-prior captions.safetensors codes/ -t tokenizer.json --config recipe.toml -o prior.safetensors
 dalle train-prior captions.safetensors embeddings/ --config recipe.toml -o embedding-prior.safetensors"""

@@ -18,9 +18,9 @@ from dalle_cli.data.datasets import Dataset
 from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.pixels import from_uint8
-from dalle_cli.options import TrainingOptions
 from dalle_cli.training.config import ImageTrainConfig, setting
 from dalle_cli.training.distributed import all_rows
+from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.stage import Trainable, TrainingStage, image_inputs
 from dalle_cli.training.task import Batch, ImageTask, int64, seeded
 

@@ -25,10 +25,10 @@ from dalle_cli.devices import rank
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.process import Process
 from dalle_cli.models.decoder import Decoder, DecoderConfig
-from dalle_cli.options import TrainingOptions
 from dalle_cli.sampling.decoder import Brush, paint, to_signed
 from dalle_cli.training.config import check_at_least, check_share, setting
 from dalle_cli.training.denoising import DenoisingTask, DenoisingTrain, Draws, Predict, denoising
+from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.stage import Trainable, TrainingStage, image_inputs
 from dalle_cli.training.task import Batch, seeded
 from dalle_cli.viz.grid import sheet

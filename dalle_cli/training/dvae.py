@@ -17,9 +17,9 @@ from dalle_cli.data.datasets import Dataset
 from dalle_cli.errors import DalleError
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.pixels import from_uint8, to_uint8
-from dalle_cli.options import TrainingOptions
 from dalle_cli.training.config import ImageTrainConfig, check_at_least, setting
 from dalle_cli.training.distributed import from_first
+from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.schedules import cosine
 from dalle_cli.training.stage import Trainable, TrainingStage, image_inputs
 from dalle_cli.training.task import Batch, EqualParts, ImageTask, seeded

@@ -22,9 +22,9 @@ from dalle_cli.errors import DalleError
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 from dalle_cli.models.embedding_prior import EmbeddingPrior, EmbeddingPriorConfig
 from dalle_cli.models.embeddings import Principal, off_scale
-from dalle_cli.options import TrainingOptions
 from dalle_cli.sampling.embeddings import Read, autoregressed, diffused, process_of
 from dalle_cli.training.config import TrainConfig, check_among, check_at_least, check_sampling, check_share, setting
+from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.stage import StageInputs, Trainable, TrainingStage
 from dalle_cli.training.task import Batch, EqualParts, PairTask, seeded
 

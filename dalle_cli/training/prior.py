@@ -23,13 +23,13 @@ from dalle_cli.hub import bundles
 from dalle_cli.models.dvae import DVAE
 from dalle_cli.models.pixels import to_uint8
 from dalle_cli.models.prior import Prior, PriorConfig, disturb_codes, drop_captions
-from dalle_cli.options import TrainingOptions
 from dalle_cli.pipelines import loading as load
 from dalle_cli.sampling.autoregressive import sample_codes
 from dalle_cli.sampling.sketches import N_TIMESTEP, redraw_sketches, sketch_losses
 from dalle_cli.training import warm_start
 from dalle_cli.training.config import TrainConfig, check_at_least, check_sampling, check_share, setting
 from dalle_cli.training.embedding_prior import train_embedding_prior
+from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.stage import Trainable, TrainingStage, pair_inputs
 from dalle_cli.training.task import Batch, PairTask, int64, mix, seeded
 from dalle_cli.viz.grid import sheet

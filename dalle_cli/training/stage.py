@@ -17,11 +17,11 @@ from dalle_cli.data.filters import Filters
 from dalle_cli.data.pairs import Pairs
 from dalle_cli.data.skips import SkipLog
 from dalle_cli.devices import arithmetic, rank
-from dalle_cli.options import TrainingOptions
 from dalle_cli.paths import skip_list
 from dalle_cli.training import warm_start
 from dalle_cli.training.distributed import joined
 from dalle_cli.training.loop import train
+from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.run import Run
 from dalle_cli.training.task import Task
 

@@ -21,10 +21,10 @@ from dalle_cli.data.datasets import Dataset
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge
-from dalle_cli.options import TrainingOptions
 from dalle_cli.sampling.decoder import Brush, enlarge_noised, to_signed, to_stored, upsample
 from dalle_cli.training.config import check_at_least, check_share, setting
 from dalle_cli.training.denoising import DenoisingTask, DenoisingTrain, Draws, Predict
+from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.stage import Trainable, TrainingStage, image_inputs
 from dalle_cli.training.task import Batch, seeded
 from dalle_cli.viz.grid import sheet
