@@ -55,9 +55,8 @@ def same_until(step: int, one: Mapping[str, Any], other: Mapping[str, Any]) -> b
 
     def rates(train: Mapping[str, Any]) -> list[float]:
         steps = min(train.get("lr_steps", train["steps"]), train["steps"])
-        return [
-            learning_rate(n, *(train[k] for k in ("schedule", "lr", "final_lr", "warmup")), steps) for n in range(step)
-        ]
+        peak, final, warmup = (train[name] for name in ("lr", "final_lr", "warmup"))
+        return [learning_rate(n, train["schedule"], peak, final, warmup, steps) for n in range(step)]
 
     return rates(one) == rates(other)
 
