@@ -178,7 +178,7 @@ SampleRows = Annotated[str | None, opt("N,N", "Of --from, these rows only, count
 Keep = Annotated[int, opt("N", "Keep the best N per prompt; 0 keeps all, best first.", min=0)]
 Columns = Annotated[int, opt("N", "Images in a row of the grid; 0 = as fits.", min=0)]
 Terminal = Annotated[bool | None, opt(None, "Preview in the terminal, or not.", "--terminal/--no-terminal")]
-Without = Annotated[Path | None, opt("FILE", "Leave out the ids in this file, as `overlap` writes it.")]
+Without = Annotated[Path | None, opt("FILE", "Leave out the ids in this file, as `overlap` writes it.", "--without")]
 Limit = Annotated[int | None, opt("N", "Use at most N of them, spread over all.", min=1)]
 ImageFile = Annotated[
     str | None,
@@ -232,7 +232,7 @@ DecoderEta = Annotated[
 UpsamplerSteps = Annotated[int | None, opt("N", "Steps of each of the bundle's upsamplers; else 10.", min=1)]
 LowNoise = Annotated[
     float | None,
-    opt("X", "Gaussian noise added to the image that an upsampler enlarges, in units of [-1, 1]; else 0.", min=0.0),
+    opt("X", "Noise on the image that an upsampler enlarges: a share of its timesteps; else as trained for.", min=0.0),
 ]
 EditSteps = Annotated[int | None, opt("N", "DDIM steps, and as many back to an image's noise; else 50.", min=1)]
 

@@ -24,7 +24,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles as bundle
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
-from dalle_cli.training.decoder import DecoderTask, DecoderTrain, astray
+from dalle_cli.training.decoder import DecoderTask, DecoderTrain, embedding_noise
 
 UNET = """
 width = 8
@@ -227,7 +227,7 @@ def test_pictures_without_an_embedding(unclip, tmp_path):
     some = write_artifact(tmp_path / "some.safetensors", "embeddings", columns, table.config, [])
     config = ("--config", unclip.recipe, "--set", "decoder.train.steps=1", "-o", tmp_path / "x.safetensors")
     result = run_cli("train-decoder", unclip.data, some, *config)
-    assert "10 of 24 pictures have no embedding and are left out" in result.stderr
+    assert "10 of 24 images have no embedding and are left out" in result.stderr
     columns["ids"] = [f"other{i}" for i in range(14)]
     none = write_artifact(tmp_path / "none.safetensors", "embeddings", columns, table.config, [])
     assert "no id in common" in run_bad("train-decoder", unclip.data, none, *config)
@@ -236,7 +236,7 @@ def test_pictures_without_an_embedding(unclip, tmp_path):
 def test_arguments_that_do_not_go_together(unclip, tmp_path):
     config = ("--config", unclip.recipe, "-o", tmp_path / "x.safetensors")
     assert "EMBEDDINGS" in run_bad("train-decoder", unclip.data, *config)
-    assert "pictures alone" in run_bad("train-decoder", unclip.data, unclip.embeddings, "--upsampler", 1, *config)
+    assert "images alone" in run_bad("train-decoder", unclip.data, unclip.embeddings, "--upsampler", 1, *config)
     assert "expected embeddings, found captions" in run_bad("train-decoder", unclip.data, unclip.captions, *config)
     for setting, says in (
         ("upsampler_2.train.crop=32", "lower crop"),
@@ -303,7 +303,7 @@ def test_a_batch_joins_by_id_and_drops(unclip):
     assert torch.equal(none[1], noise)
 
 
-def test_embeddings_go_astray_as_far_as_is_said_and_nothing_else_changes(unclip):
+def test_embeddings_go_embedding_noise_as_far_as_is_said_and_nothing_else_changes(unclip):
     plain, off = (batch_of(unclip, validation=0.0, embedding_noise=most)[1] for most in (0.0, 2.0))
     assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(plain, off, strict=True)) if i != 3)
     rms = plain[3].square().mean(1).sqrt()
@@ -312,12 +312,14 @@ def test_embeddings_go_astray_as_far_as_is_said_and_nothing_else_changes(unclip)
     assert float(far.min()) < 0.2
     assert 1.6 < float(far.max()) < 4
     z = torch.randn(4, 6)
-    whole = astray(z, 0.5, 3, 7, range(4))
-    parts = [astray(z[rows], 0.5, 3, 7, slots) for rows, slots in ((slice(2), range(2)), (slice(2, 4), range(2, 4)))]
+    whole = embedding_noise(z, 0.5, 3, 7, range(4))
+    parts = [
+        embedding_noise(z[rows], 0.5, 3, 7, slots) for rows, slots in ((slice(2), range(2)), (slice(2, 4), range(2, 4)))
+    ]
     assert torch.equal(torch.cat(parts), whole)  # as among two processes
-    torch.testing.assert_close(astray(100 * z, 0.5, 3, 7, range(4)), 100 * whole)
-    assert not torch.equal(astray(z, 0.5, 3, 8, range(4)), whole)
-    assert not torch.equal(astray(z, 0.5, 4, 7, range(4)), whole)
+    torch.testing.assert_close(embedding_noise(100 * z, 0.5, 3, 7, range(4)), 100 * whole)
+    assert not torch.equal(embedding_noise(z, 0.5, 3, 8, range(4)), whole)
+    assert not torch.equal(embedding_noise(z, 0.5, 4, 7, range(4)), whole)
 
 
 # Painting

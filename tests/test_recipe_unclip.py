@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from dalle_cli import config
-from dalle_cli.commands.embedding_priors import KINDS, chosen
 from dalle_cli.models.clip import CLIPConfig
 from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
@@ -19,7 +18,7 @@ from dalle_cli.models.embedding_prior import EmbeddingPriorConfig
 from dalle_cli.models.upsampler import UpsamplerConfig
 from dalle_cli.sampling.decoder import chained
 from dalle_cli.training.decoder import DecoderTrain
-from dalle_cli.training.embedding_prior import EmbeddingPriorTrain
+from dalle_cli.training.embedding_prior import KINDS, EmbeddingPriorTrain, chosen
 from dalle_cli.training.upsampler import UpsamplerTrain
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "shapes"

@@ -116,7 +116,7 @@ def test_interrupted_and_gone_on(chain, tmp_path, name, sign):
         with after_update(step, lambda: os.kill(os.getpid(), sign)):
             result = run_cli(*training(chain, name, out))
         assert (result.status, result.stdout) == (130, "")
-        assert f"stopped after update {step}; the same command goes on from here" in result.stderr
+        assert f"stopped after update {step}; the same command resumes from here" in result.stderr
     assert run_ok(*training(chain, name, out)) == str(out)
     assert out.read_bytes() == getattr(chain, name).read_bytes()
 

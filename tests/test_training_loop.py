@@ -3,7 +3,7 @@
 import math
 import sys
 import types
-from dataclasses import fields
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,13 +21,22 @@ from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.training import run as runs
 from dalle_cli.training.blocks import blocks, recompute, wrap_forward
-from dalle_cli.training.config import TrainConfig
+from dalle_cli.training.clip import CLIPTrain
+from dalle_cli.training.config import TrainConfig, affecting, for_overfitting
+from dalle_cli.training.decoder import DecoderTrain
+from dalle_cli.training.dvae import DVAETrain
 from dalle_cli.training.embedding_prior import EmbeddingPriorTrain
 from dalle_cli.training.loop import Trainer, mix
 from dalle_cli.training.prior import PriorTrain
 from dalle_cli.training.schedules import Plateau
+from dalle_cli.training.upsampler import UpsamplerTrain
 
 DOUBLE = torch.float64
+FIRST = {  # the training settings that the oldest weights name
+    "steps", "batch_size", "lr", "final_lr", "schedule", "warmup", "optimizer", "beta1", "beta2", "eps", "weight_decay",
+    "clip_norm", "ema", "ema_every", "log_every", "validate_every", "checkpoint_every", "keep", "validation",
+    "max_validation",
+}  # fmt: skip
 
 
 def gradients(loop, batch):
@@ -78,26 +87,48 @@ def test_a_checkpoint_of_before_the_loop_remembered_anything(tmp_path):
     found = open_artifact(last)
     old = {k: v for k, v in load_tensors(found).items() if k.split("/")[0] in ("model", "ema", "optimizer")}
     assert len(old) < len(load_tensors(found))
-    train = {k: v for k, v in found.config["train"].items() if k not in runs.LATER}
+    train = {k: v for k, v in found.config["train"].items() if k in FIRST}
     save_tensors(last, "checkpoint", old, {**found.config, "train": train}, found.history)
     assert train_toy(tmp_path / "cut", c) == whole
 
 
-LATER_OF_CODES = (
-    "code_noise", "guidance", "temperature", "sketch_batch", "sketch_guidance", "sketch_only", "sketch_redrawn"
+def test_a_setting_that_came_later_counts_as_its_default(tmp_path):
+    """Weights of before there was a field are those of its default, and what changes nothing is not compared."""
+    c = config()
+    train_toy(tmp_path, c)
+    out = run_of(tmp_path, c).out
+    found = open_artifact(out)
+    train = {name: value for name, value in found.config["train"].items() if name in FIRST}
+    save_tensors(out, found.kind, load_tensors(found), {**found.config, "train": train}, found.history)
+    assert run_of(tmp_path, c).finished()
+    assert run_of(tmp_path, config(tensorboard=True, parallel="shard", timeout=9)).finished()
+    for more in ({"accumulate": 2}, {"save_dtype": "bfloat16"}, {"lr": 0.03}):
+        assert not run_of(tmp_path, config(**more)).finished()
+
+
+def test_what_settings_affect():
+    assert affecting(TrainConfig, "nothing") == {"tensorboard", "parallel", "timeout"}
+    assert affecting(TrainConfig, "end") == {"save_dtype"}
+    assert affecting(PriorTrain, "end") == {"save_dtype", "guidance", "temperature", "sketch_guidance"}
+    assert affecting(EmbeddingPriorTrain, "end") == {"save_dtype", "guidance"}
+    assert affecting(UpsamplerTrain, "end") == {"save_dtype", "low_noise"}
+    assert affecting(DVAETrain, "end") == {"save_dtype"}  # its temperature is of training
+
+
+@pytest.mark.parametrize(
+    ("train", "quiet"),
+    [
+        (DVAETrain, {"augment": "center", "flip": False}),
+        (CLIPTrain, {"augment": "center", "flip": False}),
+        (PriorTrain, {"bpe_dropout": 0, "caption_dropout": 0, "sketch_batch": 8}),
+        (EmbeddingPriorTrain, {"caption_dropout": 0}),
+        (DecoderTrain, {"augment": "center", "flip": False, "caption_dropout": 0, "embedding_dropout": 0}),
+        (UpsamplerTrain, {"augment": "center", "flip": False, "corruption": "none"}),
+    ],
 )  # fmt: skip
-
-
-def test_a_setting_that_came_later_counts_as_its_default():
-    """Fields that the first release's weights named; every other one must be known as later, those of a model too."""
-    first = (
-        "steps batch_size lr final_lr schedule warmup optimizer beta1 beta2 eps weight_decay clip_norm ema ema_every"
-    )
-    first += " log_every validate_every checkpoint_every keep validation max_validation"
-    later = {f.name: f.default for f in fields(TrainConfig) if f.name not in first.split()}
-    assert EmbeddingPriorTrain().guidance == PriorTrain().guidance
-    of_codes = {name: getattr(PriorTrain(), name) for name in LATER_OF_CODES}
-    assert later | of_codes == runs.LATER
+def test_overfitting_leaves_nothing_to_chance(train, quiet):
+    usual = train(batch_size=32, accumulate=4)
+    assert for_overfitting(usual, 8) == replace(usual, batch_size=8, accumulate=1, **quiet)
 
 
 # Plateau

@@ -86,8 +86,8 @@ class ToyTask:
     def validate(self, model, device):
         return {"nats": self.held_out.get(self.done, 0.0)}
 
-    def sheet(self, model, device, path):
-        pass
+    def samples(self, model, device):
+        return None
 
 
 class SplitToy(ToyTask):

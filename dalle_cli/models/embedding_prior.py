@@ -9,7 +9,7 @@ bucket, each bucket's the next.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -41,7 +41,7 @@ class EmbeddingPriorConfig:
     n_bucket: int = 1024  # of each component, between its extremes in training
     n_dot: int = 64  # of the dot product, each with as many pictures in training; the paper does not tell
     block: str = "paper"  # or "modern", as of the token prior
-    dropout: float = 0.0
+    dropout: float = field(default=0.0, metadata={"warm_start": "free"})
 
     def __post_init__(self) -> None:
         if self.kind != "autoregressive":

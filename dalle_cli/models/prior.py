@@ -10,7 +10,7 @@ carries text position T like any caption position, by the image head, in trainin
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -47,10 +47,12 @@ class PriorConfig:
     attention: str = "sparse"  # or "full"
     block: str = "paper"  # or "modern"
     conv_kernel: int = 11  # side of the last layer's window; odd
-    dropout: float = 0.0  # of the embeddings and of what each half block adds
+    # of the embeddings and of what each half block adds
+    dropout: float = field(default=0.0, metadata={"warm_start": "free"})
     text_weight: float = 1 / 8  # share of the caption in the loss; the image has the rest
-    sketch: int = 0  # s: side of a small picture, drawn of the caption first, that the codes follow; 0 = none
-    sketch_width: int = 384  # of its layers
+    # s: side of a small image, sampled for the caption first, that the codes follow; 0 = none
+    sketch: int = field(default=0, metadata={"warm_start": "added"})
+    sketch_width: int = field(default=384, metadata={"warm_start": "added"})  # of its layers
 
     def __post_init__(self) -> None:
         sizes = ("n_layer", "n_head", "n_embd", "n_text_vocab", "n_text", "n_image_vocab", "grid")

@@ -7,7 +7,7 @@ N heads, D their width.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class UNetConfig:
     attention: tuple[int, ...] = (32, 16, 8)  # sides at which blocks attend
     head_width: int = 64
     groups: int = 32  # of channels that are normalized together
-    dropout: float = 0.1
+    dropout: float = field(default=0.1, metadata={"warm_start": "free"})
     scale_shift: bool = True  # the timestep scales and shifts; else it shifts alone
     resample_blocks: bool = True  # sizes change within residual blocks; else by a convolution between them
     schedule: str = "cosine"

@@ -47,7 +47,8 @@ class ImageDecoder:
         Raises:
             DalleError: an option out of range.
         """
-        self.seed, (self.config, self.upsampler_config) = seed, sampler_configs(options)
+        self.seed, self.low_noise = seed, options.low_noise
+        self.config, self.upsampler_config = sampler_configs(options)
         return self
 
     @property
@@ -65,6 +66,7 @@ class ImageDecoder:
         }  # fmt: skip
         if self.upsamplers:
             told["upsampler_steps"] = self.upsampler_config.steps
+            told |= {} if self.low_noise is None else {"low_noise": self.low_noise}
         return told
 
     @property
@@ -91,9 +93,12 @@ class ImageDecoder:
         with self.machine.autocast():
             noise = row_noise(self.seed, numbers, "decoder")
             images = paint(self.decoder, rows, tokens, lengths, self.config, noise, start=start)
-            for _, upsampler in self.upsamplers:
+            for weights, upsampler in self.upsamplers:
                 noise = row_noise(self.seed, numbers, f"upsampler {upsampler.config.image_size}")
-                images = upsample(upsampler, images, self.upsampler_config, noise)
+                low_noise = self.low_noise
+                if low_noise is None:  # what the weights were trained to be sampled with
+                    low_noise = weights.fact("train", dict).get("low_noise", 0.0)
+                images = upsample(upsampler, images, self.upsampler_config, noise, low_noise)
         return images.cpu().numpy()
 
     def invert(self, images: Any, embeddings: Any, iterations: int) -> Tensor:

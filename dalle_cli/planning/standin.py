@@ -5,7 +5,6 @@ Shapes: B batch, S side in pixels, T caption length, W side of the code grid.
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ class StandIn:
         """There is nothing held out."""
         return {}
 
-    def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
+    def samples(self, model: nn.Module, device: torch.device) -> None:
         """There is nothing to see."""
 
 
@@ -130,7 +129,7 @@ def _clip(table: Mapping[str, Any]) -> Subject:
         return (_pixels(n, config.image_size), *_captions(n, config.n_text_vocab, config.n_text))
 
     def loss(model: CLIP, batch: Batch, generator: torch.Generator) -> Loss:
-        return model.loss(from_uint8(batch[0]), *batch[1:])
+        return model.loss(from_uint8(batch[0]), batch[1], batch[2])
 
     return Subject("clip", train, lambda: CLIP(config), batch, loss, splits=False)
 

@@ -1,15 +1,12 @@
 """The training loop of every model.
 
 Randomness is a function of (seed, update): each update seeds the generators anew, and a batch is a function of its
-number. A checkpoint therefore holds no generator states, and a resumed run is the run that was never stopped.
+number. A checkpoint therefore holds no generator states, and a resumed run is the same as one that never stopped.
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,66 +27,10 @@ from dalle_cli.training.scaling import BlockScales
 from dalle_cli.training.schedules import Plateau, learning_rate
 from dalle_cli.training.sharding import Shards
 from dalle_cli.training.shards import whole
+from dalle_cli.training.task import Batch, Costs, Counts, Splits, Task, mix
 from dalle_cli.training.warm_start import begin
 
-Batch = tuple[Tensor, ...]
-
-
-class Task(Protocol):
-    """What differs between models: data, loss, validation, and the picture that shows how far it has come.
-
-    A task may also be one that `Splits`, `Shares`, `Counts` or `Costs`.
-    """
-
-    @property
-    def model(self) -> nn.Module:
-        """What is trained."""
-
-    def batches(self, start: int) -> Generator[Batch]:
-        """Batches of update `start`, `start` + 1, ...: tensors on the CPU."""
-
-    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one update, and figures to log, averaged over the updates between two log lines."""
-
-    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Figures on held-out data, of the averaged weights."""
-
-    def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
-        """Draw the state of the run as a picture; may do nothing."""
-
-
-@runtime_checkable
-class Splits(Protocol):
-    """A task whose batch can be computed in parts: one whose loss is a mean, not a comparison within the batch."""
-
-    def split(self, batch: Batch, parts: int, step: int, generator: torch.Generator) -> list[Batch]:
-        """Batches for `loss` whose losses, and figures, average to those of the whole.
-
-        Where a loss is a mean over something of which the parts hold unequal numbers (tokens of captions), a part must
-        carry its weight along. What is drawn for the batch as a whole is drawn here.
-        """
-
-
-@runtime_checkable
-class Counts(Protocol):
-    """A task that says what its rate is counted in; otherwise in pictures, which are the rows of a batch."""
-
-    def units(self, batch: Batch) -> tuple[str, int]:
-        """The unit's name in the plural, and how many a batch holds."""
-
-
-@runtime_checkable
-class Costs(Protocol):
-    """A task that knows how much it computes."""
-
-    def flops(self) -> float:
-        """Floating-point operations of one update, forward and backward."""
-
-
-def mix(*parts: int | str) -> int:
-    """A seed from several numbers and names, well mixed, below 2**63."""
-    data = b"".join(p.encode() if isinstance(p, str) else p.to_bytes(8, "little", signed=True) for p in parts)
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+__all__ = ["Batch", "Costs", "Counts", "Splits", "Task", "Trainer", "mix", "train"]
 
 
 class Trainer:
@@ -103,7 +44,7 @@ class Trainer:
         self.group = group or Group()
         if self.device.type == "cpu":
             keep_freed_memory()
-        cut = self.group.world > 1 and config.parallel == "shard"  # then nowhere are all weights on the device
+        cut = self.group.world > 1 and config.parallel == "shard"  # FSDP: no rank holds the full weights
         self.model = (task.model if cut else task.model.to(self.device)).train()
         self.ema = EMA(self.model, config.ema)
         self.spread = self._spread(cut)
@@ -111,18 +52,18 @@ class Trainer:
         self.step = 0
         c = config
         self.plateau = Plateau(c.plateau_figure, c.plateau_patience, c.plateau_factor, c.plateau_least)
-        self.logged, self.validated = Averages(), Averages()  # since the last row of the log, since the last validation
+        self.logged, self.validated = Averages(), Averages()  # since the last log row, since the last validation
         flops = task.flops() / self.group.world if isinstance(task, Costs) else None
         self.meter = Meter(machine, flops, config.log_every)
         self.board: Board | None = None
         self.scales: BlockScales | None = None
-        self._surround()  # after the average was made, which is a plain model
+        self._wrap()  # after the average was made, which is a plain model
 
     def _spread(self, cut: bool) -> Alone:
-        """How the weights lie in the processes that there are.
+        """The parallel strategy: how the weights lie in the processes.
 
         Raises:
-            DalleError: a loss that takes the whole batch, or settings that do not go together.
+            DalleError: a loss over the whole batch, or settings that contradict each other.
         """
         c, world = self.config, self.group.world
         if world == 1:
@@ -142,11 +83,11 @@ class Trainer:
             self.task.share(self.group.rank, world)
         return Replicas(self.task, self.group, c.powersgd_rank, c.warmup)
 
-    def _surround(self) -> None:
-        """What the settings put around the model's blocks and around its loss.
+    def _wrap(self) -> None:
+        """Wrap the model's blocks and its loss as the settings say.
 
         Raises:
-            DalleError: accumulation of a loss that takes the whole batch, or a model without blocks.
+            DalleError: accumulation of a loss over the whole batch, or a model without blocks.
         """
         c = self.config
         if c.accumulate > 1 and not isinstance(self.task, Splits):
@@ -161,11 +102,11 @@ class Trainer:
             self.scales = BlockScales(self.model)
             self.scales.attach()
         if c.compile:
-            name = "loss" if hasattr(self.model, "loss") else "forward"  # a denoiser's loss is no part of its model
+            name = "loss" if hasattr(self.model, "loss") else "forward"  # a denoiser's loss is outside its model
             vars(self.model)[name] = compiled(getattr(self.model, name))
 
     def resume(self) -> None:
-        """Go on from the last checkpoint, if there is one."""
+        """Continue from the last checkpoint, if there is one."""
         found = None
 
         def look() -> tuple[bool, float]:
@@ -192,7 +133,7 @@ class Trainer:
         self._note(f"resuming from update {self.step}")
 
     def save(self) -> None:
-        """Write a checkpoint: weights, their average, the optimisers' state, and what the loop itself remembers."""
+        """Write a checkpoint: weights, their average, and the states of optimizers and loop."""
         parts = {
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
@@ -206,7 +147,7 @@ class Trainer:
         self.spread.write(self.run, self.step, tensors, self.config.keep)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One update of the weights; the figures to log."""
+        """One update of the weights; the metrics to log."""
         c = self.config
         rate = learning_rate(self.step, c.schedule, c.lr, c.final_lr, c.warmup, c.schedule_steps) * self.plateau.share
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
@@ -224,25 +165,25 @@ class Trainer:
         return {**figures, "lr": torch.tensor(rate)}
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients of a batch, computed whole or in parts, by one process or several; loss and figures."""
+        """Compute the gradients of a batch, whole or in parts, by one process or several; loss and metrics."""
         self.model.zero_grad()
         parts, figures = self._parts(batch), Averages()
         for number, part in parts.items():
             generator = self._seeded(self.step, *([] if number is None else [number]))
             with self.spread.part(figures.count + 1 == len(parts)):
                 with self._autocast():
-                    loss, told = self.spread.loss(part, self.step, generator)
+                    loss, more = self.spread.loss(part, self.step, generator)
                 (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
-            figures.add({"loss": loss.detach(), **{k: v.detach() for k, v in told.items()}})
+            figures.add({"loss": loss.detach(), **{k: v.detach() for k, v in more.items()}})
         self.spread.settle()
         return self.group.means({name: total / len(parts) for name, total in figures.sums.items()})
 
     def _parts(self, batch: Batch) -> dict[int | None, Batch]:
-        """What this process computes of a batch, by the parts' numbers in the whole of it; None if that is all."""
+        """The parts of a batch that this process computes, by their numbers; None for a batch in one part."""
         here, world = self.config.accumulate, self.group.world
         if here * world == 1:
             return {None: batch}
-        shares = isinstance(self.task, Shares)  # then the batch is this process's part already
+        shares = isinstance(self.task, Shares)  # the batch is this process's part already
         n_parts, first = here if shares else here * world, self.group.rank * here
         parts = [batch]
         if n_parts > 1:
@@ -256,7 +197,7 @@ class Trainer:
         return torch.Generator(self.device).manual_seed(mix(self.seed, *numbers))
 
     def _autocast(self) -> AbstractContextManager[None]:
-        """The arithmetic of the loss; with scales, float16 is inside the blocks alone."""
+        """The arithmetic of the loss; float16 is used inside the blocks alone."""
         return nullcontext() if self.scales else self.machine.autocast()
 
     def _figures(self) -> dict[str, float]:
@@ -264,28 +205,32 @@ class Trainer:
             with torch.no_grad(), self.machine.autocast():
                 return self.task.validate(self.ema.model, self.device)
 
-        return validate() if self.spread.cut else self.group.first(validate)  # what lies in pieces, all compute
+        return validate() if self.spread.cut else self.group.first(validate)  # sharded weights need all processes
 
     def validate(self) -> dict[str, float]:
-        """Figures of the averaged weights on held-out data, logged; and a picture of them."""
+        """Metrics of the averaged weights on held-out data, logged; and an image grid."""
         figures = self._figures()
         if not self.spread.cut:
-            self.group.first(self._sheet)
+            self.group.first(self._save_samples)
         self._write({"step": self.step, "seconds": round(self.meter.seconds, 3), "validation": figures})
         self._see({"loss": self.validated.take()["loss"], **figures})
         return figures
 
-    def _sheet(self) -> None:
+    def _save_samples(self) -> None:
         with torch.no_grad(), self.machine.autocast():
-            self.task.sheet(self.ema.model, self.device, self.run.folder / "samples" / f"{self.step:08d}.png")
+            grid = self.task.samples(self.ema.model, self.device)
+        if grid is not None:
+            folder = self.run.folder / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            grid.save(folder / f"{self.step:08d}.png")
 
     def _see(self, figures: dict[str, float]) -> None:
-        """Let the plateau see a validation, `loss` being that of training; the warm-up tells nothing of one."""
+        """Update the plateau schedule; `loss` is that of training. The warm-up does not count."""
         if self.config.schedule == "plateau" and self.step > self.config.warmup and self.plateau.see(figures):
             self._note(f"{self.plateau.figure} has stopped falling: from here lr times {self.plateau.share:.4g}")
 
     def train(self) -> dict[str, float]:
-        """Train to the end and write the weights; the last validation's figures."""
+        """Train to the end and write the weights; the last validation's metrics."""
         c, interrupt = self.config, Interrupt()
         last: dict[str, float] = {}
         with ExitStack() as stack:
@@ -297,7 +242,7 @@ class Trainer:
                 self.meter.measure_machine()
             batches = stack.enter_context(closing(self.task.batches(self.step)))
             if c.schedule == "plateau" and c.plateau_figure != "loss" and self.step == 0:
-                self.plateau.value({"loss": 0.0, **self._figures()})  # a wrong name is told now, not hours later
+                self.plateau.value({"loss": 0.0, **self._figures()})  # refuses a wrong name now, not hours later
             while self.step < c.steps:
                 self._advance(batches, display)
                 if self.step % c.validate_every == 0 or self.step == c.steps:
@@ -309,13 +254,13 @@ class Trainer:
                     self.logged.check(self.step)
                     self.save()
                 if stops:
-                    self._note(f"stopped after update {self.step}; the same command goes on from here")
+                    self._note(f"stopped after update {self.step}; the same command resumes from here")
                     raise KeyboardInterrupt
         self._finish()
         return last or self._figures()
 
     def _finish(self) -> None:
-        """Write what the run was for."""
+        """Write the weights."""
         weights = self.spread.weights(self.ema.model.state_dict())
         self.group.first(lambda: self.run.save_weights(stored_as(weights, self.config.save_dtype)))
 
@@ -334,10 +279,10 @@ class Trainer:
         logs = self.step % self.config.log_every == 0 or self.step == self.config.steps
         means: dict[str, float] = {}
         if logs or display.due():
-            if logs or self.group.world == 1:  # a fault that one process finds alone, the others do not know of
+            if logs or self.group.world == 1:  # all processes must find a fault at the same update
                 self.logged.check(self.step)
             means = self.logged.take() if logs else self.logged.means()  # waits for the device
-        units = self.task.units(batch) if isinstance(self.task, Counts) else ("pictures", len(batch[0]))
+        units = self.task.units(batch) if isinstance(self.task, Counts) else ("images", len(batch[0]))
         read = self.group.world if isinstance(self.task, Shares) else 1
         self.meter.add(time.monotonic() - began, units[0], units[1] * read)
         if logs:
@@ -357,7 +302,7 @@ class Trainer:
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose names begin with `part/`, without it; none in a checkpoint older than that."""
+    """The tensors of a checkpoint whose names begin with `part/`, without that prefix."""
     return {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
 
 
@@ -367,18 +312,18 @@ def train(
 ) -> dict[str, float]:  # fmt: skip
     """Train a task from its last checkpoint, or else from the weights `start`, to its end.
 
-    Returns the last validation's figures, none if it was finished before.
+    Returns the last validation's metrics, none if the run was finished before.
 
     Raises:
-        DalleError: checkpoints of another run, a start of another model, a full disk, a loss that is no longer finite,
-            or another process gone.
+        DalleError: checkpoints of another run, initial weights of another model, a full disk, a loss that is no longer
+            finite, or a lost process.
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint has been written.
     """
     run.check()
     with joined(machine.device, config.timeout) as group:
         if fresh:
             group.first(run.start_over)
-        elif group.first(lambda: _left_alone(run)):
+        elif group.first(lambda: _finished(run)):
             return {}
         task = build()
         if start is not None:
@@ -388,7 +333,7 @@ def train(
         return trainer.train()
 
 
-def _left_alone(run: Run) -> bool:
+def _finished(run: Run) -> bool:
     if done := run.finished():
         console.note(f"{run.out.name} is finished, by this config and these inputs: left alone (--fresh starts over)")
     return done

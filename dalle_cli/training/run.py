@@ -19,43 +19,8 @@ from dalle_cli.artifacts import Artifact, open_artifact
 from dalle_cli.artifacts.container import check_replaceable
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
+from dalle_cli.training.config import TrainConfig, affecting, with_defaults
 from dalle_cli.training.schedules import same_until
-
-# Training settings that older weights do not record, and the values that they had.
-LATER = {
-    "save_dtype": "float32",
-    "plateau_figure": "loss",
-    "plateau_patience": 5,
-    "plateau_factor": 0.5,
-    "plateau_least": 1 / 32,
-    "accumulate": 1,
-    "checkpoint_activations": False,
-    "compile": False,
-    "tensorboard": False,
-    "parallel": "replicate",
-    "powersgd_rank": 0,
-    "timeout": 1800,
-    "code_noise": 0.0,
-    "guidance": 1.0,
-    "temperature": 1.0,
-    "sketch_batch": 256,
-    "sketch_only": False,
-    "sketch_redrawn": 0.0,
-    "sketch_guidance": 1.0,
-}
-LATER_SIZES = {"sketch": 0, "sketch_width": 384}  # the same for settings of a model
-# Settings that do not change the result.
-ASIDE = ("tensorboard", "parallel", "timeout", "sheet_prompts")
-
-
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with the settings that it does not record yet, and without those that do not change the result."""
-    model, train = config.get("model"), config.get("train")
-    if isinstance(model, dict):
-        config = {**config, "model": {**LATER_SIZES, **model}}
-    if isinstance(train, dict):
-        config = {**config, "train": {name: v for name, v in {**LATER, **train}.items() if name not in ASIDE}}
-    return config
 
 
 @dataclass(frozen=True)
@@ -67,6 +32,8 @@ class Run:
     config: dict[str, Any]
     history: list[dict[str, Any]]
     force: bool = False
+    model_type: type[Any] | None = None  # dataclasses of config["model"] and config["train"]
+    train_type: type[Any] = TrainConfig
 
     @property
     def name(self) -> str:
@@ -84,21 +51,32 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     def _same(self, artifact: Artifact, config: dict[str, Any]) -> bool:
-        """Whether an artifact comes from this run; a setting newer than the artifact counts as its default."""
-        own, history = json.loads(json.dumps([self.config, self.history]))  # JSON has lists for tuples
-        return bool([_comparable(config), artifact.history] == [_comparable(own), history])
+        """Whether an artifact says of itself what this run will say, as JSON has it (tuples are lists there).
+
+        A setting that came after the artifact was made counts as its default: an upgrade makes nobody train again.
+        """
+        mine, history = json.loads(json.dumps([self.config, self.history]))
+        return bool([self._compared(config), artifact.history] == [self._compared(mine), history])
+
+    def _compared(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A config with the settings that came after it, and without those that change nothing of the result."""
+        config = dict(config)
+        if self.model_type and isinstance(model := config.get("model"), dict):
+            config["model"] = with_defaults(self.model_type, model)
+        if isinstance(train := config.get("train"), dict):
+            aside = affecting(self.train_type, "nothing")
+            train = with_defaults(self.train_type, train)
+            config["train"] = {name: value for name, value in train.items() if name not in aside}
+        return json.loads(json.dumps(config))  # type: ignore[no-any-return]  # tuples are lists in JSON
 
     def _same_so_far(self, artifact: Artifact, config: dict[str, Any], step: int) -> bool:
-        """Whether this run would have reached the same checkpoint: it may differ in what comes after."""
-        own, train = json.loads(json.dumps(self.config)).get("train"), _comparable(config).get("train")
-        if not isinstance(own, dict) or not isinstance(train, dict):
+        """Whether this run would have come to a checkpoint as well: its end may be another, and what it writes then."""
+        mine, told = json.loads(json.dumps(self.config)).get("train"), self._compared(config).get("train")
+        if not isinstance(mine, dict) or not isinstance(told, dict):
             return False
-        end = ["steps", "save_dtype"]
-        if self.kind.startswith("weights.prior"):  # sampling defaults there; a dVAE trains with its temperature
-            end += ["guidance", "temperature", "sketch_guidance"]
-        now = {**train, **{name: own[name] for name in end if name in own}}
-        then = {**now, "steps": train["steps"]}
-        return self._same(artifact, {**config, "train": now}) and same_until(step, then, now)
+        end = {name: mine[name] for name in ("steps", *affecting(self.train_type, "end")) if name in mine}
+        theirs = {**told, **end, "steps": told["steps"]}
+        return self._same(artifact, {**config, "train": {**told, **end}}) and same_until(step, theirs, {**told, **end})
 
     def check(self) -> None:
         """Raises: DalleError if the output path holds something else than weights of this kind."""

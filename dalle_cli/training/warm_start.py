@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -11,8 +12,6 @@ from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles as bundle
 
-FREE = ("dropout",)  # model settings that a recipe may choose whatever the weights
-LATER = ("sketch", "sketch_width")  # sizes of parts that a recipe may add to a trained token prior
 LATER_PARTS = ("sketch.", "hint.")
 CHECKPOINT = "checkpoint"
 AVERAGE = "ema/"  # prefix of the tensors to take from a checkpoint
@@ -40,10 +39,11 @@ def named(found: Artifact | None) -> dict[str, Artifact]:
     return {} if found is None else {"init": found}
 
 
-def sizes(found: Artifact | None, known: Mapping[str, Any], told: object) -> dict[str, Any]:
-    """The model settings that inputs (`known`) and weights fix; `told` is the recipe's table for the model.
+def sizes(found: Artifact | None, known: Mapping[str, Any], recipe: object, model: type[Any]) -> dict[str, Any]:
+    """The sizes of a model that the inputs (`known`) and the initial weights decide, if there are any.
 
-    A recipe may add a sketch to a token prior that has none, or change the sketch's width.
+    The recipe still sets a field of `model` with the metadata `warm_start`: "free", which the weights do not depend on,
+    or "added", a part that trained weights may lack.
 
     Raises:
         DalleError: the inputs have another size than the weights.
@@ -57,12 +57,10 @@ def sizes(found: Artifact | None, known: Mapping[str, Any], told: object) -> dic
                 f"expected inputs with {name} = {own[name]}, as {found.path} was trained with, found {value}; "
                 "make them with its tokenizer and its encoder"
             )
-    recipe = told if isinstance(told, Mapping) else {}  # anything else is refused when the recipe is read
-    free = {name for name in (*FREE, *LATER) if name in recipe}
+    named = recipe if isinstance(recipe, Mapping) else {}  # anything but a table is refused with the rest of the recipe
+    free = {f.name for f in fields(model) if f.metadata.get("warm_start") and f.name in named}
     if own.get("sketch"):
         free.discard("sketch")
-    elif "n_image_vocab" not in own:  # not a token prior
-        free -= {*LATER}
     return {**{name: value for name, value in own.items() if name not in free}, **known}
 
 
