@@ -1,4 +1,4 @@
-"""Inception score (Salimans et al. 2016, arXiv 1606.03498, sec. 4): exp E KL(p(y|x), p(y)), over parts of the pictures.
+"""Inception score (Salimans et al. 2016, arXiv 1606.03498, sec. 4): exp E KL(p(y|x), p(y)), over parts.
 
 Shapes: N rows, K classes, R replicates. Rows come in blocks; memory is (PARTS + R) x K.
 """
@@ -32,10 +32,10 @@ class _Sums:
 
 
 def inception_score(blocks: Iterable[npt.NDArray[np.floating]], replicates: int, seed: int) -> dict[str, float]:
-    """Mean over ten parts, their standard deviation `error`, and the score's interval: blocks of logits (n, K) ->.
+    """Mean over ten parts, their standard deviation `error`, and the score's interval, from blocks of logits (n, K).
 
-    Row i belongs to part i mod 10: consecutive rows may be of one prompt. The interval comes from replicates in which
-    each row counts Poisson(1) times, as drawing rows again does in the limit.
+    Row i belongs to part i mod 10, since consecutive rows may share a prompt. The interval is a Poisson bootstrap: in a
+    replicate each row counts Poisson(1) times.
     """
     start, parts, again = 0, _Sums(PARTS, 0), _Sums(replicates, 0)
     for number, logits in enumerate(blocks):
