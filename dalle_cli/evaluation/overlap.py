@@ -30,7 +30,7 @@ from dalle_cli.models.pixels import from_uint8
 from dalle_cli.viz.grid import sheet
 
 THRESHOLD = 0.95  # cosine; measured for pixels (docs/results.md), a first guess for networks
-PAIRS = 64  # compared at once
+QUERIES, PAIRS = 1024, 64  # in one matrix product; compared at once
 DIGITS = 4  # of a similarity; the rest depends on the batch size
 GRID_PAIRS = 24
 SIDE, GAP = 124, 8  # pixels of each image of a pair on the grid, and between the two
@@ -122,13 +122,13 @@ class Nearest:
     def offer(self, keys: Tensor, rows: npt.NDArray[np.int64]) -> None:
         """Look at keys (B, D) of these rows (B,), which rise from call to call."""
         k, numbers = self.rows.shape[1], torch.from_numpy(rows)
-        for start in range(0, len(self.queries), 1024):
-            part = self.queries[start : start + 1024]
+        for start in range(0, len(self.queries), QUERIES):
+            part = self.queries[start : start + QUERIES]
             products = (part.flatten(0, 1) @ keys.T).view(len(part), part.shape[1], -1).amax(1)
-            changed = (products.amax(1) > self.similarities[start : start + 1024, -1]).nonzero()[:, 0]
+            changed = (products.amax(1) > self.similarities[start : start + QUERIES, -1]).nonzero()[:, 0]
             where = changed + start
             both = torch.cat([self.similarities[where], products[changed]], 1)
-            best, place = (x[:, :k] for x in both.sort(1, descending=True, stable=True))
+            best, place = (x[:, :k] for x in both.sort(stable=True, dim=1, descending=True))
             self.similarities[where] = best
             known = torch.cat([self.rows[where.cpu()], numbers.expand(len(where), -1)], 1)
             self.rows[where.cpu()] = known.gather(1, place.cpu())
