@@ -10,7 +10,6 @@ from dalle_cli.evaluation.frechet import Floats, quick_frechet
 from dalle_cli.evaluation.store import Rows
 
 FRECHET_ROWS = 5000  # rows of each set, at most, that the Frechet distance is resampled from
-BLOCK = 1024
 
 
 def _resampled(n: int, seed: int, stream: int, number: int) -> npt.NDArray[np.int64]:
@@ -50,11 +49,5 @@ def of_frechet(value: float, a: Rows, b: Rows, replicates: int, seed: int) -> di
 
 def _moments(rows: npt.NDArray[np.floating], counts: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
     """Mean (D,) and covariance (D, D) of rows (N, D), each counted this often."""
-    total = int(counts.sum())
-    parts = [slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK)]
-    mean = sum((counts[p] @ rows[p].astype(np.float64) for p in parts), np.zeros(rows.shape[1])) / total
-    scatter = np.zeros((rows.shape[1],) * 2)
-    for p in parts:
-        centered = rows[p] - mean
-        scatter += centered.T @ (centered * counts[p, None])
-    return mean, scatter / (total - 1)
+    covariance = np.cov(rows, rowvar=False, fweights=counts, dtype=np.float64)
+    return np.average(rows, axis=0, weights=counts), np.atleast_2d(covariance)

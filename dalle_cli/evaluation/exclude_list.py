@@ -11,7 +11,7 @@ from dalle_cli.data.exclude import as_line
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.image_sets import open_images
-from dalle_cli.evaluation.overlap import THRESHOLD, NetworkMatcher, Overlap, PixelMatcher, Reading, find_pairs
+from dalle_cli.evaluation.overlap import THRESHOLD, Overlap, Reading, find_pairs, network_matcher, pixel_matcher
 from dalle_cli.pipelines.output import check_png
 
 HEAD = "# dalle overlap: "  # the first line of a list, by which it is recognized
@@ -34,7 +34,7 @@ def overlap(
     (seen, seen_digest), (new, new_digest) = open_images(train), open_images(test)
     if seen_digest == new_digest:
         console.warn("expected two sets of images, found the same one twice; each image is a copy of itself")
-    matcher = PixelMatcher(machine.device) if features is None else NetworkMatcher(features, new, machine)
+    matcher = pixel_matcher(machine.device) if features is None else network_matcher(features, new, machine)
     pairs = find_pairs(seen, new, matcher, neighbors, Reading(batch_size, workers))
     found = Overlap(seen, new, pairs, THRESHOLD if threshold is None else threshold)
     if crowded := found.crowded(neighbors):

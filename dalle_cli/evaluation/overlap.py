@@ -5,11 +5,11 @@ Features of TEST are held in memory, TRAIN streams through, and each TEST image 
 Shapes: B batch, S side in pixels, M TEST images, V views, D features, K neighbors, P pairs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dalle_cli import console
-from dalle_cli.data.augment import Pixels, center
+from dalle_cli.data.augment import Augment, Pixels, center
 from dalle_cli.data.loader import Pictures, sequential
 from dalle_cli.data.skips import BadSample
 from dalle_cli.devices import Arithmetic
@@ -37,69 +37,47 @@ SIDE, GAP = 124, 8  # pixels of each image of a pair on the grid, and between th
 LARGEST = 299  # most pixels of an image for a network: those of Inception-v3
 
 
-class Matcher(Protocol):
-    """How images are compared."""
+@dataclass(frozen=True)
+class Matcher:
+    """How images are compared: read at `size` S by an `Augment`, then turned into vectors of length 1.
+
+    `keys` and `queries` map (B, 3, S, S) uint8 to (B, D) and (B, V, D); `similarity`, if any, maps two batches to (B,),
+    and else the largest inner product of a query's views with a key is the similarity.
+    """
 
     name: str
-    size: int  # S that images are read at
+    size: int
+    read: Augment
+    keys: Callable[[Tensor], Tensor]
+    queries: Callable[[Tensor], Tensor]
+    similarity: Callable[[Tensor, Tensor], Tensor] | None
+    device: torch.device
 
-    def read(self, image: Image.Image, size: int, rng: np.random.Generator, /) -> Pixels:
-        """An image as (S, S, 3) uint8, an `Augment`."""
-        ...
-
-    def keys(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, D) of length 1."""
-        ...
-
-    def queries(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, V, D) of length 1."""
-        ...
+    def tensor(self, images: Pixels) -> Tensor:
+        """Images on the device."""
+        return torch.from_numpy(images).to(self.device)
 
 
-class PixelMatcher:
-    """By thumbnails of the whole images."""
+def pixel_matcher(device: torch.device) -> Matcher:
+    """Compare thumbnails of the whole images."""
 
-    name, size = "pixels", thumbnails.SIDE
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def read(self, image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
-        """The whole image, resized to a square."""
+    def thumbnail(image: Image.Image, size: int, _: object = None) -> Pixels:
         return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
-    def pixels(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> float32, 0 to 255."""
-        return torch.from_numpy(images).to(self.device).float()
-
-    def keys(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, D)."""
-        return thumbnails.keys(self.pixels(images))
-
-    def queries(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, V, D)."""
-        return thumbnails.queries(self.pixels(images))
+    parts = thumbnails.keys, thumbnails.queries, thumbnails.similarity
+    return Matcher("pixels", thumbnails.SIDE, thumbnail, *parts, device)
 
 
-class NetworkMatcher:
-    """By the features of a network, of the square in the middle of an image."""
+def network_matcher(spec: str, test: Pictures, machine: Arithmetic) -> Matcher:
+    """Compare features of a network, of the square in the middle of each image, by cosine."""
+    features = load_features(spec, None, machine)
 
-    def __init__(self, spec: str, test: Pictures, machine: Arithmetic):
-        self.features, self.device = load_features(spec, None, machine), machine.device
-        self.name, self.size = self.features.name, min(LARGEST, first_side(test))
+    def keys(images: Tensor) -> Tensor:
+        found = features(from_uint8(images)).features
+        return F.normalize(torch.from_numpy(found).float().to(machine.device), dim=1)
 
-    def read(self, image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
-        """The square in the middle."""
-        return center(image, size, rng)
-
-    def keys(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, D)."""
-        found = self.features(from_uint8(torch.from_numpy(images).to(self.device))).features
-        return F.normalize(torch.from_numpy(found).float().to(self.device), dim=1)
-
-    def queries(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, 1, D)."""
-        return self.keys(images)[:, None]
+    size = min(LARGEST, first_side(test))
+    return Matcher(features.name, size, center, keys, lambda images: keys(images)[:, None], None, machine.device)
 
 
 def first_side(images: Pictures) -> int:
@@ -159,19 +137,19 @@ def find_pairs(train: Pictures, test: Pictures, matcher: Matcher, k: int, how: R
     rows, queries = [], []
     for kept, images in _batches("features of TEST", test, matcher, how):
         rows.append(kept)
-        queries.append(matcher.queries(images))
+        queries.append(matcher.queries(matcher.tensor(images)))
     if not rows:
         raise DalleError(f"expected images in TEST, found none of {len(test):,} that can be read; check them")
     nearest = Nearest(torch.cat(queries), k)
     for kept, images in _batches("features of TRAIN", train, matcher, how):
-        nearest.offer(matcher.keys(images), kept)
+        nearest.offer(matcher.keys(matcher.tensor(images)), kept)
     held = nearest.rows >= 0
     places = np.concatenate(rows)[held.nonzero()[:, 0]].tolist()
     found = zip(places, nearest.rows[held].tolist(), nearest.similarities.cpu()[held].tolist(), strict=True)
     pairs = [Pair(query, row, round(cosine, DIGITS)) for query, row, cosine in found]
     if not pairs:
         raise DalleError(f"expected images in TRAIN, found none of {len(train):,} that can be read; check them")
-    return _compared(pairs, train, test, matcher, how) if isinstance(matcher, PixelMatcher) else pairs
+    return _compared(pairs, train, test, matcher, how) if matcher.similarity else pairs
 
 
 def _batches(label: str, images: Pictures, matcher: Matcher, how: Reading) -> Iterator[tuple[Any, Pixels]]:
@@ -183,10 +161,8 @@ def _batches(label: str, images: Pictures, matcher: Matcher, how: Reading) -> It
             advance(len(kept))
 
 
-def _compared(
-    pairs: Sequence[Pair], train: Pictures, test: Pictures, matcher: PixelMatcher, how: Reading
-) -> list[Pair]:
-    """The same pairs by all windows of their thumbnails."""
+def _compared(pairs: Sequence[Pair], train: Pictures, test: Pictures, matcher: Matcher, how: Reading) -> list[Pair]:
+    """The same pairs with the matcher's own similarity."""
     out: list[Pair] = []
     with console.progress("compare", len(pairs), unit="pairs") as advance:
         for start in range(0, len(pairs), PAIRS):
@@ -198,9 +174,9 @@ def _compared(
                     {row: image for kept, found in read for row, image in zip(kept.tolist(), found, strict=True)}
                 )
             both = [pair for pair in batch if pair.test in sides[0] and pair.train in sides[1]]
-            if both:
-                a, b = (matcher.pixels(np.stack([side[pair[i]] for pair in both])) for i, side in enumerate(sides))
-                values = thumbnails.similarity(a, b).tolist()
+            if both and matcher.similarity:
+                a, b = (matcher.tensor(np.stack([side[pair[i]] for pair in both])) for i, side in enumerate(sides))
+                values = matcher.similarity(a, b).tolist()
                 out += [Pair(p.test, p.train, round(value, DIGITS)) for p, value in zip(both, values, strict=True)]
             advance(len(batch))
     return out

@@ -41,6 +41,7 @@ def similarity(a: Tensor, b: Tensor) -> Tensor:
 
 def _windows(images: Tensor, cells: int, cuts: Sequence[Cut]) -> Tensor:
     """Means of cells without brightness and tint, of length 1: (B, 3, S, S) -> (B, K * K, 3 * C * C + 1)."""
+    images = images.float()
     tables = torch.stack([_coverage(images.shape[-1], cells, *cut) for cut in cuts]).to(images)
     found = torch.einsum("kyv,bcvu,jxu->bkjcyx", tables, images, tables).flatten(1, 2)
     found = (found - found.mean((-2, -1), keepdim=True)).flatten(2)

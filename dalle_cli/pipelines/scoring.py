@@ -6,7 +6,7 @@ Shapes: B batch, T caption length, H W code grid, S side of the images in pixels
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from dalle_cli.pipelines.prompts import Progress, Quiet
 BY = ("prior", "contrast")
 MAX_LOGITS = 1 << 25  # logits held at a time: 128 MiB of float32, about three pairs of the paper's model
 log = logging.getLogger("dalle_cli")
+
+Batch = tuple[Any, list[str], dict[str, Any]]  # codes (B, H, W), their captions, and the columns beside the scores
 
 
 def nats(prior: Prior, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,25 +124,8 @@ class PriorScorer:
         return score.numpy().astype(np.float32)
 
 
-class Scored(Protocol):
-    """The rows to score. `kind` is the kind of artifact that is written; `encoded` says that these are codes."""
-
-    kind: str
-    encoded: bool
-    inputs: dict[str, Artifact | str]
-    skipped: SkipLog
-
-    def __len__(self) -> int: ...
-
-    def header(self, scorer: PriorScorer) -> dict[str, Any]:
-        """The config of the artifact that is written."""
-
-    def batches(self, rows: range, size: int, scorer: PriorScorer) -> Iterator[tuple[Any, list[str], dict[str, Any]]]:
-        """Codes (B, H, W), their captions, and the columns to write beside the scores."""
-
-
 class StoredRows:
-    """The rows of an artifact of codes or images; all its columns are written again."""
+    """The rows of an artifact of codes (which are `encoded`) or images; all its columns are written again."""
 
     def __init__(self, artifact: Artifact, prompt: str | None):
         if prompt is None and "text" not in artifact:
@@ -163,8 +148,8 @@ class StoredRows:
             scorer.check(self.artifact)
         return self.artifact.config
 
-    def batches(self, rows: range, size: int, scorer: PriorScorer) -> Iterator[tuple[Any, list[str], dict[str, Any]]]:
-        """Codes, captions and columns; also of no rows, so that a file of no rows has its columns."""
+    def batches(self, rows: range, size: int, scorer: PriorScorer) -> Iterator[Batch]:
+        """Batches of these rows; one even of no rows, which has the columns."""
         names = [name for name in self.artifact.headers[0].table.columns if name in self.artifact]
         for start in range(rows.start, max(rows.stop, rows.start + 1), size):
             part = slice(start, min(start + size, rows.stop))
@@ -192,8 +177,8 @@ class DatasetRows:
         """That of the dVAE's codes."""
         return scorer.codec.header
 
-    def batches(self, rows: range, size: int, scorer: PriorScorer) -> Iterator[tuple[Any, list[str], dict[str, Any]]]:
-        """Codes, captions and columns of the images that can be read."""
+    def batches(self, rows: range, size: int, scorer: PriorScorer) -> Iterator[Batch]:
+        """Batches of the images that can be read, after one of no rows."""
         yield scorer.codec.empty, [], {"codes": scorer.codec.empty, "ids": []}
         for kept, images in sequential(self.data, scorer.codec.size, rows, size, self.workers):
             codes, numbers = scorer.codec.encode(images), kept.tolist()
