@@ -113,7 +113,7 @@ class PriorMetrics:
         text_nats, right = nats(self.prior, here, length, grids)
         null = nats(self.prior, here, torch.zeros_like(length), grids)[1]
         self.shuffled = other is not None
-        wrong = right if other is None else nats(self.prior, *(x.to(device) for x in other), grids)[1]
+        wrong = right if other is None else nats(self.prior, other[0].to(device), other[1].to(device), grids)[1]
         mask, flat = token_mask(tokens, lengths), codes.flatten(1)
         unigram = smoothed_nats(flat, torch.ones_like(flat, dtype=torch.bool), self.unigram.image, self.unigram.own)
         text_unigram = smoothed_nats(tokens, mask, self.unigram.text, self.unigram.own)
