@@ -136,7 +136,7 @@ def main():
     parser.add_argument("source", help="a data set")
     parser.add_argument("--most", type=int, help="pictures of it, at random, that are used")
     parser.add_argument("--features", help="as for `dalle overlap`")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7])
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.9, 0.93, 0.95, 0.97, 0.99])
     parser.add_argument("--sheet", type=Path, help="of the pairs around the default threshold")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

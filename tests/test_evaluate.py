@@ -149,12 +149,12 @@ def test_features_are_kept_and_used_again(evaluate, tmp_path, monkeypatch):
 def test_other_captions_are_embedded_anew(chain, tmp_path):
     """The cache of captions goes by their text."""
     from dalle_cli.devices import arithmetic
-    from dalle_cli.evaluation.cache import Pass
+    from dalle_cli.evaluation.cache import FeaturePass
     from dalle_cli.evaluation.features import load_features
 
     machine = arithmetic("cpu", "float32")
     clip = load_features(None, str(chain.clip), machine)
-    run = Pass(tmp_path, [clip], [0], 16, machine, 1, 0)
+    run = FeaturePass(tmp_path, [clip], [0], 16, machine, 1, 0)
     a, b = (np.array(caption_embeddings(t, clip, run).array("embeddings")) for t in (["a", "red"], ["a", "blue"]))
     np.testing.assert_array_equal(a[0], b[0])
     assert not np.array_equal(a[1], b[1])
@@ -216,13 +216,13 @@ def test_what_a_list_names_in_vain_is_warned_of(chain, rebuilt, tmp_path):
 def test_too_few_pictures_are_refused_with_the_number_needed(chain, rebuilt, tmp_path):
     fixed = (rebuilt, "--reference", chain.data, "-m", chain.model, "-o", tmp_path / "s.json", "--bootstrap", 0)
     line = run_bad("evaluate", *fixed, "--limit", 16)
-    assert "expected at least 17 pictures on each side for the covariance of 16 features" in line
+    assert "expected at least 17 images in each set for the covariance of 16 features" in line
     assert "found 16 generated" in line
     assert not (tmp_path / "s.features").exists()  # refused before any picture is looked at
     run_ok("evaluate", *fixed, "--limit", 17)
     run_ok("evaluate", *fixed, "--limit", 4, "--scores", "kernel,precision,recall")
     line = run_bad("evaluate", *fixed, "--limit", 3, "--scores", "precision")
-    assert "at least 4 pictures on each side for a row and its 3 neighbors" in line
+    assert "at least 4 images in each set for a row and its 3 neighbors" in line
     assert "at least 4" in run_bad("evaluate", *fixed, "--limit", 3, "--scores", "kernel")
 
 
@@ -313,8 +313,8 @@ def test_only_scores_are_replaced(chain, rebuilt, tmp_path):
         (("--reference", "DATA", "--blur", "-1"), "radii of blur"),
         (("--reference", "DATA", "--blur", "17"), "radii of blur below 16 pixels"),
         (("--reference", "DATA", "--blur", "16"), "radii of blur below 16 pixels"),
-        (("--reference", "DATA", "--sheet", "x.png"), "expected no --sheet for pictures"),
-        (("--reference", "DATA", "--everything"), "expected no --everything for pictures"),
+        (("--reference", "DATA", "--sheet", "x.png"), "expected no --sheet for images"),
+        (("--reference", "DATA", "--everything"), "expected no --everything for images"),
         (("--reference", "DATA", "--scores", "fid"), "expected scores of frechet"),
         (("--reference", "DATA", "--without", "nowhere.txt"), "found"),
         (("more", "--reference", "DATA"), "found more after them"),

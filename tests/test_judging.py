@@ -11,35 +11,35 @@ from PIL import Image
 from stage_runs import rows, training
 
 from dalle_cli.artifacts import digest_file, open_artifact, write_artifact
-from dalle_cli.commands import judging
 from dalle_cli.data.augment import center
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.data.split import held_out
+from dalle_cli.devices import arithmetic
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation.image_sets import open_pictures
+from dalle_cli.evaluation.dvae import evaluate_dvae
+from dalle_cli.evaluation.image_sets import open_images
+from dalle_cli.evaluation.options import EvaluateOptions
+from dalle_cli.evaluation.prior import evaluate_prior
 from dalle_cli.evaluation.reconstruction import psnr, squared_error, ssim
 from dalle_cli.models.pixels import from_uint8, to_uint8
 from dalle_cli.pipelines import loading as load
 
 CPU = torch.device("cpu")
+MACHINE = arithmetic("cpu", "float32")
 SHARE = 0.2  # that the chain's recipe holds out
 
 
-def of_dvae(chain, out, data=None, **changes):
-    options = {
-        "batch_size": 5, "device": "cpu", "dtype": "float32", "workers": 0, "limit": None, "sheet": None,
-        "force": False, "features": None,
-    }  # fmt: skip
-    weights = changes.pop("weights", open_artifact(chain.dvae))
-    pictures = open_pictures(str(data or chain.data))
-    return judging.judge_dvae(weights, *pictures, out / "scores.json", **{**options, **changes})
+def of_dvae(chain, out, data=None, weights=None, **options):
+    options = {"batch_size": 5, "workers": 0, "without": None, **options}
+    weights = open_artifact(chain.dvae) if weights is None else weights
+    images = open_images(str(data or chain.data))
+    return evaluate_dvae(weights, *images, out / "scores.json", EvaluateOptions(**options), MACHINE)
 
 
-def of_prior(chain, out, weights=None, captions=None, codes=None, **changes):
-    options = {"batch_size": 2, "device": "cpu", "dtype": "float32", "limit": None, "plot": None, "force": False}
+def of_prior(chain, out, weights=None, captions=None, codes=None, **options):
     weights = open_artifact(chain.prior) if weights is None else weights
-    inputs = (weights, captions or chain.captions, codes or chain.codes)
-    return judging.judge_prior(*inputs, out / "scores.json", **{**options, **changes})
+    inputs = (open_artifact(captions or chain.captions, "captions"), open_artifact(codes or chain.codes, "codes"))
+    return evaluate_prior(weights, *inputs, EvaluateOptions(**{"batch_size": 2, **options}), MACHINE)
 
 
 def rebuilt(chain):
@@ -111,7 +111,7 @@ def test_broken_pictures_are_left_out_and_listed(chain, tmp_path):
     shutil.rmtree(data)
     data.mkdir()
     (data / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
-    with pytest.raises(DalleError, match="expected pictures that can be read, found none of 1"):
+    with pytest.raises(DalleError, match="expected images that can be read, found none of 1"):
         of_dvae(chain, tmp_path, data)
 
 
@@ -144,7 +144,7 @@ def test_the_frechet_distance_is_between_originals_and_reconstructions(chain, tm
     assert told["value"] == pytest.approx(expected, rel=1e-4)
     assert told["value"] > 1e-3 * np.trace(a)  # the tiny dVAE rebuilds badly
     assert told["called"] == f"Frechet distance ({told['features']})"
-    with pytest.raises(DalleError, match=r"expected at least 17 pictures .* found 16"):
+    with pytest.raises(DalleError, match=r"expected at least 17 images .* found 16"):
         of_dvae(chain, tmp_path, features=str(chain.clip), limit=16)
 
 
@@ -242,7 +242,7 @@ def weights_of(chain, to, **train):
 def test_weights_that_held_nothing_out(chain, tmp_path, capsys):
     told = of_prior(chain, tmp_path, weights_of(chain, tmp_path / "p.safetensors", validation=0.0))
     assert (told["pairs"], told["held_out"]) == (24, False)
-    assert "all pairs are judged" in capsys.readouterr().err
+    assert "using all pairs" in capsys.readouterr().err
     with pytest.raises(DalleError, match="expected pairs that training held out, found none of 24"):
         of_prior(chain, tmp_path, weights_of(chain, tmp_path / "q.safetensors", validation=1e-9))
 

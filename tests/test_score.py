@@ -12,10 +12,10 @@ from conftest import run_bad, run_cli, run_ok
 from PIL import Image
 
 from dalle_cli.artifacts import open_artifact, write_artifact
-from dalle_cli.commands import scoring
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.models.pixels import from_uint8
 from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import scoring
 from reference import likelihood as reference
 
 CPU = torch.device("cpu")

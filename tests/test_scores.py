@@ -180,6 +180,33 @@ def test_cosines_are_those_of_each_with_its_own(stored):
     np.testing.assert_allclose(matches.cosines(stored(pictures), stored(captions), own), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_clip_score_is_that_of_torchmetrics(stored, sign):
+    """torchmetrics' own CLIPScore on a model that looks features up; a mean below 0 is 0."""
+    fidelity.importable()
+    pytest.importorskip("torchmetrics")
+    theirs = importlib.import_module("torchmetrics.functional.multimodal.clip_score").clip_score
+    images, captions = rng(9).standard_normal((6, 3)), rng(10).standard_normal((6, 3))
+    captions += 2 * sign * images
+
+    class Model:
+        config = None
+        to = eval = lambda self, *_: self
+        get_image_features = staticmethod(lambda pixels: torch.from_numpy(images)[pixels[:, 0, 0, 0].long()])
+        get_text_features = staticmethod(lambda numbers, _: torch.from_numpy(captions)[numbers])
+
+    def processor(images=None, text=None, **_):
+        if images is not None:
+            return {"pixel_values": torch.stack(images)}
+        return {"input_ids": torch.tensor([int(own) for own in text]), "attention_mask": torch.zeros(1, 1)}
+
+    pixels = [torch.full((3, 1, 1), float(i)) for i in range(6)]
+    expected = theirs(pixels, [str(i) for i in range(6)], lambda: (Model(), processor)).item()
+    found = matches.clip_score(matches.cosines(stored(images), stored(captions), np.arange(6)).mean())
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert (found > 0) == (sign > 0)
+
+
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 8.0])
 def test_blur_matches_the_definition_and_scipy(sigma):
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.double)

@@ -190,6 +190,8 @@ def rerank(
     Raises:
         DalleError: no texts, no images, fewer than are to be kept, or something else at `out`.
     """
+    if by not in ("clip", "prior", "contrast"):
+        raise DalleError(f"expected --by clip, prior or contrast, found {by!r}")
     if codes is not None and by == "clip":
         raise DalleError("expected --by prior or contrast beside --codes, found clip; leave --codes out")
     if prompt is None and "text" not in images:

@@ -236,14 +236,15 @@ def some_of(entries: Sequence[Entry], part: str, weights: Any, limit: int | None
     Raises:
         DalleError: none.
     """
-    from dalle_cli.commands.judging import some, validation_share
     from dalle_cli.data.split import held_out
+    from dalle_cli.evaluation.heldout import validation_share
+    from dalle_cli.evaluation.image_sets import spread
 
     share = validation_share(weights) or 0.0
     kept = [e for e in entries if part in ("all", e.split) or (part == "validation" and held_out(e.key, share))]
     if not kept:
         raise DalleError(f"expected pictures of {part}, found none; name another tar or --part")
-    return [kept[i] for i in some(len(kept), limit).tolist()]
+    return [kept[i] for i in spread(len(kept), limit).tolist()]
 
 
 def draw_sheet(args: argparse.Namespace) -> None:
