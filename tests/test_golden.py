@@ -145,8 +145,8 @@ INFO_OF = (  # one or more of each kind
 
 GOLDEN = Path(__file__).parent / "golden"
 BUNDLES = Path(dalle_cli.__file__).parent / "bundles"  # by path: tests hide what is shipped
-SHARE = 0.9  # of the rows, which must agree on another machine
-TOLERANCE = 0.01  # of floats, likewise
+SHARE = 0.8  # of the rows, which must agree on another machine
+TOLERANCE = 0.02  # of floats, likewise
 
 
 def digest(*parts):
@@ -440,10 +440,10 @@ def test_info_says_what_is_recorded(golden):
 def test_other_results_are_seen():
     """On the recorded machine to the last bit, on another beyond rounding; and whether only names differ."""
     rng = np.random.default_rng(0)
-    floats, codes = rng.normal(size=(8, 50)), rng.integers(0, 64, (8, 50)).astype(np.uint16)
-    near, far, rare = floats + 1e-5, rng.normal(size=(8, 50)), codes.copy()
+    floats, codes = rng.normal(size=(16, 50)), rng.integers(0, 64, (16, 50)).astype(np.uint16)
+    near, far, rare = floats + 1e-5, rng.normal(size=(16, 50)), codes.copy()
     rare[3, 7] ^= 1
-    for old, close, other in ((floats, near, far), (codes, rare, codes[::-1]), (floats, floats, floats[:7])):
+    for old, close, other in ((floats, near, far), (codes, rare, codes[::-1]), (floats, floats, floats[:9])):
         assert alike(entry(old), entry(old), True)
         assert alike(entry(close), entry(old), False)
         assert not alike(entry(other), entry(old), True)
