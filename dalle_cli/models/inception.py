@@ -102,13 +102,13 @@ def _block_b(n_in: int) -> Block:
 
 def _block_c(n_in: int, n: int) -> Block:
     """At 17 x 17: kernels of 7 x 7 as rows and columns."""
-    double = ("branch7x7dbl", [(n, 1), (n, COLUMN), (n, ROW), (n, COLUMN), (192, ROW)])
+    double: Branch = ("branch7x7dbl", [(n, 1), (n, COLUMN), (n, ROW), (n, COLUMN), (192, ROW)])
     return Block(n_in, [("branch1x1", [(192, 1)]), ("branch7x7", [(n, 1), (n, ROW), (192, COLUMN)]), double], 192)
 
 
 def _block_d(n_in: int) -> Block:
     """From 17 x 17 to 8 x 8."""
-    seven = ("branch7x7x3", [(192, 1), (192, ROW), (192, COLUMN), (192, 3)])
+    seven: Branch = ("branch7x7x3", [(192, 1), (192, ROW), (192, COLUMN), (192, 3)])
     return Block(n_in, [("branch3x3", [(192, 1), (320, 3)]), seven], halve=True)
 
 

@@ -77,9 +77,9 @@ class Costs(Protocol):
         """Floating-point operations of one update, forward and backward."""
 
 
-def mix(*numbers: int) -> int:
-    """A seed from several numbers, well mixed, below 2**63."""
-    data = b"".join(n.to_bytes(8, "little", signed=True) for n in numbers)
+def mix(*parts: int | str) -> int:
+    """A seed from several numbers and names, well mixed, below 2**63."""
+    data = b"".join(p.encode() if isinstance(p, str) else p.to_bytes(8, "little", signed=True) for p in parts)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 

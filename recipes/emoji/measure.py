@@ -250,8 +250,8 @@ def some_of(entries: Sequence[Entry], part: str, weights: Any, limit: int | None
 def draw_sheet(args: argparse.Namespace) -> None:
     """Draw a sheet: of each prompt the true picture, if there is one, and what was drawn; or --blind, for a judge."""
     from dalle_cli.artifacts.container import replace_file
-    from dalle_cli.commands.drawing import check_png
-    from dalle_cli.viz.grid import sheet
+    from dalle_cli.pipelines.output import check_png
+    from dalle_cli.viz.grid import image_grid
 
     check_png(args.out, True)
     asked = read_list(args.list)
@@ -265,7 +265,7 @@ def draw_sheet(args: argparse.Namespace) -> None:
         pixels += [*true, *own]
         texts += [f"true: {said}", *["drawn"] * len(own)] if true else [said] * len(own)
     columns = args.columns or (6 if args.blind else len(drawn[0]) + 1)
-    image = sheet(pixels, texts, columns=columns, title=args.title)
+    image = image_grid(pixels, texts, columns=columns, title=args.title)
     replace_file(args.out, lambda part: image.save(part, format="PNG"))
     print(args.out)
 
