@@ -1,6 +1,7 @@
 """`dalle overlap`: finds near-duplicates and writes an exclude list, with the pairs beside it as JSON."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ from dalle_cli import console
 from dalle_cli.artifacts.container import replace_file
 from dalle_cli.artifacts.text import check_ours, head_of, json_fact, write_text
 from dalle_cli.data.exclude import as_line
+from dalle_cli.data.loader import sequential
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.image_sets import open_images
-from dalle_cli.evaluation.overlap import THRESHOLD, Overlap, Reading, find_pairs, network_matcher, pixel_matcher
+from dalle_cli.evaluation.overlap import THRESHOLD, Overlap, find_pairs, network_matcher, pixel_matcher
 from dalle_cli.pipelines.output import check_png
 
 HEAD = "# dalle overlap: "  # the first line of a list, by which it is recognized
@@ -35,7 +37,8 @@ def overlap(
     if seen_digest == new_digest:
         console.warn("expected two sets of images, found the same one twice; each image is a copy of itself")
     matcher = pixel_matcher(machine.device) if features is None else network_matcher(features, new, machine)
-    pairs = find_pairs(seen, new, matcher, neighbors, Reading(batch_size, workers))
+    how: dict[str, Any] = {"size": matcher.size, "batch_size": batch_size, "workers": workers, "augment": matcher.read}
+    pairs = find_pairs(seen, new, matcher, neighbors, partial(sequential, **how))
     found = Overlap(seen, new, pairs, THRESHOLD if threshold is None else threshold)
     if crowded := found.crowded(neighbors):
         console.warn(

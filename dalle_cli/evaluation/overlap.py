@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dalle_cli import console
 from dalle_cli.data.augment import Augment, Pixels, center
-from dalle_cli.data.loader import Pictures, sequential
+from dalle_cli.data.loader import Pictures
 from dalle_cli.data.skips import BadSample
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
@@ -112,6 +112,9 @@ class Nearest:
             self.rows[where.cpu()] = known.gather(1, place.cpu())
 
 
+Read = Callable[..., Iterator[tuple[Any, Pixels]]]  # (images, rows=...) -> batches: `data.loader.sequential`
+
+
 class Pair(NamedTuple):
     """A TEST image and a TRAIN image, by row, and how similar they are."""
 
@@ -120,28 +123,22 @@ class Pair(NamedTuple):
     similarity: float
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How images are read."""
-
-    batch_size: int
-    workers: int
-
-
-def find_pairs(train: Pictures, test: Pictures, matcher: Matcher, k: int, how: Reading) -> list[Pair]:
+def find_pairs(train: Pictures, test: Pictures, matcher: Matcher, k: int, read: Read) -> list[Pair]:
     """Each TEST image with the `k` TRAIN images whose features are nearest, and how similar they are.
+
+    `read` is `data.loader.sequential` with the matcher's size and `read`.
 
     Raises:
         DalleError: no image of one of the sets can be read.
     """
     rows, queries = [], []
-    for kept, images in _batches("features of TEST", test, matcher, how):
+    for kept, images in _batches("features of TEST", test, read):
         rows.append(kept)
         queries.append(matcher.queries(matcher.tensor(images)))
     if not rows:
         raise DalleError(f"expected images in TEST, found none of {len(test):,} that can be read; check them")
     nearest = Nearest(torch.cat(queries), k)
-    for kept, images in _batches("features of TRAIN", train, matcher, how):
+    for kept, images in _batches("features of TRAIN", train, read):
         nearest.offer(matcher.keys(matcher.tensor(images)), kept)
     held = nearest.rows >= 0
     places = np.concatenate(rows)[held.nonzero()[:, 0]].tolist()
@@ -149,32 +146,30 @@ def find_pairs(train: Pictures, test: Pictures, matcher: Matcher, k: int, how: R
     pairs = [Pair(query, row, round(cosine, DIGITS)) for query, row, cosine in found]
     if not pairs:
         raise DalleError(f"expected images in TRAIN, found none of {len(train):,} that can be read; check them")
-    return _compared(pairs, train, test, matcher, how) if matcher.similarity else pairs
+    return _compared(pairs, train, test, matcher, read) if matcher.similarity else pairs
 
 
-def _batches(label: str, images: Pictures, matcher: Matcher, how: Reading) -> Iterator[tuple[Any, Pixels]]:
+def _batches(label: str, images: Pictures, read: Read) -> Iterator[tuple[Any, Pixels]]:
     with console.progress(label, len(images), unit="images") as advance:
-        for kept, batch in sequential(
-            images, matcher.size, range(len(images)), how.batch_size, how.workers, matcher.read
-        ):
+        for kept, batch in read(images, rows=range(len(images))):
             yield kept, batch
             advance(len(kept))
 
 
-def _compared(pairs: Sequence[Pair], train: Pictures, test: Pictures, matcher: Matcher, how: Reading) -> list[Pair]:
+def _compared(pairs: Sequence[Pair], train: Pictures, test: Pictures, matcher: Matcher, read: Read) -> list[Pair]:
     """The same pairs with the matcher's own similarity."""
+    assert matcher.similarity is not None
     out: list[Pair] = []
     with console.progress("compare", len(pairs), unit="pairs") as advance:
         for start in range(0, len(pairs), PAIRS):
-            batch = pairs[start : start + PAIRS]
-            sides = []
+            batch, sides = pairs[start : start + PAIRS], []
             for images, wanted in ((test, {pair.test for pair in batch}), (train, {pair.train for pair in batch})):
-                read = sequential(images, matcher.size, sorted(wanted), PAIRS, how.workers, matcher.read)
+                batches = read(images, rows=sorted(wanted))
                 sides.append(
-                    {row: image for kept, found in read for row, image in zip(kept.tolist(), found, strict=True)}
+                    {int(row): image for kept, found in batches for row, image in zip(kept, found, strict=True)}
                 )
             both = [pair for pair in batch if pair.test in sides[0] and pair.train in sides[1]]
-            if both and matcher.similarity:
+            if both:
                 a, b = (matcher.tensor(np.stack([side[pair[i]] for pair in both])) for i, side in enumerate(sides))
                 values = matcher.similarity(a, b).tolist()
                 out += [Pair(p.test, p.train, round(value, DIGITS)) for p, value in zip(both, values, strict=True)]
