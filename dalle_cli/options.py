@@ -178,7 +178,7 @@ SampleRows = Annotated[str | None, opt("N,N", "Of --from, these rows only, count
 Keep = Annotated[int, opt("N", "Keep the best N per prompt; 0 keeps all, best first.", min=0)]
 Columns = Annotated[int, opt("N", "Images in a row of the grid; 0 = as fits.", min=0)]
 Terminal = Annotated[bool | None, opt(None, "Preview in the terminal, or not.", "--terminal/--no-terminal")]
-Without = Annotated[Path | None, opt("FILE", "Leave out the ids in this file, as `overlap` writes it.", "--without")]
+Exclude = Annotated[Path | None, opt("FILE", "Leave out the ids in this file, as `overlap` writes it.", "--exclude")]
 Limit = Annotated[int | None, opt("N", "Use at most N of them, spread over all.", min=1)]
 ImageFile = Annotated[
     str | None,

@@ -16,7 +16,7 @@ PAIRS ?= $(DATA)
 MODEL := $(OUT)/model
 TRAINED ?= $(MODEL)/prior.safetensors
 FLAGS := --config $(CONFIG)
-LEAVE = $(if $(WITHOUT),--without $(WITHOUT))
+LEAVE = $(if $(WITHOUT),--exclude $(WITHOUT))
 
 .DELETE_ON_ERROR:
 .SECONDARY:

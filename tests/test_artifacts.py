@@ -81,10 +81,10 @@ def test_strings_of_half_a_surrogate_pair_are_made_text():
 
 def test_a_fact_of_the_header(tmp_path):
     found = open_artifact(write_codes(tmp_path / "a.safetensors", config={"grid": 2, "yes": True}))
-    assert found.fact("grid", int) == 2
+    assert found.require("grid", int) == 2
     for name, type_ in (("encoder", str), ("grid", str), ("yes", int)):
         with pytest.raises(DalleError, match=name):
-            found.fact(name, type_)
+            found.require(name, type_)
 
 
 # Shards

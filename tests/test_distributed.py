@@ -68,7 +68,7 @@ def test_one_process_makes_no_group(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("a group was made"))
     train_toy(tmp_path, config(parallel="shard", powersgd_rank=0))
     assert not dist.is_initialized()
-    assert trainer(tmp_path / "b", config(powersgd_rank=2)).spread.__class__ is distributed.Alone
+    assert trainer(tmp_path / "b", config(powersgd_rank=2)).strategy.__class__ is distributed.SingleProcess
 
 
 def test_what_is_no_lost_process_keeps_its_traceback():
@@ -78,7 +78,7 @@ def test_what_is_no_lost_process_keeps_its_traceback():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# Replicas and shards, against one process
+# DataParallel and shards, against one process
 
 SETTINGS = (
     {},
@@ -233,7 +233,7 @@ def averaged(folder):
     loop = Trainer(BufferToy(c := config()), c, run_of(Path(folder), c), machine(), 0, group())
     sent, all_reduce = [], dist.all_reduce
     with mock.patch.object(dist, "all_reduce", lambda t, *args: sent.append(t.numel()) or all_reduce(t, *args)):
-        loop.spread.settle()
+        loop.spread.average_buffers()
     loop.update(loop.task.batch(0))
     return sent, loop.model.seen.item(), loop.task.batch(0)[1].sum().item()
 

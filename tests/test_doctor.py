@@ -80,7 +80,7 @@ text_heads = 2
 steps = 100
 batch_size = 16
 lr = 8e-3
-sheet_pictures = 0
+grid_images = 0
 caption_dropout = 0.2
 {TRAIN}
 [upsampler_1]
@@ -93,7 +93,7 @@ batch_size = 8
 lr = 6e-3
 crop = 1
 corruption = "none"
-sheet_pictures = 0
+grid_images = 0
 {TRAIN}
 """
 OPTIONS = ("--workers", 0, "--device", "cpu")

@@ -13,7 +13,7 @@ from stage_runs import lasting_rows, rows
 from dalle_cli.artifacts import digest_file, open_artifact
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.data.tokenizer import load as load_tokenizer
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 
 TRAIN = """
 steps = 12
@@ -79,7 +79,7 @@ def made(chain, tmp_path_factory):
 
 
 def clip_of(chain):
-    return load.clip(open_artifact(chain.clip), torch.device("cpu"))
+    return loading.clip(open_artifact(chain.clip), torch.device("cpu"))
 
 
 def test_encode_images_by_a_clip(chain, made):

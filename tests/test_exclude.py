@@ -1,4 +1,4 @@
-"""`--without`: lists of ids, and that training sees none of them."""
+"""`--exclude`: lists of ids, and that training sees none of them."""
 
 import json
 
@@ -94,17 +94,17 @@ def test_a_history_has_the_digest_of_what_was_excluded():
 
 def test_a_data_set_without_some(data):
     whole = open_dataset(data, need_captions=True)
-    part = whole.without(frozenset(GONE))
+    part = whole.exclude(frozenset(GONE))
     assert list(part.ids) == [name for name in whole.ids if name not in GONE]
     assert part.captions[2] == whole.captions[4]
     assert np.array_equal(part.read(2), whole.read(4))
     assert part.skipped is whole.skipped
-    assert whole.without(frozenset()) is whole
+    assert whole.exclude(frozenset()) is whole
 
 
 def test_pairs_without_some(chain):
     whole = Pairs(open_artifact(chain.captions), open_artifact(chain.codes))
-    part = whole.without(frozenset(GONE))
+    part = whole.exclude(frozenset(GONE))
     assert part.ids == [name for name in whole.ids if name not in GONE]
     assert len(whole) == 24
     places, picks = np.arange(len(part)), np.zeros((len(part), 2))
@@ -155,7 +155,7 @@ def test_training_sees_none_of_them(chain, tmp_path, listed, stage, monkeypatch)
     spy(clip, "CLIPTask")
     spy(prior, "PriorTask")
     run_ok(*arguments(chain, stage, tmp_path / "all.safetensors"))
-    result = run_cli(*arguments(chain, stage, tmp_path / "some.safetensors"), "--without", listed)
+    result = run_cli(*arguments(chain, stage, tmp_path / "some.safetensors"), "--exclude", listed)
     assert result.status == 0, result.stderr
     assert "5 of 24 images are excluded by gone.txt" in result.stderr
     everything = {f"{i:02d}" for i in range(24)}
@@ -166,35 +166,35 @@ def test_training_sees_none_of_them(chain, tmp_path, listed, stage, monkeypatch)
 def test_a_run_is_another_one_with_another_list(chain, tmp_path, listed, stage):
     out = tmp_path / "out.safetensors"
     command = arguments(chain, stage, out)
-    run_ok(*command, "--without", listed)
+    run_ok(*command, "--exclude", listed)
     first = out.read_bytes()
     entry = open_artifact(out).history[-1]
     assert set(exclude_digest(frozenset(GONE)).items()) <= set(entry["inputs"].items())
     as_json = tmp_path / "gone.json"
     as_json.write_text(json.dumps(sorted(GONE)))
     before = out.stat().st_mtime_ns
-    run_ok(*command, "--without", as_json)  # the same ids: finished already
+    run_ok(*command, "--exclude", as_json)  # the same ids: finished already
     assert (out.read_bytes(), out.stat().st_mtime_ns > before) == (first, True)
     assert "found a finished run of another config or other inputs" in run_bad(*command)
     assert out.read_bytes() == first
     run_ok(*command, "--fresh")
     assert out.read_bytes() != first
-    assert "without" not in open_artifact(out).history[-1]["inputs"]
+    assert "exclude" not in open_artifact(out).history[-1]["inputs"]
 
 
 def test_an_unfinished_run_of_another_list_is_refused(chain, tmp_path, listed):
     out = tmp_path / "dvae.safetensors"
     command = (*arguments(chain, "train-dvae", out), "--set", "dvae.train.steps=6")
-    run_ok(*command, "--without", listed)
+    run_ok(*command, "--exclude", listed)
     out.unlink()
     (tmp_path / "dvae.run" / "checkpoint-00000006.safetensors").unlink()  # as if it had been stopped after four updates
     assert "an unfinished run of another config or other inputs" in run_bad(*command)
-    run_ok(*command, "--without", listed)
+    run_ok(*command, "--exclude", listed)
 
 
 def test_a_list_of_everything_is_refused(chain, tmp_path):
     path = tmp_path / "all.txt"
     path.write_text("".join(f"{i:02d}\n" for i in range(24)))
     for stage in ("train-dvae", "train-clip", "train-prior"):
-        line = run_bad(*arguments(chain, stage, tmp_path / "out.safetensors"), "--without", path)
+        line = run_bad(*arguments(chain, stage, tmp_path / "out.safetensors"), "--exclude", path)
         assert "found all 24 excluded" in line

@@ -20,8 +20,7 @@ from dalle_cli.artifacts import open_artifact, write_artifact
 from dalle_cli.models.cache import FEW
 from dalle_cli.models.packed import pack
 from dalle_cli.models.prior import Prior, PriorConfig
-from dalle_cli.pipelines import loading as load
-from dalle_cli.pipelines import pipeline
+from dalle_cli.pipelines import loading, pipeline
 from dalle_cli.pipelines.codec import Codec
 from dalle_cli.pipelines.prior import TokenPrior
 from dalle_cli.pipelines.prompts import Candidate
@@ -352,7 +351,7 @@ def test_bytes_of_a_candidate_cover_the_reading_of_its_caption():
 
 
 def test_the_batch_is_as_large_as_fits(chain, monkeypatch):
-    prior = load.prior(open_artifact(chain.prior), torch.device("cpu"))
+    prior = loading.prior(open_artifact(chain.prior), torch.device("cpu"))
     for dtype, some in ((torch.float32, 10), (torch.bfloat16, 30)):
         each = memory.candidate_bytes(prior, True, False, dtype)
         cases = ((0, 9, 1), (2 * some * each, 99, some), (2 * some * each, 4, 4), (10**15, 10**6, memory.CAP))
@@ -363,7 +362,7 @@ def test_the_batch_is_as_large_as_fits(chain, monkeypatch):
 
 
 def test_so_few_that_their_caches_are_float32(chain, monkeypatch):
-    prior = load.prior(open_artifact(chain.prior), torch.device("cpu"))
+    prior = loading.prior(open_artifact(chain.prior), torch.device("cpu"))
     few = (FEW - 1) // prior.config.n_head
     half, whole = (memory.candidate_bytes(prior, False, False, dtype) for dtype in (torch.bfloat16, torch.float32))
     assert half < whole

@@ -16,7 +16,7 @@ from dalle_cli.artifacts import digest_file, open_artifact, write_artifact
 from dalle_cli.artifacts.weights import save_tensors
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
-from dalle_cli.models.embedding_prior import EmbeddingPrior, EmbeddingPriorConfig
+from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
 from dalle_cli.pipelines import pipeline
 from dalle_cli.pipelines.decoder import ImageDecoder
@@ -42,7 +42,9 @@ def plant(chain, folder, kind):
     facts = {"encoder": digest_file(chain.clip), "tokenizer": told["tokenizer"], "train": {}}
     prior = {
         "diffusion": lambda: DiffusionPrior(DiffusionPriorConfig(**SMALL, **text, n_timestep=30)),
-        "autoregressive": lambda: EmbeddingPrior(EmbeddingPriorConfig(**SMALL, **text, n_component=6, n_bucket=16)),
+        "autoregressive": lambda: AutoregressivePrior(
+            AutoregressivePriorConfig(**SMALL, **text, n_component=6, n_bucket=16)
+        ),
     }[kind]()
     reads = {**text, "n_embedding": 16, "context_width": 8, "text_layers": 1, "text_heads": 2}
     made = {

@@ -75,7 +75,7 @@ UNET = (
 TOWER = "n_layer = 2, n_head = 2, n_embd = 16"
 CLIP_TOWERS = ", ".join(f"{side}_width = 16, {side}_layers = 1, {side}_heads = 2" for side in ("vision", "text"))
 TEXT = "context_width = 8, text_layers = 1, text_heads = 2"
-PAINTER = f"{TRAIN}, sheet_pictures = 0"
+PAINTER = f"{TRAIN}, grid_images = 0"
 RECIPE = f"""
 tokenizer = {{vocab_size = 300, length = 16}}
 dvae = {{image_size = 16, n_groups = 3, n_hid = 8, n_blk_per_group = 1, n_init = 8, n_vocab = 20, train = {{{TRAIN}}}}}
@@ -83,7 +83,7 @@ clip = {{image_size = 16, patch_size = 8, n_proj = 16, n_text = 16, {CLIP_TOWERS
 decoder = {{image_size = 8, attention = [4], {TEXT}, {UNET}, train = {{{PAINTER}}}}}
 upsampler_1 = {{image_size = 16, low_size = 8, low_noise = 0.5, {UNET}, train = {{{PAINTER}, crop = 2}}}}
 upsampler_2 = {{image_size = 32, low_size = 16, {UNET}, train = {{{PAINTER}, corruption = "bsr"}}}}
-prior = {{{TOWER}, conv_kernel = 3, train = {{{TRAIN}, sheet_prompts = 0, bpe_dropout = 0.1, caption_dropout = 0.1}}}}
+prior = {{{TOWER}, conv_kernel = 3, train = {{{TRAIN}, grid_prompts = 0, bpe_dropout = 0.1, caption_dropout = 0.1}}}}
 [embedding_prior]
 diffusion = {{{TOWER}, n_timestep = 50, train = {{{TRAIN}}}}}
 autoregressive = {{{TOWER}, n_bucket = 16, n_dot = 4, n_component = 8, train = {{{TRAIN}}}}}

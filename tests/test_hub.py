@@ -16,9 +16,7 @@ from hub_server import GOOD, POOR, Handler, Hub
 from dalle_cli.artifacts import open_artifact, write_artifact
 from dalle_cli.artifacts.container import read_header
 from dalle_cli.errors import DalleError
-from dalle_cli.hub import bundles as bundle
-from dalle_cli.hub import card
-from dalle_cli.hub import transfer as hub
+from dalle_cli.hub import bundles, card, transfer
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = b'{"version": "1.0"}'
@@ -28,7 +26,7 @@ LARGE = 24 << 20  # bytes: huggingface-hub writes to disk in steps of 10 MiB
 WORKER = """
 import json, sys
 from conftest import run_cli
-from dalle_cli.hub import transfer as hub
+from dalle_cli.hub import transfer
 for line in sys.stdin:
     given = json.loads(line)
     hub._resolve.cache_clear()
@@ -176,9 +174,9 @@ def test_names_that_are_no_repositories():
     ):
         assert "hf://owner/repo@revision" in run_bad("sample", "x", "-m", name), name
         with pytest.raises(DalleError, match="hub repository"):
-            hub.parse(name)
-    assert hub.parse("hf://a-b/c.d_e@refs/pr/1") == hub.Repository("a-b/c.d_e", "refs/pr/1")
-    assert str(hub.parse("hf://a/b@main")) == "hf://a/b"
+            transfer.parse(name)
+    assert transfer.parse("hf://a-b/c.d_e@refs/pr/1") == transfer.Repository("a-b/c.d_e", "refs/pr/1")
+    assert str(transfer.parse("hf://a/b@main")) == "hf://a/b"
 
 
 def test_pull_fetches_a_bundle_and_nothing_else(quiet, good, planted, tmp_path):
@@ -456,7 +454,7 @@ def test_a_kind_that_a_bundle_has_not(quiet, bad, good, planted, tmp_path, envir
     assert "expected weights.prior.codes or " in found
     assert "found none in the bundle hf://me/noprior" in found
     good("pull", "hf://me/noprior")
-    code = "from dalle_cli.hub import transfer as hub; hub.fetch('hf://me/noprior', ['weights.prior.codes'])"
+    code = "from dalle_cli.hub import transfer; hub.fetch('hf://me/noprior', ['weights.prior.codes'])"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env={**environment, **NOWHERE}, capture_output=True, text=True, check=False)
     error = done.stderr.splitlines()[-1]
@@ -551,14 +549,14 @@ def test_a_warning_where_no_license_is_named(quiet, dalle, tmp_path):
 )
 def test_a_bundle_is_whole(tmp_path, spoil, said):
     folder = plant(tmp_path / "model", 1000)
-    assert [a.kind for a in bundle.whole(sorted(folder.iterdir()))] == [
+    assert [a.kind for a in bundles.whole(sorted(folder.iterdir()))] == [
         "weights.clip",
         "weights.dvae",
         "weights.prior.codes",
     ]
     spoil(folder)
     with pytest.raises(DalleError, match=said):
-        bundle.whole(sorted(folder.iterdir()))
+        bundles.whole(sorted(folder.iterdir()))
 
 
 # The model card
@@ -566,7 +564,7 @@ def test_a_bundle_is_whole(tmp_path, spoil, said):
 
 def test_a_card_keeps_what_a_person_wrote(tmp_path):
     folder = plant(tmp_path / "model", 1000)
-    artifacts = bundle.whole(sorted(folder.iterdir()))
+    artifacts = bundles.whole(sorted(folder.iterdir()))
     old = "---\n# chosen with care\nlicense: cc0-1.0\ntags: [radish]\n---\n# My model\n\nIt draws radishes.\n"
     text = card.write(old, "me/it", artifacts, {"psnr": 26.125}, None)
     assert "license: cc0-1.0" in text
@@ -592,7 +590,7 @@ def test_a_card_keeps_what_a_person_wrote(tmp_path):
 
 
 def test_shipped_bundles_by_name_and_by_default(chain, monkeypatch, tmp_path):
-    monkeypatch.setattr(bundle, "SHIPPED", tmp_path / "bundles")
+    monkeypatch.setattr(bundles, "SHIPPED", tmp_path / "bundles")
     monkeypatch.chdir(tmp_path)
     assert "give -m FILE_OR_FOLDER or set DALLE_MODEL" in run_bad("sample", "x", "-o", "x.safetensors")
     assert "found no such file: emoji; check -m" in run_bad("sample", "x", "-m", "emoji", "-o", "x.safetensors")
@@ -610,8 +608,8 @@ def test_shipped_bundles_by_name_and_by_default(chain, monkeypatch, tmp_path):
     assert "check -m (shipped: emoji)" in run_bad("sample", "x", "-m", "emojy", "-o", "x.safetensors")
     assert "no such file: ../bundles/emoji2" in run_bad("sample", "x", "-m", "../bundles/emoji2", "-o", "x.safetensors")
     plant(tmp_path / "emoji", 1000)  # a folder here goes before what is shipped, DALLE_MODEL before the default
-    assert bundle.locate("emoji") == Path("emoji")
-    assert bundle.locate(None) == shipped
+    assert bundles.locate("emoji") == Path("emoji")
+    assert bundles.locate(None) == shipped
     assert "no such file: elsewhere" in run_bad("sample", "x", "-o", "x.safetensors", env={"DALLE_MODEL": "elsewhere"})
 
 

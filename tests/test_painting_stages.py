@@ -21,7 +21,7 @@ from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.data.conditions import Conditions
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.errors import DalleError
-from dalle_cli.hub import bundles as bundle
+from dalle_cli.hub import bundles
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
 from dalle_cli.training.decoder import DecoderTask, DecoderTrain, embedding_noise
@@ -44,8 +44,8 @@ log_every = 2
 validate_every = 3
 checkpoint_every = 2
 validation = 0.2
-sheet_pictures = 3
-sheet_steps = 2
+grid_images = 3
+grid_steps = 2
 clip_norm = 10.0
 """
 RECIPE = f"""
@@ -251,7 +251,7 @@ def test_arguments_that_do_not_go_together(unclip, tmp_path):
         ("decoder.n_text=3", "as the inputs have it"),
         ("decoder.train.caption_dropout=2", "caption_dropout"),
         ("decoder.train.embedding_noise=-1", "embedding_noise"),
-        ("decoder.train.sheet_steps=0", "sheet_steps"),
+        ("decoder.train.grid_steps=0", "grid_steps"),
         ("decoder.prediction=magic", "prediction"),
         ("decoder.schedule=magic", "schedule"),
     ):
@@ -434,7 +434,7 @@ def test_a_chain_of_upsamplers(model, large, drawn, tmp_path):
     assert np.abs(again - pictures).max() <= 2
     other = decode(drawn, large, tmp_path / "c.safetensors", "--upsampler-steps", 3)
     assert np.abs(other - pictures).max() > 3
-    assert len(bundle.whole(list(large.glob("up*.safetensors")))) == 2
+    assert len(bundles.whole(list(large.glob("up*.safetensors")))) == 2
 
 
 def test_upsamplers_that_do_not_follow(unclip, chain, drawn, tmp_path):
@@ -443,7 +443,7 @@ def test_upsamplers_that_do_not_follow(unclip, chain, drawn, tmp_path):
     twice = planted(tmp_path / "twice", unclip, chain, [(8, 16), (8, 32)])
     assert "one upsampler from 8 pixels, found 2" in run_bad("decode", drawn, "-m", twice)
     with pytest.raises(DalleError, match=r"one file of weights\.upsampler"):
-        bundle.whole(list(twice.glob("up*.safetensors")))
+        bundles.whole(list(twice.glob("up*.safetensors")))
 
 
 def test_what_decode_refuses(chain, model, drawn, tmp_path):

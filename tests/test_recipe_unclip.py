@@ -14,7 +14,7 @@ from dalle_cli import config
 from dalle_cli.models.clip import CLIPConfig
 from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
-from dalle_cli.models.embedding_prior import EmbeddingPriorConfig
+from dalle_cli.models.embedding_prior import AutoregressivePriorConfig
 from dalle_cli.models.upsampler import UpsamplerConfig
 from dalle_cli.sampling.decoder import chained
 from dalle_cli.training.decoder import DecoderTrain
@@ -197,7 +197,7 @@ def test_numbers_are_of_models_that_exist(name):
     table, recipe = (config.read(folder / file) for file in ("unclip.toml", "recipe.toml"))
     clip, _ = config.section(recipe, "clip", CLIPConfig, train=_anything(recipe["clip"]["train"]))
     known = {"n_text_vocab": 512, "n_text": 16, "n_embedding": clip.n_proj}
-    for kind, cls in (("diffusion", DiffusionPriorConfig), ("autoregressive", EmbeddingPriorConfig)):
+    for kind, cls in (("diffusion", DiffusionPriorConfig), ("autoregressive", AutoregressivePriorConfig)):
         found, body = chosen({"embedding_prior": {**table["embedding_prior"], "kind": kind}})
         sizes = {"n_component": 16, **body} if kind == "autoregressive" else body
         config.section({"x": sizes}, "x", cls, {**known, "kind": found}, train=EmbeddingPriorTrain)

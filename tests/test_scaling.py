@@ -17,7 +17,7 @@ from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig
-from dalle_cli.models.embedding_prior import EmbeddingPrior, EmbeddingPriorConfig
+from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
 from dalle_cli.training import scaling
@@ -129,7 +129,7 @@ def diffusion_prior(block):
 
 
 def autoregressive_prior(block):
-    model = EmbeddingPrior(EmbeddingPriorConfig(**STREAM, n_component=4, n_bucket=5, n_dot=3, block=block))
+    model = AutoregressivePrior(AutoregressivePriorConfig(**STREAM, n_component=4, n_bucket=5, n_dot=3, block=block))
     z_t, dots, buckets = torch.randn(4, 8), torch.randint(0, 3, (4,)), torch.randint(0, 5, (4, 4))
     return model, lambda: model.loss(*CAPTIONS, z_t, dots, buckets)[0]
 

@@ -17,7 +17,7 @@ from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
 from dalle_cli.models.dvae import DVAE
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 
 # What is written at the end
 
@@ -73,12 +73,12 @@ def test_scales_that_fit_nothing_are_refused(chain, tmp_path):
         path = tmp_path / "wrong.safetensors"
         save_tensors(path, whole.kind, {**tensors, **wrong}, whole.config, whole.history, force=True)
         with pytest.raises(DalleError, match="expected an 8-bit matrix beside its scales"):
-            load.prior(open_artifact(path), torch.device("cpu"))
+            loading.prior(open_artifact(path), torch.device("cpu"))
 
 
 def outputs(name, weights):
     """What a model makes of a fixed input, in float32 whatever its weights were stored in."""
-    model = getattr(load, name)(weights, torch.device("cpu"))
+    model = getattr(loading, name)(weights, torch.device("cpu"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     if name == "dvae":
         return model.decode(torch.arange(16).view(1, 4, 4))

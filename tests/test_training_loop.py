@@ -48,7 +48,7 @@ def gradients(loop, batch):
 
 SETTINGS = (
     {},
-    {"schedule": "plateau", "plateau_patience": 1, "plateau_figure": "nats"},
+    {"schedule": "plateau", "plateau_patience": 1, "plateau_metric": "nats"},
     {"schedule": "plateau", "plateau_patience": 1, "lr": 0.3},
     {"accumulate": 3},
     {"checkpoint_activations": True},
@@ -149,13 +149,13 @@ def test_the_rate_is_halved_when_a_figure_stands_still():
         assert plateau.best == better
     rising = Plateau("-psnr", 1, 0.5, 0.2)
     assert [rising.see({"psnr": x}) for x in (10.0, 11.0, 11.0, 12.0)] == [False, False, True, False]
-    with pytest.raises(DalleError, match="plateau_figure among loss, nats, found 'image'"):
+    with pytest.raises(DalleError, match="plateau_metric among loss, nats, found 'image'"):
         Plateau("image", 1, 0.5, 0.2).see({"loss": 1.0, "nats": 1.0})
 
 
 def test_plateau_in_a_run(tmp_path, capsys):
     """Validations after updates 4, 8, 12, ..., of which the one within the warm-up does not count."""
-    c = config(steps=24, warmup=4, schedule="plateau", plateau_patience=1, plateau_figure="nats", log_every=1)
+    c = config(steps=24, warmup=4, schedule="plateau", plateau_patience=1, plateau_metric="nats", log_every=1)
     train_toy(tmp_path, c, held_out={4: 0.0, 8: 3.0, 12: 4.0, 16: 3.0, 20: 3.5, 24: 0.5})
     rates = [row["lr"] / c.lr for row in log_of(tmp_path) if "lr" in row]
     expected = [0.25, 0.5, 0.75, 1.0] + [1.0] * 4 + [1.0] * 4 + [0.5] * 4 + [0.25] * 4 + [0.125] * 4
@@ -178,7 +178,7 @@ def test_a_plateau_of_the_training_loss(tmp_path):
 
 
 def test_a_figure_that_is_none_is_told_before_the_first_update(tmp_path):
-    task = SplitToy(c := config(schedule="plateau", plateau_figure="image_nats"))
+    task = SplitToy(c := config(schedule="plateau", plateau_metric="image_nats"))
     with pytest.raises(DalleError, match="among loss, nats, found 'image_nats'"):
         Trainer(task, c, run_of(tmp_path, c), trainer(tmp_path, c).machine, 0).train()
     assert task.parts == []

@@ -13,7 +13,7 @@ from dalle_cli.data.datasets import open_dataset
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge
-from dalle_cli.sampling.decoder import Brush, chained, enlarge_noised, process, to_stored, upsample
+from dalle_cli.sampling.decoder import SamplerConfig, chained, enlarge_noised, process, to_images, upsample
 from dalle_cli.training.loop import Trainer
 from dalle_cli.training.run import Run
 from dalle_cli.training.upsampler import UpsamplerTask, UpsamplerTrain
@@ -65,9 +65,9 @@ def test_enlarge():
 
 def test_pictures_of_any_size_whatever_the_batch():
     model = randomized(Upsampler(config()), scale=0.2).eval()
-    low = to_stored(randn(3, 3, 6, 6) / 2)
+    low = to_images(randn(3, 3, 6, 6) / 2)
     for sampler, eta in (("dpm++", 0.0), ("ddim", 1.0)):
-        brush = Brush(3, sampler, eta=eta)
+        brush = SamplerConfig(3, sampler, eta=eta)
         whole = upsample(model, low, brush, row_noise(0, range(3), "upsampler"))
         assert whole.shape == (3, 3, 24, 24)
         assert whole.dtype == torch.uint8
@@ -103,7 +103,7 @@ def stripes(folder, n=12):
 
 
 def task_of(data, c=None, **more):
-    options = {"steps": 8, "batch_size": 8, "lr": 3e-3, "ema": 0.9, "validation": 0.0, "sheet_pictures": 0, **more}
+    options = {"steps": 8, "batch_size": 8, "lr": 3e-3, "ema": 0.9, "validation": 0.0, "grid_images": 0, **more}
     train = UpsamplerTrain(**options)
     return UpsamplerTask(c or config(), train, data, 0, 0), train
 
@@ -181,20 +181,20 @@ def test_the_enlarged_image_is_clamped_before_it_is_noised():
 
 def test_sampling_with_the_noise_that_was_trained():
     model = randomized(Upsampler(config(low_noise=0.5)), scale=0.2).eval()
-    low, seen = to_stored(randn(2, 3, 4, 4) / 2), []
+    low, seen = to_images(randn(2, 3, 4, 4) / 2), []
     model.register_forward_pre_hook(lambda _, given: seen.append(given[2:]))
     noise = row_noise(0, range(2), "upsampler")
     for share, level in ((0.0, -1), (0.25, 24), (0.5, 49)):
-        upsample(model, low, Brush(2), noise, share)
+        upsample(model, low, SamplerConfig(2), noise, share)
         beside, levels = seen[-1]
         assert levels.tolist() == [level] * 2
         expected = enlarge_noised(process(model.config), low / 127.5 - 1, 4, levels, noise(-1, (3, 4, 4)))
         torch.testing.assert_close(beside, expected, atol=1e-5, rtol=0)
     for share in (0.6, -0.1):
         with pytest.raises(DalleError, match=r"low_noise in \[0, 0.5\], as the upsampler was trained with"):
-            upsample(model, low, Brush(2), noise, share)
+            upsample(model, low, SamplerConfig(2), noise, share)
     with pytest.raises(DalleError, match=r"low_noise in \[0, 0.0\]"):
-        upsample(randomized(Upsampler(config())), low, Brush(2), noise, 0.1)
+        upsample(randomized(Upsampler(config())), low, SamplerConfig(2), noise, 0.1)
 
 
 def test_crops_that_do_not_fit(tmp_path):
@@ -215,7 +215,7 @@ def test_a_small_one_learns_to_enlarge(tmp_path):
         trainer.update(next(batches))
     batches.close()
     low = np.random.default_rng(99).integers(0, 256, (6, 3, 4, 1), dtype=np.uint8).repeat(4, axis=3)
-    got = upsample(trainer.ema.model, torch.from_numpy(low), Brush(8), row_noise(0, range(6), "upsampler"))
+    got = upsample(trainer.ema.model, torch.from_numpy(low), SamplerConfig(8), row_noise(0, range(6), "upsampler"))
     small = got.numpy().reshape(6, 3, 4, 4, 4, 4).mean((3, 5))
     assert np.abs(small - low).mean() < 25
     assert np.abs(small - low[::-1]).mean() > 50

@@ -94,7 +94,7 @@ class Artifact:
     def __len__(self) -> int:
         return sum(map(len, self.headers))
 
-    def fact(self, name: str, type_: type[F]) -> F:
+    def require(self, name: str, type_: type[F]) -> F:
         """The value of `name` in the config.
 
         Raises:

@@ -18,7 +18,7 @@ def write_text(path: Path, text: str) -> None:
     replace_file(path, lambda part: part.write_text(text, encoding="utf-8", errors="replace"))
 
 
-def check_ours(path: Path, wanted: str, is_ours: Callable[[Path], bool], force: bool = False) -> None:
+def check_overwrite(path: Path, wanted: str, is_ours: Callable[[Path], bool], force: bool = False) -> None:
     """Refuse to replace a file that `is_ours` does not recognize, unless forced, and any folder.
 
     Raises:
@@ -42,7 +42,7 @@ def head_of(path: Path, characters: int = 2000) -> str:
         return file.read(characters)
 
 
-def json_fact(path: Path, key: str) -> Any:
+def read_json_key(path: Path, key: str) -> Any:
     """The value of `key` in a file that holds a JSON object; None if it holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

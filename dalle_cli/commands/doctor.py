@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dalle_cli.options import Device, Dtype, Json, Limit, Seed, Without, Workers
+from dalle_cli.options import Device, Dtype, Exclude, Json, Limit, Seed, Workers
 
 EXAMPLE = """dalle doctor embedding-prior.safetensors captions.safetensors embeddings/
 dalle doctor decoder.safetensors photos/ embeddings/ --captions captions.safetensors
@@ -31,7 +31,7 @@ def run(
     no_overfit: Annotated[
         bool, typer.Option("--no-overfit", help="Do not train fresh weights of these sizes on eight rows.")
     ] = False,
-    without: Without = None,
+    exclude: Exclude = None,
     limit: Limit = 64,
     seed: Seed = 0,
     workers: Workers = 2,
@@ -46,7 +46,7 @@ def run(
     from dalle_cli.doctor.subject import Request
 
     found, machine = kinds.find_weights(weights), arithmetic(device, dtype)
-    subject = kinds.open_subject(Request(found, inputs or [], captions, without, machine, seed, limit, workers))
+    subject = kinds.open_subject(Request(found, inputs or [], captions, exclude, machine, seed, limit, workers))
     if not as_json:
         rows = f"{subject.n} rows {'held out' if subject.held_out else 'of training, as none is held out'}"
         console.note(f"{found.path.name}: {found.headers[0].table.about}, on {rows}")

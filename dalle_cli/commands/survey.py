@@ -65,13 +65,13 @@ def _page(a: Path, b: Path, out: Path | None, prompts: Path | None, votes: int, 
     from dalle_cli import console
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.artifacts.text import write_text
-    from dalle_cli.commands import drawing
+    from dalle_cli.pipelines.prompts import read_prompts
     from dalle_cli.report import html, survey
 
     target = out or a.with_name("survey.html")
     html.check_page(target, survey.GENERATOR, force)
     left, right = open_artifact(a, "images"), open_artifact(b, "images")
-    texts = None if prompts is None else drawing.read_prompts(None, prompts)
+    texts = None if prompts is None else read_prompts(None, prompts)
     pairs = survey.pair(left, right, texts)
     write_text(target, survey.page(left, right, pairs, votes, seed))
     console.result(target, captions=len(pairs), raters_wanted=votes, megabytes=target.stat().st_size / 1e6)

@@ -24,8 +24,8 @@ class Conditions:
         names = list(self._places)
         self._embedding_rows = RowsById(ids, names)
         self._caption_rows = RowsById([] if captions is None else captions.strings("ids"), names)
-        self.n_text = 0 if captions is None else captions.fact("n_text", int)
-        self.n_vocab = 0 if captions is None else captions.fact("n_vocab", int)
+        self.n_text = 0 if captions is None else captions.require("n_text", int)
+        self.n_vocab = 0 if captions is None else captions.require("n_vocab", int)
         if captions is not None and captions.array("tokens").shape[1:] != (self.n_text,):
             found = f"{captions.array('tokens').shape[1:]} in {captions.path}"
             raise DalleError(f"expected captions of {self.n_text} tokens, found {found}; make them again")

@@ -46,7 +46,7 @@ class Dataset:
             raise BadSample(f"unreadable: {len(data)} of {sample.size} bytes")
         return images.decode(data, self._filters)
 
-    def without(self, ids: frozenset[str]) -> "Dataset":
+    def exclude(self, ids: frozenset[str]) -> "Dataset":
         """The data set without these ids."""
         return Dataset([s for s in self._samples if s.id not in ids], self._filters, self.skipped) if ids else self
 

@@ -73,7 +73,4 @@ def read_exclude_list(path: Path | None, known: Iterable[str]) -> frozenset[str]
 def exclude_digest(excluded: frozenset[str]) -> dict[str, str]:
     """The entry of a history's inputs that names the excluded ids by their SHA-256; empty if there are none."""
     lines = "".join(f"{format_id(name)}\n" for name in sorted(excluded))
-    return {"without": digest_bytes(lines.encode())} if excluded else {}
-
-
-leave_out, told, as_line = read_exclude_list, exclude_digest, format_id  # until all callers use the new names
+    return {"exclude": digest_bytes(lines.encode())} if excluded else {}

@@ -59,12 +59,12 @@ class Pairs:
                 f"expected captions and {latents.kind} of the same images, found no id in common ({example}); "
                 "make both from one data set"
             )
-        self._caption_sizes = (captions.fact("n_text", int),), captions.fact("n_vocab", int)
+        self._caption_sizes = (captions.require("n_text", int),), captions.require("n_vocab", int)
         _check(captions, captions.array("tokens")[:0], *self._caption_sizes)
         if latents.kind == "embeddings":
             self._check_encoder()
         else:
-            self._code_sizes = (latents.fact("grid", int),) * 2, latents.fact("n_vocab", int)
+            self._code_sizes = (latents.require("grid", int),) * 2, latents.require("n_vocab", int)
             _check(latents, latents.array("codes")[:0], *self._code_sizes)
         self._captions, self._latents = RowsById(caption_ids, self.ids), RowsById(latent_ids, self.ids)
         self.unmatched = len(set(latent_ids) ^ set(caption_ids))
@@ -72,7 +72,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def without(self, ids: frozenset[str]) -> "Pairs":
+    def exclude(self, ids: frozenset[str]) -> "Pairs":
         """The pairs of all other ids."""
         places = np.flatnonzero([name not in ids for name in self.ids])
         kept = copy(self)
@@ -121,7 +121,7 @@ class Pairs:
                 "expected captions with embeddings of the CLIP that embedded the images, found none in "
                 f"{self.captions.path}; make them again with `tokenize -m CLIP`"
             )
-        mine, theirs = self.captions.fact("encoder", str), self.latents.fact("encoder", str)
+        mine, theirs = self.captions.require("encoder", str), self.latents.require("encoder", str)
         if mine != theirs or self.captions.array("embeddings").shape[1] != self.width:
             raise DalleError(
                 f"expected captions and images embedded by one CLIP, found {mine[:12]} and {theirs[:12]} (sha256); "

@@ -14,7 +14,7 @@ from dalle_cli.artifacts import Artifact, open_artifact
 from dalle_cli.data import tokenizer
 from dalle_cli.data.conditions import Conditions
 from dalle_cli.data.datasets import open_dataset
-from dalle_cli.data.exclude import leave_out
+from dalle_cli.data.exclude import read_exclude_list
 from dalle_cli.data.filters import Filters
 from dalle_cli.data.pairs import Pairs
 from dalle_cli.data.split import split
@@ -28,7 +28,7 @@ from dalle_cli.training import clip, decoder, dvae, embedding_prior, prior, upsa
 DETERMINISTIC: dict[str, Any] = {  # training settings with which a batch is its rows and nothing else
     "accumulate": 1, "augment": "center", "flip": False, "bpe_dropout": 0.0, "caption_dropout": 0.0,
     "embedding_dropout": 0.0, "embedding_noise": 0.0, "code_noise": 0.0, "corruption": "none", "sketch_only": False,
-    "sketch_redrawn": 0.0, "validation": 0.0,
+    "sketch_resampled": 0.0, "validation": 0.0,
 }  # fmt: skip
 COUNTED = 4096  # training pairs, evenly spread, whose codes and tokens are counted
 
@@ -105,7 +105,7 @@ def open_subject(request: Request) -> Subject:
         DalleError: other inputs than this kind takes, or inputs made with another tokenizer or encoder.
     """
     weights, wanted = request.weights, [*KINDS[request.weights.kind].inputs]
-    if weights.kind == "weights.decoder" and weights.fact("model", dict).get("n_text") != 0:
+    if weights.kind == "weights.decoder" and weights.require("model", dict).get("n_text") != 0:
         wanted.append("--captions")
     given = len(request.inputs)
     if given + wanted.count("--captions") != len(wanted) or ("--captions" in wanted) != bool(request.captions):
@@ -119,7 +119,7 @@ def _of_images(request: Request) -> Subject:
     filters = config.build(Filters, history[-1].get("options", {}).get("data", {}) if history else {}, "data")
     data = open_dataset(request.inputs[0], need_captions=clip, filters=filters)
     digests, beside = {"dataset": data.digest}, list[Any]()
-    data = data.without(leave_out(request.exclude, data.ids))
+    data = data.exclude(read_exclude_list(request.exclude, data.ids))
     if clip:
         beside.append(tokenizer.load(bundles.tokenizer(weights)))
     elif weights.kind == "weights.decoder":
@@ -127,9 +127,9 @@ def _of_images(request: Request) -> Subject:
         sources += [_checked(weights, request.captions, "captions", "tokenizer")] if request.captions else []
         beside.append(Conditions(*sources))
         digests |= {source.kind: source.digest for source in sources}
-        data = data.without(beside[0].missing(data.ids))
+        data = data.exclude(beside[0].missing(data.ids))
     others, held_out, _ = _choose(request, data.ids)
-    data = data.without(others)
+    data = data.exclude(others)
     return _subject(request, len(data), (data, *beside), request.workers, digests=digests, held_out=held_out)
 
 
@@ -138,13 +138,13 @@ def _of_pairs(request: Request) -> Subject:
     captions = _checked(weights, request.inputs[0], "captions", "tokenizer")
     latents = _checked(weights, request.inputs[1], "codes" if of_codes else "embeddings", "encoder")
     pairs = Pairs(captions, latents)
-    pairs = pairs.without(leave_out(request.exclude, pairs.ids))
+    pairs = pairs.exclude(read_exclude_list(request.exclude, pairs.ids))
     others, held_out, training = _choose(request, pairs.ids)
-    chosen = pairs.without(others)
+    chosen = pairs.exclude(others)
     facts = {"digests": {"captions": captions.digest, latents.kind: latents.digest}, "held_out": held_out}
     if not of_codes:
         return _subject(request, len(chosen), (chosen,), **facts)
-    dvae = bundles.find_weights(weights.fact("encoder", str), weights.path.parent, latents.path.parent)
+    dvae = bundles.find_weights(weights.require("encoder", str), weights.path.parent, latents.path.parent)
     spread = training[np.linspace(0, len(training) - 1, min(len(training), COUNTED)).astype(np.int64)]
     rows, code_rows = pairs.draw(spread, np.zeros((len(spread), 2)))
     arrays = zip(("tokens", "lengths", "codes"), (*pairs.tokens(rows), pairs.codes(code_rows)), strict=True)
@@ -177,13 +177,13 @@ def _subject(request: Request, n: int, before: Sequence[Any], *after: Any, **fac
 
 def _settings(weights: Artifact) -> Any:
     """How the weights were trained."""
-    return config.build(KINDS[weights.kind].settings, weights.fact("train", dict), "train")
+    return config.build(KINDS[weights.kind].settings, weights.require("train", dict), "train")
 
 
 def _checked(weights: Artifact, source: object, kind: str, name: str) -> Artifact:
     """Raises: DalleError unless an input was made with the tokenizer or the encoder that the weights name."""
     found, what = open_artifact(str(source), kind), "image encoder" if name == "encoder" else name
-    bundles.check_digest(what, found.fact(name, str), weights.fact(name, str), weights.path)
+    bundles.check_digest(what, found.require(name, str), weights.require(name, str), weights.path)
     return found
 
 

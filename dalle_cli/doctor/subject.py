@@ -90,7 +90,7 @@ class Subject:
 
     def setting(self, name: str) -> float:
         """A share in the training's settings; 0 where there is none."""
-        return float(self.request.weights.fact("train", dict).get(name, 0.0))
+        return float(self.request.weights.require("train", dict).get(name, 0.0))
 
     def validate(self) -> dict[str, float]:
         """The metrics of the task's own validation on these rows."""

@@ -16,7 +16,7 @@ from dalle_cli.doctor.checks import Finding, at_least, at_most, dropout, gain, n
 from dalle_cli.doctor.subject import Columns, Subject
 from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.models.pixels import from_uint8
-from dalle_cli.sampling.decoder import Brush, paint
+from dalle_cli.sampling.decoder import SamplerConfig, paint
 from dalle_cli.sampling.embeddings import Read, autoregressed, diffused
 
 COLLAPSE = 0.05  # share of the vocabulary, or of the codes seen, below which a codebook has collapsed
@@ -247,7 +247,7 @@ def guided_levels(s: Subject) -> float:
     z_i, tokens, lengths = (s.columns[name] for name in ("z_i", "tokens", "lengths"))
     with s.request.machine.autocast():
         plain, guided = (
-            paint(s.model, z_i, tokens, lengths, Brush(steps, guidance=guidance), noise).double()
+            paint(s.model, z_i, tokens, lengths, SamplerConfig(steps, guidance=guidance), noise).double()
             for guidance in (1.0, GUIDANCE)
         )
     return float((guided - plain).abs().mean())

@@ -9,7 +9,7 @@ from pathlib import Path
 from dalle_cli.artifacts import Artifact, digest_file, open_artifact
 from dalle_cli.artifacts.container import read_header, replace_file
 from dalle_cli.errors import DalleError
-from dalle_cli.hub import transfer as hub
+from dalle_cli.hub import transfer
 
 SHIPPED = Path(__file__).parents[1] / "bundles"
 DEFAULTS = ("emoji", "shapes")  # without -m, the first of these that is shipped
@@ -33,8 +33,8 @@ def _locate(model: str | None, *kinds: str) -> tuple[Path, dict[str, str]]:
             if (SHIPPED / name).is_dir():
                 return SHIPPED / name, {}
         raise DalleError("expected a model, found none; give -m FILE_OR_FOLDER or set DALLE_MODEL")
-    if model.startswith(hub.SCHEME):
-        fetched = hub.fetch(model, kinds)
+    if model.startswith(transfer.SCHEME):
+        fetched = transfer.fetch(model, kinds)
         return fetched.folder, fetched.digests
     if Path(model).exists():
         return Path(model), {}
@@ -107,7 +107,7 @@ def whole(files: Sequence[Path]) -> list[Artifact]:
     for artifact in found:
         if not artifact.kind.startswith("weights."):
             raise DalleError(f"expected weights, found {artifact.kind}: {artifact.path}; take it out of the bundle")
-        size = artifact.fact("model", dict).get("low_size") if artifact.kind == UPSAMPLER else ""
+        size = artifact.require("model", dict).get("low_size") if artifact.kind == UPSAMPLER else ""
         twin = seen.setdefault(f"{artifact.kind} {size}", artifact)  # one upsampler for each size
         if twin is not artifact:
             names = f"{twin.path.name} and {artifact.path.name}"
@@ -116,7 +116,7 @@ def whole(files: Sequence[Path]) -> list[Artifact]:
     present = {"tokenizer": tokenizers, "encoder": {artifact.digest for artifact in found}}
     for artifact in found:
         for what in present.keys() & artifact.config.keys():
-            if (digest := artifact.fact(what, str)) not in present[what]:
+            if (digest := artifact.require(what, str)) not in present[what]:
                 raise DalleError(
                     f"expected the {what} of {artifact.path.name} (sha256 {digest[:12]}) in the bundle, "
                     "found none of that digest; put it beside"
@@ -133,7 +133,7 @@ def files_of(folder: Path, force: bool) -> list[Path]:
     if not folder.is_dir():
         raise DalleError(f"expected a bundle, found a file: {folder}; give the folder that holds it")
     present = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and not p.name.endswith(LEFT))
-    files = [path for path in present if path.is_file() and hub.BUNDLE_FILE.fullmatch(path.name)]
+    files = [path for path in present if path.is_file() and transfer.BUNDLE_FILE.fullmatch(path.name)]
     other = [path.name for path in present if path not in files]
     if other and not force:
         raise DalleError(
@@ -199,7 +199,7 @@ def tokenizer(weights: Artifact) -> Path:
     Raises:
         DalleError: there is none with the digest that they name.
     """
-    return find_tokenizer(weights.fact("tokenizer", str), weights.path.parent)
+    return find_tokenizer(weights.require("tokenizer", str), weights.path.parent)
 
 
 def check_digest(what: str, found: str, expected: str, source: object) -> None:

@@ -117,7 +117,7 @@ class ModernBlock(StackedBlock):
         self.n_head = config.n_head
         width, hidden = config.n_embd, 32 * max(1, round(config.n_embd / 12))  # three matrices as large as two of 4 C
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.sharpness = nn.Parameter(torch.ones(config.n_head))  # of attention, whose queries and keys have length 1
+        self.qk_scale = nn.Parameter(torch.ones(config.n_head))  # of attention, whose queries and keys have length 1
         self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
@@ -129,7 +129,7 @@ class ModernBlock(StackedBlock):
         q, k, v = turned(self.qkv(rms_norm(x)), turns)
         if last is not None:
             q, x = q[:, :, -last:], x[:, -last:]
-        q = q * self.sharpness.to(q.dtype)[:, None, None]
+        q = q * self.qk_scale.to(q.dtype)[:, None, None]
         x = x + self.dropout(self.attention_out(attend(q, k, v).transpose(1, 2).flatten(2)))
         y: Tensor = x + self.dropout(self.mlp_out(swiglu(self.mlp_in(rms_norm(x)))))
         return y
@@ -174,7 +174,7 @@ class Prior(nn.Module):
                 continue  # have sizes of their own
             if name.endswith("bias"):
                 parameter.zero_()
-            elif "norm" in name or name.endswith("sharpness"):
+            elif "norm" in name or name.endswith("qk_scale"):
                 parameter.fill_(1)
             else:
                 residual = name.endswith(("attention_out.weight", "mlp_out.weight"))

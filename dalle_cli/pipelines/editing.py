@@ -132,7 +132,7 @@ class Editor:
             DalleError: no prior over embeddings, whose components they are; or numbers out of range.
         """
         prior = find_embedding_prior(self.model)
-        bundles.check_digest("CLIP", self.clip.weights.digest, prior.fact("encoder", str), prior.path)
+        bundles.check_digest("CLIP", self.clip.weights.digest, prior.require("encoder", str), prior.path)
         principal = loading.embedding_prior(prior, torch.device("cpu")).principal.float()
         width = len(principal.mean)
         counts = component_counts(components, width)

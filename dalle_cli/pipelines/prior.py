@@ -64,7 +64,7 @@ def find_clip(weights: Artifact, model: str | None) -> Artifact:
     Raises:
         DalleError: it is in neither place.
     """
-    encoder = weights.fact("encoder", str)
+    encoder = weights.require("encoder", str)
     beside = bundles.find_weights(encoder, weights.path.parent)
     if beside is not None and beside.kind == "weights.clip":
         return beside
@@ -93,7 +93,7 @@ class TokenPrior:
 
     def __init__(self, weights: Artifact, machine: Arithmetic):
         self.weights, self.machine = weights, machine
-        self.encoder = weights.fact("encoder", str)
+        self.encoder = weights.require("encoder", str)
         self.model = loading.prior(weights, machine.device)
         self.config = self.model.config
 
@@ -184,7 +184,7 @@ class EmbeddingPrior:
 
     def __init__(self, weights: Artifact, machine: Arithmetic, clip: Artifact):
         self.weights, self.machine, self.clip_weights = weights, machine, clip
-        self.encoder = weights.fact("encoder", str)
+        self.encoder = weights.require("encoder", str)
         self.model = loading.embedding_prior(weights, machine.device)
         self.config = self.model.config
         self._clip: ClipScorer | None = None

@@ -160,7 +160,7 @@ def _decode_codes(
     refuse_given(options, f"codes, as {codes.path} holds")
     if seed is not None:
         raise DalleError(f"expected no --seed for codes, as {codes.path} holds, found one; leave it out")
-    codec = Codec.of(bundles.weights(model, "weights.dvae"), codes.fact("encoder", str), codes.path, machine)
+    codec = Codec.of(bundles.weights(model, "weights.dvae"), codes.require("encoder", str), codes.path, machine)
     grids, made = codes.array("codes"), history("decode", {"dtype": machine.name}, codes=codes, model=codec.weights)
     return codec.size, made, lambda start, stop: codec.decode(grids[start:stop])
 

@@ -141,7 +141,7 @@ def _prior(table: Mapping[str, Any]) -> Subject:
     def batch(n: int) -> Batch:
         codes = torch.randint(0, config.n_image_vocab, (n, config.grid, config.grid))
         read = (*_captions(n, config.n_text_vocab, config.n_text), codes)
-        if not config.sketch or train.sketch_redrawn:
+        if not config.sketch or train.sketch_resampled:
             return read
         own = torch.rand(train.sketch_batch, 3, config.sketch, config.sketch)
         return (*read, *_captions(train.sketch_batch, config.n_text_vocab, config.n_text), own)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dalle_cli.artifacts.text import check_ours, head_of
+from dalle_cli.artifacts.text import check_overwrite, head_of
 from dalle_cli.errors import DalleError
 from dalle_cli.viz.charts import number
 
@@ -74,7 +74,7 @@ def check_page(path: Path, generator: str, force: bool = False) -> None:
         DalleError: something else lies at `path`.
     """
     tag = f'<meta name="generator" content="{generator}">'
-    check_ours(path, f"a page of `{generator}`", lambda path: tag in head_of(path), force)
+    check_overwrite(path, f"a page of `{generator}`", lambda path: tag in head_of(path), force)
 
 
 def size(n_bytes: int) -> str:

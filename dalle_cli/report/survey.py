@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dalle_cli import console
 from dalle_cli.artifacts import Artifact, digest_bytes
-from dalle_cli.artifacts.text import check_ours, json_fact
+from dalle_cli.artifacts.text import check_overwrite, read_json_key
 from dalle_cli.errors import DalleError
 from dalle_cli.report import html
 
@@ -277,7 +277,7 @@ def bootstrap(
 def agree(counts: NDArray[np.int64]) -> tuple[float | None, float | None]:
     """The share of other raters of a caption who agree, and Krippendorff's nominal alpha; votes are (N, C).
 
-    Alpha is 1 where all agree, and 0 where agreement is that of chance. Without a caption of two votes both are None;
+    Alpha is 1 where all agree, and 0 where agreement is that of chance. Exclude a caption of two votes both are None;
     alpha is None also where all votes are alike.
     """
     counts = counts[counts.sum(1) > 1]
@@ -296,4 +296,4 @@ def check_tally(path: Path, force: bool) -> None:
     Raises:
         DalleError: something else lies at `path`.
     """
-    check_ours(path, "a tally", lambda path: json_fact(path, "format") == TALLY, force)
+    check_overwrite(path, "a tally", lambda path: read_json_key(path, "format") == TALLY, force)

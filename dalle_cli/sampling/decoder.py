@@ -23,7 +23,7 @@ from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge, resi
 
 
 @dataclass(frozen=True)
-class Brush:
+class SamplerConfig:
     """How to paint: steps, sampler, classifier-free guidance (1 = off), and DDIM's eta.
 
     Raises: DalleError where a value is out of its range.
@@ -58,7 +58,7 @@ def to_signed(images: Tensor) -> Tensor:
     return 2 * from_uint8(images) - 1
 
 
-def to_stored(x: Tensor) -> Tensor:
+def to_images(x: Tensor) -> Tensor:
     """The way back: [-1, 1] -> uint8."""
     return to_uint8((x.float() + 1) / 2)
 
@@ -79,7 +79,7 @@ def network(
 
 @torch.inference_mode()
 def paint(
-    decoder: Decoder, embeddings: Tensor, tokens: Tensor, lengths: Tensor, brush: Brush, noise: Noise,
+    decoder: Decoder, embeddings: Tensor, tokens: Tensor, lengths: Tensor, brush: SamplerConfig, noise: Noise,
     given: Tensor | None = None, start: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Pictures of embeddings and captions: (B, D), (B, T) and (B,) int64 -> (B, 3, S, S) uint8.
@@ -91,7 +91,7 @@ def paint(
     told = network(decoder, embeddings, tokens, lengths, given, brush.guidance != 1)
     denoise = denoiser(told, model, Guidance(brush.guidance), Threshold(1.0))
     x = (noise(0, (3, side, side)) if start is None else start).to(decoder.null_embedding.device)
-    return to_stored(sample(brush.sampler, denoise, model.schedule, x, brush.steps, noise, eta=brush.eta))
+    return to_images(sample(brush.sampler, denoise, model.schedule, x, brush.steps, noise, eta=brush.eta))
 
 
 @torch.inference_mode()
@@ -140,7 +140,7 @@ def enlarge_noised(model: Process, low: Tensor, factor: int, level: Tensor, nois
 
 
 @torch.inference_mode()
-def upsample(upsampler: Upsampler, low: Tensor, brush: Brush, noise: Noise, low_noise: float = 0.0) -> Tensor:
+def upsample(upsampler: Upsampler, low: Tensor, brush: SamplerConfig, noise: Noise, low_noise: float = 0.0) -> Tensor:
     """Larger images of small ones, of any size: (B, 3, s, s) uint8 -> (B, 3, f s, f s) uint8, unguided.
 
     `low_noise` is the share of the timesteps that the small images are noised to, 0 for none, and hides artifacts that
@@ -160,7 +160,7 @@ def upsample(upsampler: Upsampler, low: Tensor, brush: Brush, noise: Noise, low_
         beside = enlarge(x_low, c.factor)
     denoise = denoiser(lambda x, t: upsampler(x, t, beside, level), model, threshold=Threshold(1.0))
     x = noise(0, beside.shape[1:]).to(device)
-    return to_stored(sample(brush.sampler, denoise, model.schedule, x, brush.steps, noise, eta=brush.eta))
+    return to_images(sample(brush.sampler, denoise, model.schedule, x, brush.steps, noise, eta=brush.eta))
 
 
 def chained(configs: Sequence[UpsamplerConfig], size: int) -> list[int]:

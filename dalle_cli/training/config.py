@@ -84,7 +84,7 @@ class TrainConfig:
     final_lr: float = 0.0
     schedule: str = "cosine"  # or "trapezoid", "constant", "plateau"
     warmup: int = 0
-    plateau_figure: str = "loss"  # of training, or of validation: "image_nats"; "-psnr_held_out" for one that rises
+    plateau_metric: str = "loss"  # of training, or of validation: "image_nats"; "-psnr_held_out" for one that rises
     plateau_patience: int = 5  # validations in a row without improvement before the rate is cut
     plateau_factor: float = 0.5  # a cut multiplies the rate by this
     plateau_least: float = 1 / 32  # share of lr below which the rate is not cut: the paper's five halvings

@@ -25,13 +25,13 @@ from dalle_cli.devices import rank
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.process import Process
 from dalle_cli.models.decoder import Decoder, DecoderConfig
-from dalle_cli.sampling.decoder import Brush, paint, to_signed
+from dalle_cli.sampling.decoder import SamplerConfig, paint, to_signed
 from dalle_cli.training.config import check_at_least, check_share, setting
 from dalle_cli.training.denoising import DenoisingTask, DenoisingTrain, Draws, Predict, denoising
 from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.stage import Trainable, TrainingStage, image_inputs
 from dalle_cli.training.task import Batch, seeded
-from dalle_cli.viz.grid import sheet
+from dalle_cli.viz.grid import image_grid
 
 _EMBEDDINGS = 5  # the last word of a seed, as in training/denoising.py
 
@@ -45,8 +45,8 @@ class DecoderTrain(DenoisingTrain):
     embedding_dropout: float = setting(0.1, overfit=0.0)  # share of null embeddings, for guidance
     caption_dropout: float = setting(0.5, overfit=0.0)
     embedding_noise: float = 0.0  # up to this share of their rms is added to the entries of z_i: a prior errs, too
-    sheet_pictures: int = setting(12, affects="nothing")
-    sheet_steps: int = setting(20, affects="nothing")
+    grid_images: int = setting(12, affects="nothing")
+    grid_steps: int = setting(20, affects="nothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,11 +129,11 @@ class DecoderTask(DenoisingTask):
     def samples(self, model: nn.Module, device: torch.device) -> Image.Image | None:
         """Held-out originals above what is decoded from their embeddings, always with the same noise."""
         assert isinstance(model, Decoder)
-        for rows, images, (embeddings, _, tokens, lengths) in self.held_out_batches(self.options.sheet_pictures):
-            noise, brush = row_noise(self.seed, rows, "decoder"), Brush(self.options.sheet_steps)
+        for rows, images, (embeddings, _, tokens, lengths) in self.held_out_batches(self.options.grid_images):
+            noise, brush = row_noise(self.seed, rows, "decoder"), SamplerConfig(self.options.grid_steps)
             decoded = paint(model, embeddings, tokens, lengths, brush, noise)
             title = "held-out originals, and what is decoded from their embeddings"
-            return sheet([*images.numpy(), *decoded.cpu().numpy()], columns=len(rows), title=title)
+            return image_grid([*images.numpy(), *decoded.cpu().numpy()], columns=len(rows), title=title)
         return None
 
 
@@ -162,14 +162,14 @@ def train_decoder(
     latents = open_artifact(embeddings, "embeddings")
     texts = None if captions is None else open_artifact(captions, "captions")
     conditions = Conditions(latents, texts)
-    inputs.provenance["embeddings"], inputs.header["encoder"] = latents, latents.fact("encoder", str)
+    inputs.provenance["embeddings"], inputs.header["encoder"] = latents, latents.require("encoder", str)
     if texts is not None:
-        inputs.provenance["captions"], inputs.header["tokenizer"] = texts, texts.fact("tokenizer", str)
+        inputs.provenance["captions"], inputs.header["tokenizer"] = texts, texts.require("tokenizer", str)
     inputs.sizes |= {
         "n_embedding": conditions.width, "n_text": conditions.n_text, "n_text_vocab": conditions.n_vocab,
     }  # fmt: skip
     stage = TrainingStage(TRAINABLE, out, o, inputs)
     if (missing := conditions.missing(data.ids)) and rank() == 0:
         console.note(f"{len(missing)} of {len(data)} images have no embedding and are left out")
-    data = data.without(missing)
+    data = data.exclude(missing)
     return stage.run(lambda: DecoderTask(stage.model, stage.train, data, conditions, o.seed, workers))

@@ -41,13 +41,13 @@ class DenoisingTrain(ImageTrainConfig):
     schedule: str = "constant"
     ema: float = 0.9999
     min_snr: float = 0.0  # gamma of Hang et al. 2023, who take 5; 0 weights all timesteps equally
-    sheet_pictures: int = setting(0, affects="nothing")  # held-out images sampled at each validation; 0 = none
-    sheet_steps: int = setting(10, affects="nothing")
+    grid_images: int = setting(0, affects="nothing")  # held-out images sampled at each validation; 0 = none
+    grid_steps: int = setting(10, affects="nothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 0, "min_snr", "sheet_pictures")
-        check_at_least(self, 1, "sheet_steps")
+        check_at_least(self, 0, "min_snr", "grid_images")
+        check_at_least(self, 1, "grid_steps")
 
 
 class Draws(NamedTuple):

@@ -1,6 +1,6 @@
 """Data-parallel training: several processes, each with its own device, make one update (Ramesh et al. 2021, app. E).
 
-Without a launcher such as torchrun there is one process, and these functions do nothing.
+Exclude a launcher such as torchrun there is one process, and these functions do nothing.
 """
 
 import itertools
@@ -44,7 +44,7 @@ class Lost(DalleError):
 
 
 @runtime_checkable
-class Shares(Protocol):
+class ReadsOwnPart(Protocol):
     """A task that can read only its own process's part of each batch."""
 
     def share(self, rank: int, world: int) -> None:
@@ -179,7 +179,7 @@ class Computes(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-class Alone:
+class SingleProcess:
     """The parallel strategy of a single process, and the base class of the others."""
 
     cut = False  # whether each process holds only a shard of the weights
@@ -191,7 +191,7 @@ class Alone:
         """Wraps forward and backward of a part of a batch; after the last part, all processes' gradients are in."""
         return nullcontext()
 
-    def settle(self) -> None:
+    def average_buffers(self) -> None:
         """Average the buffers that training changes, after the backward passes of an update."""
 
     def overflowed(self, flags: Tensor) -> Tensor:
@@ -227,13 +227,13 @@ class _Loss(nn.Module):
         return self.task.loss(batch, step, generator)
 
 
-class Replicas(Alone):
+class DataParallel(SingleProcess):
     """Whole weights in every process; gradients are averaged, exactly or by PowerSGD (Vogels et al. 2019)."""
 
     def __init__(self, task: Computes, group: Group, powersgd_rank: int, powersgd_from: int) -> None:
         """PowerSGD starts after `powersgd_from` updates."""
         super().__init__(task, group)
-        # Without find_unused_parameters DDP rebuilds its buckets after the first update, and a resumed run would sum
+        # Exclude find_unused_parameters DDP rebuilds its buckets after the first update, and a resumed run would sum
         # gradients in another order than an uninterrupted one.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -263,7 +263,7 @@ class Replicas(Alone):
     def part(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self.module.no_sync()
 
-    def settle(self) -> None:
+    def average_buffers(self) -> None:
         for buffer in self.buffers:
             dist.all_reduce(buffer)
             buffer /= self.group.world

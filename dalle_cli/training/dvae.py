@@ -23,7 +23,7 @@ from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.schedules import cosine
 from dalle_cli.training.stage import Trainable, TrainingStage, image_inputs
 from dalle_cli.training.task import Batch, EqualParts, ImageTask, seeded
-from dalle_cli.viz.grid import sheet
+from dalle_cli.viz.grid import image_grid
 
 N_SAMPLES = 12
 GONE = 1.1  # perplexity of codes that carry no information any more
@@ -127,7 +127,7 @@ class DVAETask(EqualParts, ImageTask):
         for _, images in self.held_out_images(self.config.image_size, N_SAMPLES):
             rebuilt = model.reconstruct(from_uint8(images.to(device))).cpu()
             pixels = [*images.numpy(), *to_uint8(rebuilt).numpy()]
-            return sheet(pixels, columns=len(images), title="held-out originals, and their reconstructions")
+            return image_grid(pixels, columns=len(images), title="held-out originals, and their reconstructions")
         return None
 
 

@@ -20,7 +20,7 @@ from dalle_cli.devices import rank
 from dalle_cli.diffusion.noise import noise_for
 from dalle_cli.errors import DalleError
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
-from dalle_cli.models.embedding_prior import EmbeddingPrior, EmbeddingPriorConfig
+from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
 from dalle_cli.models.embeddings import Principal, off_scale
 from dalle_cli.sampling.embeddings import Read, autoregressed, diffused, process_of
 from dalle_cli.training.config import TrainConfig, check_among, check_at_least, check_sampling, check_share, setting
@@ -89,7 +89,7 @@ def measured(pairs: Pairs, places: Ints, scale: float = 0.0) -> Principal:
 class EmbeddingPriorTask(EqualParts, PairTask, ABC):
     """Captions and embeddings joined by id; one subclass per prior."""
 
-    model: DiffusionPrior | EmbeddingPrior
+    model: DiffusionPrior | AutoregressivePrior
 
     def __init__(self, train: EmbeddingPriorTrain, pairs: Pairs, seed: int):
         super().__init__(train, pairs, seed)
@@ -146,7 +146,7 @@ class EmbeddingPriorTask(EqualParts, PairTask, ABC):
         `cosine_others` is the mean cosine with the embeddings of all other images, which a prior that ignores captions
         would reach.
         """
-        assert isinstance(model, DiffusionPrior | EmbeddingPrior)
+        assert isinstance(model, DiffusionPrior | AutoregressivePrior)
         losses = [
             (self._held_out_loss(model, *batch).detach().item(), len(batch[1]))
             for batch in self._held_out(self.options.max_validation, device)
@@ -220,11 +220,11 @@ class DiffusionPriorTask(EmbeddingPriorTask):
 class AutoregressivePriorTask(EmbeddingPriorTask):
     """The autoregressive prior: nats per bucket."""
 
-    model: EmbeddingPrior
+    model: AutoregressivePrior
 
-    def __init__(self, config: EmbeddingPriorConfig, train: EmbeddingPriorTrain, pairs: Pairs, seed: int):
+    def __init__(self, config: AutoregressivePriorConfig, train: EmbeddingPriorTrain, pairs: Pairs, seed: int):
         super().__init__(train, pairs, seed)
-        self.model = seeded(seed, lambda: EmbeddingPrior(config))
+        self.model = seeded(seed, lambda: AutoregressivePrior(config))
         self._measure()
         self._measure_ranges()
 
@@ -244,7 +244,7 @@ class AutoregressivePriorTask(EmbeddingPriorTask):
         tokens, lengths, z_t, z_i = batch
         return self._loss(self.model, Read(tokens, lengths, z_t), z_i)
 
-    def _loss(self, model: EmbeddingPrior, read: Read, z_i: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, model: AutoregressivePrior, read: Read, z_i: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         dots = model.quantize_dot((z_i * read.z_t).sum(-1))
         return model.loss(*read, dots, model.quantize(z_i))
 
@@ -270,7 +270,7 @@ class PriorChoice:
 
 TRAINABLES = {
     kind: Trainable("train-prior", "weights.prior.embeddings", f"{SECTION}.{kind}", model, EmbeddingPriorTrain)
-    for kind, model in zip(KINDS, (DiffusionPriorConfig, EmbeddingPriorConfig), strict=True)
+    for kind, model in zip(KINDS, (DiffusionPriorConfig, AutoregressivePriorConfig), strict=True)
 }
 
 

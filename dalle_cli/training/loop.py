@@ -18,14 +18,14 @@ from dalle_cli.devices import Arithmetic, compiled, keep_freed_memory
 from dalle_cli.errors import DalleError
 from dalle_cli.training.blocks import blocks, recompute, wrap_forward
 from dalle_cli.training.config import TrainConfig
-from dalle_cli.training.distributed import Alone, Group, Replicas, Shares, joined
+from dalle_cli.training.distributed import DataParallel, Group, ReadsOwnPart, SingleProcess, joined
 from dalle_cli.training.interrupt import Interrupt
 from dalle_cli.training.metrics import Averages, Meter, Silent
 from dalle_cli.training.optim import EMA, load_optimizer_state, optimizer_state, optimizers
 from dalle_cli.training.run import Board, Run
 from dalle_cli.training.scaling import BlockScales
 from dalle_cli.training.schedules import Plateau, learning_rate
-from dalle_cli.training.sharding import Shards
+from dalle_cli.training.sharding import FullySharded
 from dalle_cli.training.shards import whole
 from dalle_cli.training.task import Batch, Costs, Counts, Splits, Task, mix
 from dalle_cli.training.warm_start import begin
@@ -47,11 +47,11 @@ class Trainer:
         cut = self.group.world > 1 and config.parallel == "shard"  # FSDP: no rank holds the full weights
         self.model = (task.model if cut else task.model.to(self.device)).train()
         self.ema = EMA(self.model, config.ema)
-        self.spread = self._spread(cut)
+        self.strategy = self._strategy(cut)
         self.optimizers = optimizers(self.model, config)
         self.step = 0
         c = config
-        self.plateau = Plateau(c.plateau_figure, c.plateau_patience, c.plateau_factor, c.plateau_least)
+        self.plateau = Plateau(c.plateau_metric, c.plateau_patience, c.plateau_factor, c.plateau_least)
         self.logged, self.validated = Averages(), Averages()  # since the last log row, since the last validation
         flops = task.flops() / self.group.world if isinstance(task, Costs) else None
         self.meter = Meter(machine, flops, config.log_every)
@@ -59,7 +59,7 @@ class Trainer:
         self.scales: BlockScales | None = None
         self._wrap()  # after the average was made, which is a plain model
 
-    def _spread(self, cut: bool) -> Alone:
+    def _strategy(self, cut: bool) -> SingleProcess:
         """The parallel strategy: how the weights lie in the processes.
 
         Raises:
@@ -67,10 +67,10 @@ class Trainer:
         """
         c, world = self.config, self.group.world
         if world == 1:
-            return Alone(self.task, self.group)
+            return SingleProcess(self.task, self.group)
         refusals = {
             f"{world} equal parts of batch_size {c.batch_size}": c.batch_size % (world * c.accumulate),
-            "one process for a loss that takes the whole batch": not isinstance(self.task, (Splits, Shares)),
+            "one process for a loss that takes the whole batch": not isinstance(self.task, (Splits, ReadsOwnPart)),
             "compile = false for weights in shards": cut and c.compile,
             "powersgd_rank = 0 in float16": c.powersgd_rank and self.machine.dtype == torch.float16,
         }
@@ -78,10 +78,10 @@ class Trainer:
             if refused:
                 raise DalleError(f"expected {wanted}, found {world} processes; change one of them")
         if cut:
-            return Shards(self.task, self.group, self.ema.model, self.device)
-        if isinstance(self.task, Shares):
+            return FullySharded(self.task, self.group, self.ema.model, self.device)
+        if isinstance(self.task, ReadsOwnPart):
             self.task.share(self.group.rank, world)
-        return Replicas(self.task, self.group, c.powersgd_rank, c.warmup)
+        return DataParallel(self.task, self.group, c.powersgd_rank, c.warmup)
 
     def _wrap(self) -> None:
         """Wrap the model's blocks and its loss as the settings say.
@@ -120,7 +120,7 @@ class Trainer:
         if found is None:
             return
         self.step, tensors = found
-        tensors = self.spread.read(self.run, self.step, tensors)
+        tensors = self.strategy.read(self.run, self.step, tensors)
         self.model.load_state_dict(_part(tensors, "model"))
         self.ema.model.load_state_dict(_part(tensors, "ema"))
         load_optimizer_state(self.model, self.optimizers, _part(tensors, "optimizer"))
@@ -144,7 +144,7 @@ class Trainer:
             "loop/scales": self.scales.state() if self.scales else {},
         }
         tensors = {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
-        self.spread.write(self.run, self.step, tensors, self.config.keep)
+        self.strategy.write(self.run, self.step, tensors, self.config.keep)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update of the weights; the metrics to log."""
@@ -154,7 +154,7 @@ class Trainer:
             group["lr"] = rate
         figures = self._gradients(tuple(t.to(self.device, non_blocking=True) for t in batch))
         if self.scales:
-            self.scales.unscale(self.spread.overflowed)
+            self.scales.unscale(self.strategy.overflowed)
         if c.clip_norm:
             figures["grad_norm"] = whole(nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
         for optimizer in self.optimizers:
@@ -170,12 +170,12 @@ class Trainer:
         parts, figures = self._parts(batch), Averages()
         for number, part in parts.items():
             generator = self._seeded(self.step, *([] if number is None else [number]))
-            with self.spread.part(figures.count + 1 == len(parts)):
+            with self.strategy.part(figures.count + 1 == len(parts)):
                 with self._autocast():
-                    loss, more = self.spread.loss(part, self.step, generator)
+                    loss, more = self.strategy.loss(part, self.step, generator)
                 (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
             figures.add({"loss": loss.detach(), **{k: v.detach() for k, v in more.items()}})
-        self.spread.settle()
+        self.strategy.average_buffers()
         return self.group.means({name: total / len(parts) for name, total in figures.sums.items()})
 
     def _parts(self, batch: Batch) -> dict[int | None, Batch]:
@@ -183,7 +183,7 @@ class Trainer:
         here, world = self.config.accumulate, self.group.world
         if here * world == 1:
             return {None: batch}
-        shares = isinstance(self.task, Shares)  # the batch is this process's part already
+        shares = isinstance(self.task, ReadsOwnPart)  # the batch is this process's part already
         n_parts, first = here if shares else here * world, self.group.rank * here
         parts = [batch]
         if n_parts > 1:
@@ -205,12 +205,12 @@ class Trainer:
             with torch.no_grad(), self.machine.autocast():
                 return self.task.validate(self.ema.model, self.device)
 
-        return validate() if self.spread.cut else self.group.first(validate)  # sharded weights need all processes
+        return validate() if self.strategy.cut else self.group.first(validate)  # sharded weights need all processes
 
     def validate(self) -> dict[str, float]:
         """Metrics of the averaged weights on held-out data, logged; and an image grid."""
         figures = self._figures()
-        if not self.spread.cut:
+        if not self.strategy.cut:
             self.group.first(self._save_samples)
         self._write({"step": self.step, "seconds": round(self.meter.seconds, 3), "validation": figures})
         self._see({"loss": self.validated.take()["loss"], **figures})
@@ -241,7 +241,7 @@ class Trainer:
             if display.live:
                 self.meter.measure_machine()
             batches = stack.enter_context(closing(self.task.batches(self.step)))
-            if c.schedule == "plateau" and c.plateau_figure != "loss" and self.step == 0:
+            if c.schedule == "plateau" and c.plateau_metric != "loss" and self.step == 0:
                 self.plateau.value({"loss": 0.0, **self._figures()})  # refuses a wrong name now, not hours later
             while self.step < c.steps:
                 self._advance(batches, display)
@@ -261,7 +261,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """Write the weights."""
-        weights = self.spread.weights(self.ema.model.state_dict())
+        weights = self.strategy.weights(self.ema.model.state_dict())
         self.group.first(lambda: self.run.save_weights(stored_as(weights, self.config.save_dtype)))
 
     def _display(self) -> AbstractContextManager[console.Display]:
@@ -283,7 +283,7 @@ class Trainer:
                 self.logged.check(self.step)
             means = self.logged.take() if logs else self.logged.means()  # waits for the device
         units = self.task.units(batch) if isinstance(self.task, Counts) else ("images", len(batch[0]))
-        read = self.group.world if isinstance(self.task, Shares) else 1
+        read = self.group.world if isinstance(self.task, ReadsOwnPart) else 1
         self.meter.add(time.monotonic() - began, units[0], units[1] * read)
         if logs:
             self._write({"step": self.step, **means, **self.meter.row()})

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from dalle_cli.options import Device, Dtype, Force, Fresh, Init, Recipe, Seed, Sets, Without
+from dalle_cli.options import Device, Dtype, Exclude, Force, Fresh, Init, Recipe, Seed, Sets
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class TrainingOptions:
     config: Recipe = None
     sets: Sets = field(default_factory=list)
     init: Init = None
-    exclude: Without = None
+    exclude: Exclude = None
     seed: Seed = 0
     device: Device = "auto"
     dtype: Dtype = "auto"

@@ -23,16 +23,16 @@ from dalle_cli.hub import bundles
 from dalle_cli.models.dvae import DVAE
 from dalle_cli.models.pixels import to_uint8
 from dalle_cli.models.prior import Prior, PriorConfig, disturb_codes, drop_captions
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 from dalle_cli.sampling.autoregressive import sample_codes
-from dalle_cli.sampling.sketches import N_TIMESTEP, redraw_sketches, sketch_losses
+from dalle_cli.sampling.sketches import N_TIMESTEP, resample_sketches, sketch_losses
 from dalle_cli.training import warm_start
 from dalle_cli.training.config import TrainConfig, check_at_least, check_sampling, check_share, setting
 from dalle_cli.training.embedding_prior import train_embedding_prior
 from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.stage import Trainable, TrainingStage, pair_inputs
 from dalle_cli.training.task import Batch, PairTask, int64, mix, seeded
-from dalle_cli.viz.grid import sheet
+from dalle_cli.viz.grid import image_grid
 
 COLORS_AT_ONCE = 256  # codes
 UNSEEN = 0.15  # share of the pairs whose sketch is hidden, as it is for a likelihood of codes
@@ -70,19 +70,19 @@ class PriorTrain(TrainConfig):
     sketch_batch: int = setting(256, overfit=8)  # further pairs per update that the sketch, if any, learns from
     sketch_only: bool = setting(False, overfit=False)  # train the sketch, and freeze the rest of the prior
     # freeze the sketch, and let the codes follow true sketches that it sampled again from up to this share of noise
-    sketch_redrawn: float = setting(0.0, overfit=0.0)
+    sketch_resampled: float = setting(0.0, overfit=0.0)
     sketch_guidance: float = setting(1.0, affects="end")  # sampling default of the sketch; 1 = none
-    sheet_prompts: int = setting(12, affects="nothing")  # held-out captions sampled at each validation; 0 = none
+    grid_prompts: int = setting(12, affects="nothing")  # held-out captions sampled at each validation; 0 = none
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share(self, "bpe_dropout", "caption_dropout", "code_noise", "sketch_redrawn")
+        check_share(self, "bpe_dropout", "caption_dropout", "code_noise", "sketch_resampled")
         check_sampling(self, "guidance", "temperature", "sketch_guidance")
         check_at_least(self, 1, "sketch_batch")
-        check_at_least(self, 0, "sheet_prompts")
-        if self.sketch_only and self.sketch_redrawn:
+        check_at_least(self, 0, "grid_prompts")
+        if self.sketch_only and self.sketch_resampled:
             found = "found both; first train the one, then with its weights the other"
-            raise DalleError(f"expected sketch_only or sketch_redrawn, {found}")
+            raise DalleError(f"expected sketch_only or sketch_resampled, {found}")
 
 
 def freeze(model: Prior, train: PriorTrain) -> None:
@@ -90,11 +90,11 @@ def freeze(model: Prior, train: PriorTrain) -> None:
 
     Raises: DalleError where they freeze a part and there is no sketch.
     """
-    for name in ("sketch_only", "sketch_redrawn"):
+    for name in ("sketch_only", "sketch_resampled"):
         if getattr(train, name):
             if model.sketch is None:
                 raise DalleError(f"expected prior.sketch beside prior.train.{name}, found none; say its side")
-            model.requires_grad_(name == "sketch_redrawn")
+            model.requires_grad_(name == "sketch_resampled")
             model.sketch.requires_grad_(name == "sketch_only")
 
 
@@ -117,14 +117,14 @@ class PriorTask(PairTask):
         super().__init__(train, pairs, seed)
         self.config, self.options, self.tokenizer, self.dvae = config, train, tokenizer, dvae
         self.model = seeded(seed, lambda: Prior(config))
-        self.learns_sketch = bool(config.sketch) and not train.sketch_redrawn
+        self.learns_sketch = bool(config.sketch) and not train.sketch_resampled
         if self.model.sketch is not None:
             if dvae is None:
                 raise DalleError("expected the dVAE beside -o or the codes for prior.sketch, found none; copy it there")
             if train.parallel == "shard":  # FSDP gathers the weights in `Prior.loss` alone
                 found = 'found "shard"; a sketch is small'
                 raise DalleError(f'expected parallel = "replicate" for a prior that sketches, {found}')
-            self.model.sketch.colors.copy_(code_colors(load.dvae(dvae, torch.device("cpu"))))
+            self.model.sketch.colors.copy_(code_colors(loading.dvae(dvae, torch.device("cpu"))))
             self.sketch_order = Order(len(self.places), train.sketch_batch, mix(seed, 2))
         freeze(self.model, train)
 
@@ -174,9 +174,9 @@ class PriorTask(PairTask):
         normal = partial(torch.randn, generator=generator, device=device)
         with torch.no_grad():
             true = sketch.of(codes)
-        if share := self.options.sketch_redrawn:
+        if share := self.options.sketch_resampled:
             since, noise = (share * N_TIMESTEP * uniform(len(true))).to(true), normal(true.shape).to(true)
-            seen = redraw_sketches(
+            seen = resample_sketches(
                 self.model, tokens, lengths, true, since, noise, guidance_scale=self.options.sketch_guidance,
                 steps=REDRAWING_STEPS,
             )  # fmt: skip
@@ -258,7 +258,7 @@ class PriorTask(PairTask):
     def samples(self, model: nn.Module, device: torch.device) -> Image.Image | None:
         """Images of the first held-out captions, always the same ones; nothing without a dVAE."""
         assert isinstance(model, Prior)
-        places, o = self.held_out[: self.options.sheet_prompts], self.options
+        places, o = self.held_out[: self.options.grid_prompts], self.options
         if self.dvae is None or not len(places):
             return None
         captions, _ = self.pairs.draw(places)
@@ -268,9 +268,9 @@ class PriorTask(PairTask):
                 model, tokens, lengths, range(len(places)), self.seed, guidance_scale=o.guidance,
                 temperature=o.temperature, sketch_guidance=o.sketch_guidance,
             )  # fmt: skip
-            pixels = to_uint8(load.dvae(self.dvae, device).decode(codes)).cpu().numpy()
+            pixels = to_uint8(loading.dvae(self.dvae, device).decode(codes)).cpu().numpy()
         texts = self.pairs.captions.strings("text")
-        return sheet(list(pixels), [texts[row] for row in captions.tolist()], title="held-out captions")
+        return image_grid(list(pixels), [texts[row] for row in captions.tolist()], title="held-out captions")
 
 
 TRAINABLE = Trainable("train-prior", "weights.prior.codes", "prior", PriorConfig, PriorTrain)
@@ -292,7 +292,7 @@ def train_prior(
     pairs, inputs = pair_inputs(texts, found, o)
     if found.kind == "embeddings":
         return train_embedding_prior(pairs, inputs, Path(out), o)
-    inputs.sizes |= {"n_image_vocab": found.fact("n_vocab", int), "grid": found.fact("grid", int)}
+    inputs.sizes |= {"n_image_vocab": found.require("n_vocab", int), "grid": found.require("grid", int)}
     stage = TrainingStage(TRAINABLE, out, o, inputs)
     _check_redrawn(stage)
     bpe, (read_with, encoder) = None, (inputs.header[name] for name in ("tokenizer", "encoder"))
@@ -306,6 +306,6 @@ def train_prior(
 def _check_redrawn(stage: TrainingStage) -> None:
     """Raises: DalleError if a trained sketch is to be followed and the initial weights have none."""
     width = stage.model.sketch_width
-    if stage.model.sketch and stage.train.sketch_redrawn and not warm_start.gives(stage.start, "sketch.", width):
-        due = f"--init with a sketch of width {width} for prior.train.sketch_redrawn"
+    if stage.model.sketch and stage.train.sketch_resampled and not warm_start.gives(stage.start, "sketch.", width):
+        due = f"--init with a sketch of width {width} for prior.train.sketch_resampled"
         raise DalleError(f"expected {due}, found none; train it first, by prior.train.sketch_only")

@@ -140,11 +140,11 @@ class Run:
                 continue  # a damaged file: the checkpoint before it serves
             if not self.is_whole(found.headers[0].tensors) and not path.with_suffix(".shards").is_dir():
                 continue
-            config, step = dict(found.config), found.fact("step", int)
+            config, step = dict(found.config), found.require("step", int)
             config.pop("step")
             if self._same(found, config) or self._same_so_far(found, config, step):
                 return step, load_tensors(found)
-            state = "a finished" if step == found.fact("train", dict).get("steps") else "an unfinished"
+            state = "a finished" if step == found.require("train", dict).get("steps") else "an unfinished"
             raise DalleError(
                 f"expected checkpoints of this run in {self.folder}, found {state} run of another config or other "
                 "inputs; --fresh starts over and removes it, another -o keeps both"

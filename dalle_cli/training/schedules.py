@@ -79,7 +79,7 @@ class Plateau:
         """
         name = self.figure.removeprefix("-")
         if name not in figures:
-            found = f"expected plateau_figure among {', '.join(figures)}, found {self.figure!r}"
+            found = f"expected plateau_metric among {', '.join(figures)}, found {self.figure!r}"
             raise DalleError(f"{found}; name one of them, with a minus before it if it should rise")
         return -figures[name] if self.figure.startswith("-") else figures[name]
 

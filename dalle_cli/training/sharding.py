@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from dalle_cli.errors import DalleError
 from dalle_cli.training import shards
 from dalle_cli.training.blocks import blocks
-from dalle_cli.training.distributed import Alone, Computes, Group
+from dalle_cli.training.distributed import Computes, Group, SingleProcess
 from dalle_cli.training.run import Run
 
 UNSHARDED = "loop/"  # prefix of a checkpoint's tensors that are never sharded
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
-class Shards(Alone):
+class FullySharded(SingleProcess):
     """The weights of each block are gathered for its forward and backward pass, and freed again."""
 
     cut = True

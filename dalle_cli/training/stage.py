@@ -12,7 +12,7 @@ from dalle_cli import config as recipes
 from dalle_cli import console
 from dalle_cli.artifacts import Artifact, history, open_artifact
 from dalle_cli.data.datasets import Dataset, open_dataset
-from dalle_cli.data.exclude import leave_out, told
+from dalle_cli.data.exclude import exclude_digest, read_exclude_list
 from dalle_cli.data.filters import Filters
 from dalle_cli.data.pairs import Pairs
 from dalle_cli.data.skips import SkipLog
@@ -57,10 +57,10 @@ def image_inputs(
     """
     (filters,) = recipes.section(recipes.read(options.config, options.sets), "data", Filters)
     data = open_dataset(str(dataset), need_captions=need_captions, filters=filters)
-    gone, digest = leave_out(options.exclude, data.ids), data.digest
-    data = data.without(gone)
+    gone, digest = read_exclude_list(options.exclude, data.ids), data.digest
+    data = data.exclude(gone)
     return data, StageInputs(
-        {"dataset": digest, **told(gone)}, settings={"data": asdict(filters)}, skipped=data.skipped
+        {"dataset": digest, **exclude_digest(gone)}, settings={"data": asdict(filters)}, skipped=data.skipped
     )
 
 
@@ -71,15 +71,15 @@ def pair_inputs(captions: Artifact, latents: Artifact, options: TrainingOptions)
         DalleError: no id in common, or a list of ids to exclude that is none.
     """
     pairs = Pairs(captions, latents)
-    gone = leave_out(options.exclude, pairs.ids)
+    gone = read_exclude_list(options.exclude, pairs.ids)
     if pairs.unmatched and rank() == 0:
         console.note(
             f"{len(pairs)} images have captions and {latents.kind}; {pairs.unmatched} have only one and are left out"
         )
-    sizes = {"n_text_vocab": captions.fact("n_vocab", int), "n_text": captions.fact("n_text", int)}
-    header = {"tokenizer": captions.fact("tokenizer", str), "encoder": latents.fact("encoder", str)}
-    inputs: dict[str, Artifact | str] = {"captions": captions, latents.kind: latents, **told(gone)}
-    return pairs.without(gone), StageInputs(inputs, sizes, header)
+    sizes = {"n_text_vocab": captions.require("n_vocab", int), "n_text": captions.require("n_text", int)}
+    header = {"tokenizer": captions.require("tokenizer", str), "encoder": latents.require("encoder", str)}
+    inputs: dict[str, Artifact | str] = {"captions": captions, latents.kind: latents, **exclude_digest(gone)}
+    return pairs.exclude(gone), StageInputs(inputs, sizes, header)
 
 
 class TrainingStage:

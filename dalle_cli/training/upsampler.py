@@ -21,13 +21,13 @@ from dalle_cli.data.datasets import Dataset
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge
-from dalle_cli.sampling.decoder import Brush, enlarge_noised, to_signed, to_stored, upsample
+from dalle_cli.sampling.decoder import SamplerConfig, enlarge_noised, to_images, to_signed, upsample
 from dalle_cli.training.config import check_at_least, check_share, setting
 from dalle_cli.training.denoising import DenoisingTask, DenoisingTrain, Draws, Predict
 from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.stage import Trainable, TrainingStage, image_inputs
 from dalle_cli.training.task import Batch, seeded
-from dalle_cli.viz.grid import sheet
+from dalle_cli.viz.grid import image_grid
 
 _DEGRADE = 4  # the last word of a seed, as in data/loader.py
 
@@ -43,7 +43,7 @@ class UpsamplerTrain(DenoisingTrain):
     blur_sigma: float = 0.6  # pixels of the small image; from memory, not in the paper
     corruption_strength: float = 1.0  # share of the ranges of "bsr"
     low_noise: float = setting(0.0, affects="end")  # sampling default that the weights record; 0 = none
-    sheet_pictures: int = setting(4, affects="nothing")
+    grid_images: int = setting(4, affects="nothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,13 +114,13 @@ class UpsamplerTask(DenoisingTask):
         """Held-out images made small, enlarged by the model, and as they are."""
         assert isinstance(model, Upsampler)
         o, f = self.options, self.config.factor
-        for rows, images, (signed, *_) in self.held_out_batches(o.sheet_pictures):
-            low = to_stored(signed)
+        for rows, images, (signed, *_) in self.held_out_batches(o.grid_images):
+            low = to_images(signed)
             noise = row_noise(self.seed, rows, "upsampler")
-            larger = upsample(model, low, Brush(o.sheet_steps), noise, o.low_noise)
+            larger = upsample(model, low, SamplerConfig(o.grid_steps), noise, o.low_noise)
             shown = low.repeat_interleave(f, 2).repeat_interleave(f, 3)
             pixels = [*shown.numpy(), *larger.cpu().numpy(), *images.numpy()]
-            return sheet(pixels, columns=len(rows), title="held-out images: small, enlarged, and as they are")
+            return image_grid(pixels, columns=len(rows), title="held-out images: small, enlarged, and as they are")
         return None
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from dalle_cli.artifacts import Artifact
 from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.errors import DalleError
-from dalle_cli.hub import bundles as bundle
+from dalle_cli.hub import bundles
 
 LATER_PARTS = ("sketch.", "hint.")
 CHECKPOINT = "checkpoint"
@@ -26,7 +26,7 @@ def opened(model: str | None, kind: str, stage: str) -> Artifact | None:
     if model is None:
         return None
     try:
-        found = bundle.weights(model, kind, CHECKPOINT)
+        found = bundles.weights(model, kind, CHECKPOINT)
     except DalleError as error:  # the message names -m, the option of all other commands
         raise DalleError(re.sub(r"(?<=\s)-m\b", "--init", str(error))) from None
     if found.kind == CHECKPOINT and found.history[-1]["stage"] != stage:
@@ -50,7 +50,7 @@ def sizes(found: Artifact | None, known: Mapping[str, Any], recipe: object, mode
     """
     if found is None:
         return dict(known)
-    own = found.fact("model", dict)
+    own = found.require("model", dict)
     for name, value in known.items():
         if own.get(name, value) != value:
             raise DalleError(
@@ -79,7 +79,7 @@ def check_inputs(found: Artifact | None, header: Mapping[str, Any]) -> None:
 
 def gives(found: Artifact | None, part: str, width: object) -> bool:
     """Whether weights hold one of LATER_PARTS for a model with a sketch of this width."""
-    model = {} if found is None else found.fact("model", dict)
+    model = {} if found is None else found.require("model", dict)
     return bool(model.get("sketch")) and (part != "sketch." or model.get("sketch_width") == width)
 
 

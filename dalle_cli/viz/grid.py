@@ -284,6 +284,3 @@ def _has(font: ImageFont.FreeTypeFont, char: str) -> bool:
     """Whether the font has a character; FreeType draws the same box for all that it lacks."""
     found, unknown = font.getmask(char), font.getmask("\U0010fffe")
     return char == " " or (found.size, bytes(found)) != (unknown.size, bytes(unknown))
-
-
-sheet = image_grid  # until all callers use the new name

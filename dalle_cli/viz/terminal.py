@@ -19,7 +19,7 @@ LEVELS = (0, 95, 135, 175, 215, 255)  # of the 256-color palette's 6 x 6 x 6 cub
 def render(images: Sequence[Pixels], columns: int = 80, per_row: int | None = None, truecolor: bool = True) -> str:
     """Draw images, each (3, H, W) or (H, W, 3) uint8, with half blocks, at most `columns` cells wide.
 
-    Without `truecolor` each color becomes the nearest one of the 256-color palette.
+    Exclude `truecolor` each color becomes the nearest one of the 256-color palette.
 
     Raises:
         DalleError: there are no images.
