@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,12 @@ from dalle_cli.artifacts import Artifact, open_artifact
 from dalle_cli.artifacts.container import check_replaceable
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
+from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.schedules import same_until
 
-# Training settings that older weights do not record, and the values that they had.
+# Settings that older weights may not record, and the values that they had.
 LATER = {
-    "save_dtype": "float32",
-    "plateau_figure": "loss",
-    "plateau_patience": 5,
-    "plateau_factor": 0.5,
-    "plateau_least": 1 / 32,
-    "accumulate": 1,
-    "checkpoint_activations": False,
-    "compile": False,
-    "tensorboard": False,
-    "parallel": "replicate",
-    "powersgd_rank": 0,
-    "timeout": 1800,
+    **asdict(TrainConfig()),
     "code_noise": 0.0,
     "guidance": 1.0,
     "temperature": 1.0,
@@ -43,7 +33,7 @@ LATER = {
     "sketch_redrawn": 0.0,
     "sketch_guidance": 1.0,
 }
-LATER_SIZES = {"sketch": 0, "sketch_width": 384}  # the same for settings of a model
+LATER_SIZES = {"sketch": 0, "sketch_width": 384}  # the same for a model
 # Settings that do not change the result.
 ASIDE = ("tensorboard", "parallel", "timeout", "sheet_prompts")
 
