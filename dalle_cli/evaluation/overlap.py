@@ -170,8 +170,8 @@ def _compared(pairs: Sequence[Pair], train: Pictures, test: Pictures, matcher: M
                 )
             both = [pair for pair in batch if pair.test in sides[0] and pair.train in sides[1]]
             if both:
-                a, b = (matcher.tensor(np.stack([side[pair[i]] for pair in both])) for i, side in enumerate(sides))
-                values = matcher.similarity(a, b).tolist()
+                a, b = np.stack([sides[0][p.test] for p in both]), np.stack([sides[1][p.train] for p in both])
+                values = matcher.similarity(matcher.tensor(a), matcher.tensor(b)).tolist()
                 out += [Pair(p.test, p.train, round(value, DIGITS)) for p, value in zip(both, values, strict=True)]
             advance(len(batch))
     return out

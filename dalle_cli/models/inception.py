@@ -91,7 +91,7 @@ class Block(nn.Module):
 
 def _block_a(n_in: int, n_pool: int) -> Block:
     """At 35 x 35."""
-    double = ("branch3x3dbl", [(64, 1), (96, 3), (96, 3)])
+    double: Branch = ("branch3x3dbl", [(64, 1), (96, 3), (96, 3)])
     return Block(n_in, [("branch1x1", [(64, 1)]), ("branch5x5", [(48, 1), (64, 5)]), double], n_pool)
 
 
@@ -102,19 +102,19 @@ def _block_b(n_in: int) -> Block:
 
 def _block_c(n_in: int, n: int) -> Block:
     """At 17 x 17: kernels of 7 x 7 as rows and columns."""
-    double = ("branch7x7dbl", [(n, 1), (n, COLUMN), (n, ROW), (n, COLUMN), (192, ROW)])
+    double: Branch = ("branch7x7dbl", [(n, 1), (n, COLUMN), (n, ROW), (n, COLUMN), (192, ROW)])
     return Block(n_in, [("branch1x1", [(192, 1)]), ("branch7x7", [(n, 1), (n, ROW), (192, COLUMN)]), double], 192)
 
 
 def _block_d(n_in: int) -> Block:
     """From 17 x 17 to 8 x 8."""
-    seven = ("branch7x7x3", [(192, 1), (192, ROW), (192, COLUMN), (192, 3)])
+    seven: Branch = ("branch7x7x3", [(192, 1), (192, ROW), (192, COLUMN), (192, 3)])
     return Block(n_in, [("branch3x3", [(192, 1), (320, 3)]), seven], halve=True)
 
 
 def _block_e(n_in: int, max_pool: bool) -> Block:
     """At 8 x 8: kernels of 3 x 3 as rows beside columns."""
-    double = ("branch3x3dbl", [(448, 1), (384, 3), (384, None)])
+    double: Branch = ("branch3x3dbl", [(448, 1), (384, 3), (384, None)])
     return Block(n_in, [("branch1x1", [(320, 1)]), ("branch3x3", [(384, 1), (384, None)]), double], 192, max_pool)
 
 

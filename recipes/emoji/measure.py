@@ -250,7 +250,7 @@ def some_of(entries: Sequence[Entry], part: str, weights: Any, limit: int | None
 def draw_sheet(args: argparse.Namespace) -> None:
     """Draw a sheet: of each prompt the true picture, if there is one, and what was drawn; or --blind, for a judge."""
     from dalle_cli.artifacts.container import replace_file
-    from dalle_cli.commands.drawing import check_png
+    from dalle_cli.pipelines.output import check_png
     from dalle_cli.viz.grid import sheet
 
     check_png(args.out, True)
