@@ -178,7 +178,7 @@ SampleRows = Annotated[str | None, opt("N,N", "Of --from, these rows only, count
 Keep = Annotated[int, opt("N", "Keep the best N per prompt; 0 keeps all, best first.", min=0)]
 Columns = Annotated[int, opt("N", "Images in a row of the grid; 0 = as fits.", min=0)]
 Terminal = Annotated[bool | None, opt(None, "Preview in the terminal, or not.", "--terminal/--no-terminal")]
-Without = Annotated[Path | None, opt("FILE", "Leave out the ids in this file, as `overlap` writes it.")]
+Exclude = Annotated[Path | None, opt("FILE", "Leave out the ids in this file, as `overlap` writes it.", "--exclude")]
 Limit = Annotated[int | None, opt("N", "Use at most N of them, spread over all.", min=1)]
 ImageFile = Annotated[
     str | None,
@@ -232,7 +232,7 @@ DecoderEta = Annotated[
 UpsamplerSteps = Annotated[int | None, opt("N", "Steps of each of the bundle's upsamplers; else 10.", min=1)]
 LowNoise = Annotated[
     float | None,
-    opt("X", "Gaussian noise added to the image that an upsampler enlarges, in units of [-1, 1]; else 0.", min=0.0),
+    opt("X", "Noise on the image that an upsampler enlarges: a share of its timesteps; else as trained for.", min=0.0),
 ]
 EditSteps = Annotated[int | None, opt("N", "DDIM steps, and as many back to an image's noise; else 50.", min=1)]
 
@@ -292,17 +292,14 @@ class DecoderOptions:
 
 @dataclass(frozen=True)
 class InpaintingOptions:
-    """Which part of an existing image stays while codes are sampled for the rest.
-
-    Raises:
-        DalleError: a mask or rows without an image, or both.
-    """
+    """Which part of an existing image stays while codes are sampled for the rest."""
 
     image: ImageFile = None
     keep_rows: KeepRows = None
     mask: MaskFile = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises: DalleError for a mask or rows without an image, or both."""
         given = [flag(name) for name in ("keep_rows", "mask") if getattr(self, name) is not None]
         if given and self.image is None:
             raise DalleError(f"expected --image beside {given[0]}, found none; say of which image codes are kept")
@@ -333,7 +330,7 @@ class GridOptions:
     """How an image grid is laid out, and whether the terminal shows it, too."""
 
     columns: Columns = 0
-    terminal: Terminal = False
+    terminal: Terminal = None
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_scores_are_those_of_the_features_that_it_keeps(evaluate, tmp_path, chai
         assert first[name]["low"] <= first[name]["value"] <= first[name]["high"]
     assert told["inputs"]["generated"] == open_artifact(rebuilt).digest
     assert told["inputs"]["clip"] == told["inputs"]["features"] == open_artifact(chain.clip).digest
-    assert told["counts"]["reference"] == {"pictures": 24, "skipped": 0, "without": 0}
+    assert told["counts"]["reference"] == {"pictures": 24, "skipped": 0, "exclude": 0}
     assert list(told["left_out"]) == ["inception"]
     assert (tmp_path / "scores.json").read_text() == json.dumps(told, sort_keys=True, indent=1) + "\n"
     assert str(tmp_path) not in json.dumps(told)
@@ -166,7 +166,7 @@ def test_broken_pictures_are_listed_and_stay_listed(evaluate, chain, tmp_path):
     listed = tmp_path / "scores.reference.skipped.jsonl"
     for _ in range(2):  # the second finds features of the others
         told = evaluate("--scores", "frechet,retrieval", reference=data)
-        assert told["counts"]["reference"] == {"pictures": 23, "skipped": 1, "without": 0}
+        assert told["counts"]["reference"] == {"pictures": 23, "skipped": 1, "exclude": 0}
         assert [json.loads(line)["id"] for line in listed.read_text().splitlines()] == ["00"]
     assert not (tmp_path / "scores.generated.skipped.jsonl").exists()
     assert told["scores"][0]["retrieval"]["pictures"] == 23  # its picture's own real one cannot be read
@@ -191,26 +191,26 @@ def test_ids_are_left_out_with_the_pictures_drawn_for_them(evaluate, chain, rebu
     ids = tmp_path / "ids.txt"
     ids.write_text("03\n17\nnobody\n")
     whole = evaluate("--scores", "frechet")
-    part = evaluate("--scores", "frechet", "--without", ids)
-    assert part["counts"]["generated"] == part["counts"]["reference"] == {"pictures": 22, "skipped": 0, "without": 2}
+    part = evaluate("--scores", "frechet", "--exclude", ids)
+    assert part["counts"]["generated"] == part["counts"]["reference"] == {"pictures": 22, "skipped": 0, "exclude": 2}
     found = open_artifact(rebuilt)
     columns = {"images": np.asarray(found.array("images")[:]), "text": list(found.strings("text"))}
     other = [f"drawn-{i}" for i in found.strings("ids")]
     write_artifact(tmp_path / "drawn.safetensors", "images", {**columns, "ids": other}, {}, [])
-    drawn = evaluate("--scores", "frechet", "--without", ids, generated=tmp_path / "drawn.safetensors", out="b.json")
-    assert drawn["counts"]["generated"]["without"] == 2  # by their captions
+    drawn = evaluate("--scores", "frechet", "--exclude", ids, generated=tmp_path / "drawn.safetensors", out="b.json")
+    assert drawn["counts"]["generated"]["exclude"] == 2  # by their captions
     assert drawn["scores"] == part["scores"] != whole["scores"]
-    assert part["inputs"]["without"] != whole["inputs"].get("without")
+    assert part["inputs"]["exclude"] != whole["inputs"].get("exclude")
 
 
 def test_what_a_list_names_in_vain_is_warned_of(chain, rebuilt, tmp_path):
     ids = tmp_path / "ids.txt"
     ids.write_text("03\n17\nnobody\n")
     fixed = ("--reference", chain.data, "-m", chain.model, "--bootstrap", 0, "--scores", "kernel")
-    result = run_cli("evaluate", rebuilt, *fixed, "--without", ids, "-o", tmp_path / "s.json")
+    result = run_cli("evaluate", rebuilt, *fixed, "--exclude", ids, "-o", tmp_path / "s.json")
     assert result.status == 0
-    assert "2 of 24 pictures are left out, as ids.txt says" in result.stderr
-    assert "found 1 of no picture: nobody" in result.stderr
+    assert "2 of 24 images are excluded by ids.txt" in result.stderr
+    assert "found 1 of no image: nobody" in result.stderr
 
 
 def test_too_few_pictures_are_refused_with_the_number_needed(chain, rebuilt, tmp_path):
@@ -282,7 +282,7 @@ def test_the_plot_shows_each_score(evaluate, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == first
     evaluate("--blur", "1", "--plot", tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes() != first
-    assert "expected a picture's name" in run_bad(
+    assert "expected an image's name" in run_bad(
         "evaluate", tmp_path, "--reference", tmp_path, "--plot", tmp_path / "b.txt", "-o", tmp_path / "s.json"
     )
 
@@ -313,10 +313,10 @@ def test_only_scores_are_replaced(chain, rebuilt, tmp_path):
         (("--reference", "DATA", "--blur", "-1"), "radii of blur"),
         (("--reference", "DATA", "--blur", "17"), "radii of blur below 16 pixels"),
         (("--reference", "DATA", "--blur", "16"), "radii of blur below 16 pixels"),
-        (("--reference", "DATA", "--sheet", "x.png"), "expected no --sheet for images"),
+        (("--reference", "DATA", "--grid", "x.png"), "expected no --grid for images"),
         (("--reference", "DATA", "--everything"), "expected no --everything for images"),
         (("--reference", "DATA", "--scores", "fid"), "expected scores of frechet"),
-        (("--reference", "DATA", "--without", "nowhere.txt"), "found"),
+        (("--reference", "DATA", "--exclude", "nowhere.txt"), "found"),
         (("more", "--reference", "DATA"), "found more after them"),
     ],
 )

@@ -156,7 +156,7 @@ def hidden(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     train, test = planted.plant(EMOJI, folder, SOME)
     out = folder / "lists" / "overlap.txt"
-    printed = run_ok("overlap", train, test, "-o", out, "--sheet", folder / "closest.png")
+    printed = run_ok("overlap", train, test, "-o", out, "--grid", folder / "closest.png")
     assert printed == str(out)
     return train, test, out, json.loads(out.with_suffix(".json").read_text())
 
@@ -263,9 +263,9 @@ def test_features_of_a_network(chain, small, tmp_path):
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.data.loader import sequential
     from dalle_cli.models.pixels import from_uint8
-    from dalle_cli.pipelines import loading as load
+    from dalle_cli.pipelines import loading
 
-    clip = load.clip(open_artifact(chain.clip), torch.device("cpu"))
+    clip = loading.clip(open_artifact(chain.clip), torch.device("cpu"))
     embedded = {}
     for side in ("train", "test"):
         data = open_dataset(small / side, need_captions=False)
@@ -308,7 +308,7 @@ def test_faults_are_told_in_a_line(small, tmp_path):
     run_ok("overlap", *both, "-o", out, "--force")
     run_ok("overlap", *both, "-o", out)  # its own
     (tmp_path / "s.png").write_text("no picture")
-    assert "PNG" in run_bad("overlap", *both, "-o", out, "--sheet", tmp_path / "s.png")
+    assert "PNG" in run_bad("overlap", *both, "-o", out, "--grid", tmp_path / "s.png")
 
 
 def test_the_same_set_twice_is_warned_of(small, tmp_path):

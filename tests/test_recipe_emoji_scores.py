@@ -14,7 +14,7 @@ from dalle_cli.artifacts import open_artifact
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.evaluation.image_sets import open_image_set
 from dalle_cli.models.pixels import from_uint8, to_uint8
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "emoji"
 sys.path.insert(0, str(FOLDER))
@@ -53,7 +53,7 @@ def test_what_is_rebuilt_goes_by_its_own_caption(chain, tmp_path):
     assert list(found.strings("ids")) == [data.ids[row] for row in rows]
     assert list(found.strings("text")) == [data.captions[row][0] for row in rows]
     pixels = np.stack([np.asarray(data.read(row)).transpose(2, 0, 1) for row in rows])
-    dvae = load.dvae(open_artifact(chain.dvae), torch.device("cpu"))
+    dvae = loading.dvae(open_artifact(chain.dvae), torch.device("cpu"))
     shown = to_uint8(dvae.reconstruct(from_uint8(torch.from_numpy(pixels)))).numpy()
     np.testing.assert_array_equal(np.asarray(found.array("images")), shown)
 

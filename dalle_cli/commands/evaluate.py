@@ -6,7 +6,7 @@ from dalle_cli.evaluation.options import EvaluateOptions
 from dalle_cli.options import DeviceOptions, Force, Json, Out, arg
 
 EXAMPLE = """dalle evaluate radish.images.safetensors --reference photos/ --blur 0,1,2,4,8 -o s.json --plot blur.png
-dalle evaluate dvae.safetensors --reference photos/ --sheet worst.png
+dalle evaluate dvae.safetensors --reference photos/ --grid worst.png
 dalle evaluate prior.safetensors captions.safetensors codes/ --plot positions.png"""
 
 Inputs = Annotated[

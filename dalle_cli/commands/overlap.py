@@ -5,13 +5,13 @@ from typing import Annotated
 
 from dalle_cli.options import BatchSize, DeviceOptions, Force, OutFile, Workers, arg, opt
 
-EXAMPLE = """dalle overlap train.tar test.tar -o overlap.txt --sheet closest.png
+EXAMPLE = """dalle overlap train.tar test.tar -o overlap.txt --grid closest.png
 dalle overlap train.tar test.tar --of train -o seen.txt
-dalle train-dvae train.tar --without seen.txt -o dvae.safetensors"""
+dalle train-dvae train.tar --exclude seen.txt -o dvae.safetensors"""
 
 Train = Annotated[str, arg("TRAIN", "What a model is trained on: a data set or an images artifact.")]
 Test = Annotated[str, arg("TEST", "What must not be in it: likewise.")]
-Of = Annotated[str, opt("SET", "Whose ids to list for --without: test or train; the pairs go to a .json.")]
+Of = Annotated[str, opt("SET", "Whose ids to list for --exclude: test or train; the pairs go to a .json.")]
 Threshold = Annotated[
     float | None, opt("X", "Pairs of this cosine similarity are near-duplicates; 0.95 if left out.", min=-1.0, max=1.0)
 ]
@@ -23,7 +23,7 @@ Neighbors = Annotated[
     int, opt("N", "Compare each image of TEST with its N nearest of TRAIN.", "-k", "--neighbors", min=1)
 ]
 Grid = Annotated[
-    Path | None, opt("FILE", "An image grid of the pairs around the threshold, to choose it by, as PNG.", "--sheet")
+    Path | None, opt("FILE", "An image grid of the pairs around the threshold, to choose it by, as PNG.", "--grid")
 ]
 
 

@@ -56,10 +56,10 @@ def run(
     from dataclasses import asdict
 
     from dalle_cli import config, console
-    from dalle_cli.commands.embedding_priors import SECTION, chosen
     from dalle_cli.planning import hardware as machines
     from dalle_cli.planning import plan
     from dalle_cli.planning.subjects import subjects
+    from dalle_cli.training.embedding_prior import SECTION, chosen
 
     table = config.read(recipe, sets)
     if SECTION in table:

@@ -8,7 +8,7 @@ import torch
 
 from dalle_cli import console
 from dalle_cli.artifacts import Artifact
-from dalle_cli.data.exclude import leave_out
+from dalle_cli.data.exclude import read_exclude_list
 from dalle_cli.data.loader import Pictures, sequential
 from dalle_cli.data.split import held_out
 from dalle_cli.devices import Arithmetic
@@ -40,7 +40,10 @@ def evaluate_dvae(
     if options.sheet is not None:
         check_png(options.sheet, force)
     codec = Codec(weights, machine)
-    excluded, skips = leave_out(options.without, images.ids), skip_list(out.with_name(out.name.removesuffix(".json")))
+    excluded, skips = (
+        read_exclude_list(options.exclude, images.ids),
+        skip_list(out.with_name(out.name.removesuffix(".json"))),
+    )
     left = [row for row, name in enumerate(images.ids) if name not in excluded]
     rows = [left[place] for place in spread(len(left), options.limit).tolist()]
     found = Reconstructions(codec.n_vocab, WORST if options.sheet is not None else 0)
@@ -55,7 +58,7 @@ def evaluate_dvae(
     if not found.rows:
         raise DalleError(f"expected images that can be read, found none of {len(rows):,}; see {skips}")
     metrics = {**found.image_metrics(), "skipped": len(rows) - len(found.rows), **found.code_metrics()}
-    metrics |= {"without": len(excluded)} if options.without is not None else {}
+    metrics |= {"exclude": len(excluded)} if options.exclude is not None else {}
     metrics |= {"frechet": distance.metrics()} if distance is not None else {}
     if options.sheet is not None:
         _write_worst(options.sheet, found, images.ids, codec.size)

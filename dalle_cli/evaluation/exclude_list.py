@@ -7,8 +7,8 @@ from typing import Any
 
 from dalle_cli import console
 from dalle_cli.artifacts.container import replace_file
-from dalle_cli.artifacts.text import check_ours, head_of, json_fact, write_text
-from dalle_cli.data.exclude import as_line
+from dalle_cli.artifacts.text import check_overwrite, head_of, read_json_key, write_text
+from dalle_cli.data.exclude import format_id
 from dalle_cli.data.loader import sequential
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
@@ -61,8 +61,8 @@ def _check_outputs(out: Path, grid: Path | None, force: bool) -> None:
     """Raises: DalleError if something else lies there, or the list would have the name of the pairs."""
     if out.suffix == ".json":
         raise DalleError(f"expected a list of ids such as {out.with_suffix('.txt')}, found {out}; the pairs go there")
-    check_ours(out, "a list of ids", lambda path: head_of(path).startswith(HEAD), force)
-    check_ours(out.with_suffix(".json"), "pairs", lambda path: json_fact(path, "format") == FORMAT, force)
+    check_overwrite(out, "a list of ids", lambda path: head_of(path).startswith(HEAD), force)
+    check_overwrite(out.with_suffix(".json"), "pairs", lambda path: read_json_key(path, "format") == FORMAT, force)
     if grid is not None:
         check_png(grid, force)
 
@@ -73,4 +73,4 @@ def _write(out: Path, found: Overlap, of: str, made: dict[str, Any]) -> None:
     head = f"{len(ids)} of {len(images)} images of {of.upper()}, by {made['features']} from {found.threshold:g} on"
     table = {"format": FORMAT, **made, "of": of, "threshold": found.threshold, "ids": ids, "pairs": found.listed()}
     write_text(out.with_suffix(".json"), json.dumps(table, ensure_ascii=False, indent=1) + "\n")
-    write_text(out, "".join(f"{line}\n" for line in (HEAD + head, *map(as_line, ids))))
+    write_text(out, "".join(f"{line}\n" for line in (HEAD + head, *map(format_id, ids))))

@@ -13,14 +13,14 @@ def validation_share(weights: Artifact) -> float | None:
 
 def excluded_digest(weights: Artifact) -> str | None:
     """The digest of the ids that training left out; None if it left out none."""
-    digest: str | None = weights.history[-1]["inputs"].get("without") if weights.history else None
+    digest: str | None = weights.history[-1]["inputs"].get("exclude") if weights.history else None
     return digest
 
 
 def other_split(weights: Artifact, excluded: frozenset[str]) -> str | None:
     """What is wrong if training left out other ids than these, and so held out a share of other samples."""
-    wanted, found = excluded_digest(weights), exclude.told(excluded).get("without")
+    wanted, found = excluded_digest(weights), exclude.exclude_digest(excluded).get("exclude")
     if wanted in (None, found):
         return None
     given = f"{len(excluded)} others (sha256 {found[:12]})" if found else "none"
-    return f"expected --without with the ids that training left out (sha256 {wanted[:12]}), found {given}"
+    return f"expected --exclude with the ids that training left out (sha256 {wanted[:12]}), found {given}"

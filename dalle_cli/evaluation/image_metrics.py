@@ -31,7 +31,7 @@ class Unavailable(Exception):
 
 
 class Comparison:
-    """The features of both sets, and which rows of them belong together. `excluded` are ids that --without lists."""
+    """The features of both sets, and which rows of them belong together. `excluded` are ids that --exclude lists."""
 
     def __init__(
         self, sets: tuple[ImageSet, ImageSet], features: Features, clip: ClipFeatures | None, run: FeaturePass,
@@ -62,7 +62,7 @@ class Comparison:
     def counts(self, name: str) -> dict[str, int]:
         """How many images of a set are used, excluded, and skipped as they cannot be read."""
         used, read = len(self.kept[name]), len(self.found[name][self.features.name, self.run.radii[0]])
-        return {"pictures": used, "without": read - used, "skipped": len(self.sets[name].rows) - read}
+        return {"pictures": used, "exclude": read - used, "skipped": len(self.sets[name].rows) - read}
 
     def rows(self, name: str, radius: float, column: str = "embeddings", network: Features | None = None) -> Rows:
         """The features of a set that are compared."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from dalle_cli import console
 from dalle_cli.artifacts.container import replace_file
-from dalle_cli.data.exclude import leave_out
+from dalle_cli.data.exclude import read_exclude_list
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.cache import FeaturePass
@@ -35,7 +35,7 @@ def evaluate_images(
         open_image_set(name, source, options.limit)
         for name, source in ((GENERATED, generated), (REFERENCE, options.reference))
     )
-    excluded = leave_out(options.without, itertools.chain.from_iterable(one.images.ids for one in sets))
+    excluded = read_exclude_list(options.exclude, itertools.chain.from_iterable(one.images.ids for one in sets))
     size = options.size or sets[0].size()
     if max(options.radii) >= size:
         raise DalleError(f"expected radii of blur below {size} pixels, found {max(options.radii):g}; correct --blur")

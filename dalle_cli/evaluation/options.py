@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from dalle_cli.errors import DalleError
-from dalle_cli.options import BatchSize, Limit, Model, Seed, Without, Workers, opt
+from dalle_cli.options import BatchSize, Exclude, Limit, Model, Seed, Workers, opt
 
 SCORES = ("frechet", "kernel", "precision", "recall", "inception", "clip", "retrieval")
 FeaturesFile = Annotated[
@@ -36,7 +36,7 @@ class EvaluateOptions:
     ] = None
     bootstrap: Annotated[int, opt("N", "Bootstrap replicates of the intervals; 0 = no intervals.", min=0)] = 100
     size: Annotated[int | None, opt("N", "Resize images to this side; else that of the first image.", min=1)] = None
-    without: Without = None
+    exclude: Exclude = None
     limit: Limit = None
     plot: Annotated[Path | None, opt("FILE", "Plot metrics by blur, or a prior's loss by position, as PNG.")] = None
     sheet: Annotated[Path | None, opt("FILE", "Of a dVAE: an image grid of its worst reconstructions, as PNG.")] = None

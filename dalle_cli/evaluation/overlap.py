@@ -27,7 +27,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.evaluation import thumbnails
 from dalle_cli.evaluation.features import load_features
 from dalle_cli.models.pixels import from_uint8
-from dalle_cli.viz.grid import sheet
+from dalle_cli.viz.grid import image_grid
 
 THRESHOLD = 0.95  # cosine; measured for pixels (docs/results.md), a first guess for networks
 QUERIES, PAIRS = 1024, 64  # in one matrix product; compared at once
@@ -234,7 +234,7 @@ class Overlap:
         groups = [0] * len(above) + [1] * len(below)
         counts = f"{len(above) or 'no'} pairs from the threshold {self.threshold:g} on, {len(below) or 'none'} below it"
         title = f"TEST beside TRAIN: {counts}"
-        return sheet(images, names, [pair.similarity for pair in pairs], columns=4, title=title, groups=groups)
+        return image_grid(images, names, [pair.similarity for pair in pairs], columns=4, title=title, groups=groups)
 
 
 def _side_by_side(left: Image.Image, right: Image.Image) -> npt.NDArray[np.uint8]:

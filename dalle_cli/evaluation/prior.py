@@ -12,7 +12,7 @@ from torch import Tensor
 from dalle_cli import console
 from dalle_cli.artifacts import Artifact
 from dalle_cli.artifacts.container import replace_file
-from dalle_cli.data.exclude import leave_out
+from dalle_cli.data.exclude import read_exclude_list
 from dalle_cli.data.pairs import Ints, Pairs
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
@@ -46,7 +46,7 @@ def evaluate_prior(
     prior = loading.prior(weights, machine.device)
     check_made_for(weights, prior, captions, codes)
     pairs = Pairs(captions, codes)
-    excluded = leave_out(options.without, pairs.ids)
+    excluded = read_exclude_list(options.exclude, pairs.ids)
     training, places = split_pairs(weights, pairs, excluded, options.everything)
     counted = training if len(training) else places
     unigram = count(prior, pairs, counted, options.batch_size, own=not len(training))
@@ -60,18 +60,20 @@ def evaluate_prior(
         title = f"{weights.path.stem}: {len(chosen):,} {'held-out ' if held else ''}pairs"
         plot_positions(options.plot, metrics, title)
     out = metrics.metrics() | {"held_out": held, "caption_dropout": dropout}
-    return out | ({"without": len(excluded)} if options.without is not None else {})
+    return out | ({"exclude": len(excluded)} if options.exclude is not None else {})
 
 
 def check_made_for(weights: Artifact, prior: Prior, captions: Artifact, codes: Artifact) -> None:
     """Raises: DalleError unless the prior was trained with the captions' tokenizer and the codes' encoder."""
-    bundles.check_digest("tokenizer", captions.fact("tokenizer", str), weights.fact("tokenizer", str), weights.path)
-    bundles.check_digest("image encoder", codes.fact("encoder", str), weights.fact("encoder", str), weights.path)
+    bundles.check_digest(
+        "tokenizer", captions.require("tokenizer", str), weights.require("tokenizer", str), weights.path
+    )
+    bundles.check_digest("image encoder", codes.require("encoder", str), weights.require("encoder", str), weights.path)
     config = prior.config
     wanted = (config.n_text_vocab, config.n_text, config.n_image_vocab, config.grid)
     found = (
-        *(captions.fact(k, int) for k in ("n_vocab", "n_text")),
-        *(codes.fact(k, int) for k in ("n_vocab", "grid")),
+        *(captions.require(k, int) for k in ("n_vocab", "n_text")),
+        *(codes.require(k, int) for k in ("n_vocab", "grid")),
     )
     if found != wanted:
         found_sizes = f"{wanted}, found {found}; make both again"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_cli.artifacts import Artifact, digest_file, open_artifact
-from dalle_cli.artifacts.text import check_ours, json_fact, write_text
+from dalle_cli.artifacts.text import check_overwrite, read_json_key, write_text
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.dvae import evaluate_dvae
@@ -35,7 +35,7 @@ def evaluate(
     kind = "images" if weights is None else weights.kind
     options.check_for(*TAKEN[kind])
     target = out or named_after(inputs[0], ".scores.json")
-    check_ours(target, "scores", lambda path: json_fact(path, "stage") == "evaluate", force)
+    check_overwrite(target, "scores", lambda path: read_json_key(path, "stage") == "evaluate", force)
     if weights is None:
         if len(inputs) > 1:
             raise DalleError(f"expected images alone, found {inputs[1]} after them; real images go to --reference")
@@ -44,8 +44,8 @@ def evaluate(
         metrics = _dvae(weights, inputs, target, options, machine, force)
     else:
         metrics = _prior(weights, inputs, options, machine, force)
-    if options.without is not None:
-        metrics["inputs"]["without"] = digest_file(options.without)
+    if options.exclude is not None:
+        metrics["inputs"]["exclude"] = digest_file(options.exclude)
     metrics = {"stage": "evaluate", "kind": kind, **metrics}
     write_text(target, as_text(metrics))
     return target, metrics

@@ -94,7 +94,7 @@ class Editor:
         z = self.embed(source)
         images = self.sample("vary", z.expand(n, -1), range(n), self.invert(z, source).expand(n, -1, -1, -1))
         labels = [f"variation {k}" for k in range(1, n + 1)]
-        return self._edited("vary", {"n": n}, {"picture": source.digest}, images, labels, source)
+        return self._edited("vary", {"n": n}, {"image": source.digest}, images, labels, source)
 
     def interpolate(self, a: SourceImage, b: SourceImage, n: int = 8, noise: str = "slerped") -> Edited:
         """N images between two, by slerp of their embeddings, and of their noise unless it is fixed (sec. 3.2)."""
@@ -123,7 +123,7 @@ class Editor:
         options = {"from": before, "to": after, "strength": strength, "n": n}
         labels = [f"theta {theta:.3g}" for theta in thetas]
         title = " to ".join(f'"{text}"' for text in texts)
-        return self._edited("diff", options, {"picture": source.digest}, images, labels, source, title)
+        return self._edited("diff", options, {"image": source.digest}, images, labels, source, title)
 
     def reconstruct(self, source: SourceImage, components: Sequence[int] | None = None) -> Edited:
         """Images of what the first principal components of an embedding hold (sec. 3, fig. 7).
@@ -132,7 +132,7 @@ class Editor:
             DalleError: no prior over embeddings, whose components they are; or numbers out of range.
         """
         prior = find_embedding_prior(self.model)
-        bundles.check_digest("CLIP", self.clip.weights.digest, prior.fact("encoder", str), prior.path)
+        bundles.check_digest("CLIP", self.clip.weights.digest, prior.require("encoder", str), prior.path)
         principal = loading.embedding_prior(prior, torch.device("cpu")).principal.float()
         width = len(principal.mean)
         counts = component_counts(components, width)
@@ -141,7 +141,7 @@ class Editor:
         images = self.sample("reconstruct", rebuilt, [0] * len(counts))
         held = principal.spectrum.cumsum(0) / principal.spectrum.sum()
         labels = [f"{n} of {width} components, {held[n - 1]:.0%} of variance" for n in counts]
-        inputs: dict[str, Artifact | str] = {"picture": source.digest, "prior": prior}
+        inputs: dict[str, Artifact | str] = {"image": source.digest, "prior": prior}
         return self._edited("reconstruct", {"components": counts}, inputs, images, labels, source)
 
     def original(self, source: SourceImage) -> Any:

@@ -29,7 +29,7 @@ from dalle_cli.pipelines.prompts import Progress, Quiet
 Metrics = dict[str, Any]
 
 
-class Alone:
+class OneProcess:
     """The one process of a job without a launcher; several are a `training.distributed.Group`."""
 
     rank, world = 0, 1
@@ -120,7 +120,7 @@ def encode_images(
         raise DalleError(
             f"expected --augment prior, place or dvae with --repeats {crops.repeats}, found center; pick one"
         )
-    group, crop = group or Alone(), by_name(crops.augment)
+    group, crop = group or OneProcess(), by_name(crops.augment)
     data, filters = filtered(dataset, table or {}, need_captions=False)
     weights = bundles.weights(model, "weights.dvae", "weights.clip")
     encoder, rows = open_encoder(weights, machine), len(data) * crops.repeats

@@ -10,7 +10,7 @@ from dalle_cli.artifacts import write_artifact
 from dalle_cli.artifacts.container import check_replaceable, replace_file
 from dalle_cli.errors import DalleError
 from dalle_cli.pipelines.ranking import Ranked
-from dalle_cli.viz.grid import sheet
+from dalle_cli.viz.grid import image_grid
 
 
 def check_png(path: Path, force: bool) -> None:
@@ -50,7 +50,7 @@ def write_grid(
     check_png(path, force)
     several = len(set(texts)) < len(texts)
     groups = [list(texts).index(text) for text in texts] if several else None  # unless there is one image of each
-    grid = sheet(list(images), list(texts), scores, columns=columns or None, title=title, groups=groups)
+    grid = image_grid(list(images), list(texts), scores, columns=columns or None, title=title, groups=groups)
     replace_file(path, lambda part: grid.save(part, format="PNG"))
     return path
 

@@ -80,7 +80,7 @@ class PriorScorer:
         if by not in BY:
             raise DalleError(f"expected --by {' or '.join(BY)}, found {by!r}")
         self.weights, self.machine, self.by = bundles.weights(model, "weights.prior.codes"), machine, by
-        self.encoder, self.warned = self.weights.fact("encoder", str), False
+        self.encoder, self.warned = self.weights.require("encoder", str), False
         self.inputs: dict[str, Artifact | str] = {"prior": self.weights}
         if images:
             dvae = bundles.weights(model, "weights.dvae")
@@ -91,7 +91,7 @@ class PriorScorer:
 
     def check(self, codes: Artifact) -> None:
         """Raises: DalleError if another dVAE than the prior's made these codes."""
-        bundles.check_digest("image encoder", codes.fact("encoder", str), self.encoder, self.weights.path)
+        bundles.check_digest("image encoder", codes.require("encoder", str), self.encoder, self.weights.path)
 
     def encode(self, images: Any) -> Any:
         """Images (B, 3, h, w) uint8 of any size -> codes (B, H, W); cropped and resized as `encode-images` does."""

@@ -5,7 +5,6 @@ Shapes: N rows, B of them in a batch, H W code grid, D embedding width, S side o
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from dalle_cli.artifacts import Artifact, ShardWriter, history, open_artifact, write_artifact
 from dalle_cli.artifacts.container import check_replaceable
+from dalle_cli.config import build
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
@@ -68,6 +68,7 @@ def latents_of(model: str | None) -> str:
 
 def open_mask(options: InpaintingOptions, prior: Any, model: str | None, machine: Arithmetic) -> InpaintingMask | None:
     """The mask of an image, encoded by the dVAE of `model`, which must be the prior's; None without an image."""
+    options.check()
     if options.image is None:
         return None
     dvae = bundles.weights(model, "weights.dvae")
@@ -92,13 +93,10 @@ def sample_again(
     if not all(name in past for name in ("prompt", "seed", "text")) or entry(past).get("stage") != "sample":
         raise DalleError(f"expected codes that `sample` wrote, found others in {source}; give --from another file")
     inpainting = repeat_options(inpainting, entry(past), source)
-    known, recorded = SamplingOptions.__dataclass_fields__, entry(past)["options"]
-    before = {name: value for name, value in recorded.items() if name in known}
-    try:
-        again = replace(SamplingOptions(), **{**before, **given(options)})
-    except TypeError as error:
-        raise DalleError(f"expected the settings of `sample` in {source}, found {error}; sample it again") from None
-    return past, past_candidates(past, rows), again, inpainting, recorded.get("dtype")
+    recorded = entry(past)["options"]
+    before = {name: value for name, value in recorded.items() if name not in ("n", "dtype", "rows", "keep_rows")}
+    again = build(SamplingOptions, {**before, **given(options)}, "sample")
+    return past, past_candidates(past, rows), again, inpainting, str(recorded.get("dtype", "float32"))
 
 
 def past_candidates(past: Artifact, rows: str | None) -> list[Candidate]:
@@ -162,7 +160,7 @@ def _decode_codes(
     refuse_given(options, f"codes, as {codes.path} holds")
     if seed is not None:
         raise DalleError(f"expected no --seed for codes, as {codes.path} holds, found one; leave it out")
-    codec = Codec.of(bundles.weights(model, "weights.dvae"), codes.fact("encoder", str), codes.path, machine)
+    codec = Codec.of(bundles.weights(model, "weights.dvae"), codes.require("encoder", str), codes.path, machine)
     grids, made = codes.array("codes"), history("decode", {"dtype": machine.name}, codes=codes, model=codec.weights)
     return codec.size, made, lambda start, stop: codec.decode(grids[start:stop])
 
@@ -226,11 +224,11 @@ def _scorer(
     by: str, model: str | None, machine: Arithmetic, images: Artifact, codes: Path | None
 ) -> tuple[Any, Callable[[Any, list[str]], Any], dict[str, Artifact | str]]:
     """The column that is scored, what scores B rows of it against B texts, (B,) float32, and a history's inputs."""
-    from dalle_cli.pipelines.scoring import PriorScorer
-
     if by == "clip":
         clip = bundles.weights(model, "weights.clip")
         return images.array("images"), ClipScorer(clip, machine).score, {"model": clip}
+    from dalle_cli.pipelines.scoring import PriorScorer
+
     scorer = PriorScorer(model, machine, by, images=codes is None)
     if codes is None:
         return images.array("images"), scorer.score_images, scorer.inputs

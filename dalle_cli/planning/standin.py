@@ -5,7 +5,6 @@ Shapes: B batch, S side in pixels, T caption length, W side of the code grid.
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ class StandIn:
         """There is nothing held out."""
         return {}
 
-    def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
+    def samples(self, model: nn.Module, device: torch.device) -> None:
         """There is nothing to see."""
 
 
@@ -130,7 +129,7 @@ def _clip(table: Mapping[str, Any]) -> Subject:
         return (_pixels(n, config.image_size), *_captions(n, config.n_text_vocab, config.n_text))
 
     def loss(model: CLIP, batch: Batch, generator: torch.Generator) -> Loss:
-        return model.loss(from_uint8(batch[0]), *batch[1:])
+        return model.loss(from_uint8(batch[0]), batch[1], batch[2])
 
     return Subject("clip", train, lambda: CLIP(config), batch, loss, splits=False)
 
@@ -142,7 +141,7 @@ def _prior(table: Mapping[str, Any]) -> Subject:
     def batch(n: int) -> Batch:
         codes = torch.randint(0, config.n_image_vocab, (n, config.grid, config.grid))
         read = (*_captions(n, config.n_text_vocab, config.n_text), codes)
-        if not config.sketch or train.sketch_redrawn:
+        if not config.sketch or train.sketch_resampled:
             return read
         own = torch.rand(train.sketch_batch, 3, config.sketch, config.sketch)
         return (*read, *_captions(train.sketch_batch, config.n_text_vocab, config.n_text), own)

@@ -17,7 +17,7 @@ from dalle_cli.models import unet
 from dalle_cli.models.clip import CLIPConfig
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
-from dalle_cli.models.embedding_prior import EmbeddingPrior, EmbeddingPriorConfig
+from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge
 from dalle_cli.planning import standin
 from dalle_cli.planning.standin import Loss, Subject, caption_sizes
@@ -75,8 +75,8 @@ def _embedding_priors(table: Mapping[str, Any], name: str) -> list[Subject]:
     body, told, made = table[name], conditions(table), []
     for kind in [k for k in ("diffusion", "autoregressive") if k in body] or [body.get("kind", "diffusion")]:
         numbers, where = dict(body.get(kind, {})), f"{name}.{kind}"
-        cls: Any = DiffusionPriorConfig if kind == "diffusion" else EmbeddingPriorConfig
-        if cls is EmbeddingPriorConfig and not numbers.get("n_component"):
+        cls: Any = DiffusionPriorConfig if kind == "diffusion" else AutoregressivePriorConfig
+        if cls is AutoregressivePriorConfig and not numbers.get("n_component"):
             numbers["n_component"] = min(cls.n_component, {**numbers, **told}.get("n_embedding", cls.n_embedding))
         settings = recipes.section({where: numbers}, where, cls, {"kind": kind, **told}, train=EmbeddingPriorTrain)
         made.append((_diffusion if kind == "diffusion" else _autoregressive)(*settings))
@@ -96,15 +96,15 @@ def _diffusion(config: DiffusionPriorConfig, train: EmbeddingPriorTrain) -> Subj
     return Subject("diffusion_prior", train, partial(DiffusionPrior, config), batch, loss)
 
 
-def _autoregressive(config: EmbeddingPriorConfig, train: EmbeddingPriorTrain) -> Subject:
+def _autoregressive(config: AutoregressivePriorConfig, train: EmbeddingPriorTrain) -> Subject:
     def batch(n: int) -> Batch:
         return (*_captions(n, config.n_text), *torch.randn(2, n, config.n_embedding))
 
-    def loss(model: EmbeddingPrior, batch: Any, generator: torch.Generator) -> Loss:
+    def loss(model: AutoregressivePrior, batch: Any, generator: torch.Generator) -> Loss:
         tokens, lengths, z_t, z_i = batch
         return model.loss(tokens, lengths, z_t, model.quantize_dot((z_i * z_t).sum(-1)), model.quantize(z_i))
 
-    return Subject("autoregressive_prior", train, partial(EmbeddingPrior, config), batch, loss)
+    return Subject("autoregressive_prior", train, partial(AutoregressivePrior, config), batch, loss)
 
 
 def _decoder(table: Mapping[str, Any], name: str) -> list[Subject]:

@@ -19,8 +19,8 @@ from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.reconstruction import psnr, squared_error
-from dalle_cli.hub import bundles as bundle
-from dalle_cli.pipelines import loading as load
+from dalle_cli.hub import bundles
+from dalle_cli.pipelines import loading
 from dalle_cli.pipelines.codec import Codec
 from dalle_cli.pipelines.scoring import nats
 
@@ -68,9 +68,9 @@ def prior_bits(
     Raises:
         DalleError: the prior was trained on another dVAE's codes.
     """
-    bundle.check_digest("dVAE", encoder.digest, weights.fact("encoder", str), weights.path)
-    prior = load.prior(weights, machine.device)
-    rows, n, _ = tokenizers.load(bundle.tokenizer(weights)).encode_batch(list(captions), prior.config.n_text)
+    bundles.check_digest("dVAE", encoder.digest, weights.require("encoder", str), weights.path)
+    prior = loading.prior(weights, machine.device)
+    rows, n, _ = tokenizers.load(bundles.tokenizer(weights)).encode_batch(list(captions), prior.config.n_text)
     tokens, lengths = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(n.astype(np.int64))
     parts = []
     for at in range(0, len(codes), AT_ONCE):

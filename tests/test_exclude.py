@@ -1,4 +1,4 @@
-"""`--without`: lists of ids, and that training sees none of them."""
+"""`--exclude`: lists of ids, and that training sees none of them."""
 
 import json
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.data.datasets import open_dataset
-from dalle_cli.data.exclude import as_line, leave_out, read_ids, told
+from dalle_cli.data.exclude import exclude_digest, format_id, read_exclude_list, read_ids
 from dalle_cli.data.pairs import Pairs
 from dalle_cli.errors import DalleError
 
@@ -43,7 +43,7 @@ def test_json_holds_them_too(tmp_path):
 @given(st.frozensets(st.text(st.characters(exclude_categories=["Cs"]))))
 def test_what_is_written_is_read(tmp_path_factory, ids):
     path = tmp_path_factory.mktemp("ids") / "ids.txt"
-    path.write_text("# head\n" + "".join(f"{as_line(name)}\n" for name in sorted(ids)), encoding="utf-8", newline="")
+    path.write_text("# head\n" + "".join(f"{format_id(name)}\n" for name in sorted(ids)), encoding="utf-8", newline="")
     assert read_ids(path) == ids
 
 
@@ -70,41 +70,41 @@ def test_what_is_no_list_is_refused_in_one_line(tmp_path, name, content):
     assert "\n" not in str(error.value)
 
 
-def test_what_is_left_out_is_counted_and_strangers_are_named(listed, capsys):
-    assert leave_out(None, ["02"]) == frozenset()
+def test_what_is_excluded_is_counted_and_unknown_ids_are_named(listed, capsys):
+    assert read_exclude_list(None, ["02"]) == frozenset()
     assert capsys.readouterr().err == ""
     known = [f"{i:02d}" for i in range(24) if i != 19]
-    assert leave_out(listed, known) == set(GONE) - {"19"}
+    assert read_exclude_list(listed, known) == set(GONE) - {"19"}
     said = capsys.readouterr().err
-    assert "4 of 23 pictures are left out, as gone.txt says" in said
-    assert "warning: expected ids of these pictures in" in said
-    assert said.strip().endswith("found 1 of no picture: 19")
-    assert leave_out(listed, [*known, "19"]) == set(GONE)
+    assert "4 of 23 images are excluded by gone.txt" in said
+    assert "warning: expected ids of these images in" in said
+    assert said.strip().endswith("found 1 of no image: 19")
+    assert read_exclude_list(listed, [*known, "19"]) == set(GONE)
     assert "warning" not in capsys.readouterr().err
-    with pytest.raises(DalleError, match="found all 2 left out"):
-        leave_out(listed, ["02", "03"])
+    with pytest.raises(DalleError, match="found all 2 excluded"):
+        read_exclude_list(listed, ["02", "03"])
 
 
-def test_a_history_tells_what_was_left_out_and_not_how_it_was_listed():
-    assert told(frozenset()) == {}
-    assert told(frozenset("ab")) == told(frozenset("ba"))
-    assert told(frozenset("ab")) != told(frozenset("a"))
-    assert told(frozenset(["a", "b"])) != told(frozenset(["a\nb"]))
+def test_a_history_has_the_digest_of_what_was_excluded():
+    assert exclude_digest(frozenset()) == {}
+    assert exclude_digest(frozenset("ab")) == exclude_digest(frozenset("ba"))
+    assert exclude_digest(frozenset("ab")) != exclude_digest(frozenset("a"))
+    assert exclude_digest(frozenset(["a", "b"])) != exclude_digest(frozenset(["a\nb"]))
 
 
 def test_a_data_set_without_some(data):
     whole = open_dataset(data, need_captions=True)
-    part = whole.without(frozenset(GONE))
+    part = whole.exclude(frozenset(GONE))
     assert list(part.ids) == [name for name in whole.ids if name not in GONE]
     assert part.captions[2] == whole.captions[4]
     assert np.array_equal(part.read(2), whole.read(4))
     assert part.skipped is whole.skipped
-    assert whole.without(frozenset()) is whole
+    assert whole.exclude(frozenset()) is whole
 
 
 def test_pairs_without_some(chain):
     whole = Pairs(open_artifact(chain.captions), open_artifact(chain.codes))
-    part = whole.without(frozenset(GONE))
+    part = whole.exclude(frozenset(GONE))
     assert part.ids == [name for name in whole.ids if name not in GONE]
     assert len(whole) == 24
     places, picks = np.arange(len(part)), np.zeros((len(part), 2))
@@ -155,9 +155,9 @@ def test_training_sees_none_of_them(chain, tmp_path, listed, stage, monkeypatch)
     spy(clip, "CLIPTask")
     spy(prior, "PriorTask")
     run_ok(*arguments(chain, stage, tmp_path / "all.safetensors"))
-    result = run_cli(*arguments(chain, stage, tmp_path / "some.safetensors"), "--without", listed)
+    result = run_cli(*arguments(chain, stage, tmp_path / "some.safetensors"), "--exclude", listed)
     assert result.status == 0, result.stderr
-    assert "5 of 24 pictures are left out, as gone.txt says" in result.stderr
+    assert "5 of 24 images are excluded by gone.txt" in result.stderr
     everything = {f"{i:02d}" for i in range(24)}
     assert seen == [everything, everything - set(GONE)]
 
@@ -166,35 +166,35 @@ def test_training_sees_none_of_them(chain, tmp_path, listed, stage, monkeypatch)
 def test_a_run_is_another_one_with_another_list(chain, tmp_path, listed, stage):
     out = tmp_path / "out.safetensors"
     command = arguments(chain, stage, out)
-    run_ok(*command, "--without", listed)
+    run_ok(*command, "--exclude", listed)
     first = out.read_bytes()
     entry = open_artifact(out).history[-1]
-    assert set(told(frozenset(GONE)).items()) <= set(entry["inputs"].items())
+    assert set(exclude_digest(frozenset(GONE)).items()) <= set(entry["inputs"].items())
     as_json = tmp_path / "gone.json"
     as_json.write_text(json.dumps(sorted(GONE)))
     before = out.stat().st_mtime_ns
-    run_ok(*command, "--without", as_json)  # the same ids: finished already
+    run_ok(*command, "--exclude", as_json)  # the same ids: finished already
     assert (out.read_bytes(), out.stat().st_mtime_ns > before) == (first, True)
-    result = run_cli(*command)
-    assert result.status == 0
-    assert "starting over" in result.stderr
+    assert "found a finished run of another config or other inputs" in run_bad(*command)
+    assert out.read_bytes() == first
+    run_ok(*command, "--fresh")
     assert out.read_bytes() != first
-    assert "without" not in open_artifact(out).history[-1]["inputs"]
+    assert "exclude" not in open_artifact(out).history[-1]["inputs"]
 
 
 def test_an_unfinished_run_of_another_list_is_refused(chain, tmp_path, listed):
     out = tmp_path / "dvae.safetensors"
     command = (*arguments(chain, "train-dvae", out), "--set", "dvae.train.steps=6")
-    run_ok(*command, "--without", listed)
+    run_ok(*command, "--exclude", listed)
     out.unlink()
     (tmp_path / "dvae.run" / "checkpoint-00000006.safetensors").unlink()  # as if it had been stopped after four updates
-    assert "another config or other inputs" in run_bad(*command)
-    run_ok(*command, "--without", listed)
+    assert "an unfinished run of another config or other inputs" in run_bad(*command)
+    run_ok(*command, "--exclude", listed)
 
 
 def test_a_list_of_everything_is_refused(chain, tmp_path):
     path = tmp_path / "all.txt"
     path.write_text("".join(f"{i:02d}\n" for i in range(24)))
     for stage in ("train-dvae", "train-clip", "train-prior"):
-        line = run_bad(*arguments(chain, stage, tmp_path / "out.safetensors"), "--without", path)
-        assert "found all 24 left out" in line
+        line = run_bad(*arguments(chain, stage, tmp_path / "out.safetensors"), "--exclude", path)
+        assert "found all 24 excluded" in line

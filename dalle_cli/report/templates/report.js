@@ -28,22 +28,22 @@
 
   // Curves: values at the pointer, or under the arrow keys.
   document.querySelectorAll(".plot").forEach((plot, number) => {
-    const told = values[number], svg = plot.querySelector("svg");
+    const data = values[number], svg = plot.querySelector("svg");
     const pointer = svg.querySelector(".pointer"), tip = plot.querySelector(".tip");
     let across = 0;
 
     const show = (to) => {
       pointer.replaceChildren();
       tip.replaceChildren();
-      const places = told.lines.map((line) => nearest(line, to));
-      const close = told.lines.map((line, k) => Math.abs(line.at[places[k]][0] - to));
+      const places = data.lines.map((line) => nearest(line, to));
+      const close = data.lines.map((line, k) => Math.abs(line.at[places[k]][0] - to));
       const first = close.indexOf(Math.min(...close));
-      across = told.lines[first].at[places[first]][0];
-      draw(pointer, "line", {x1: across, x2: across, y1: told.top, y2: told.bottom});
+      across = data.lines[first].at[places[first]][0];
+      draw(pointer, "line", {x1: across, x2: across, y1: data.top, y2: data.bottom});
       const head = document.createElement("div");
-      head.textContent = `update ${Math.round(told.lines[first].x[places[first]]).toLocaleString("en")}`;
+      head.textContent = `update ${Math.round(data.lines[first].x[places[first]]).toLocaleString("en")}`;
       tip.append(head);
-      told.lines.forEach((line, k) => {
+      data.lines.forEach((line, k) => {
         const place = nearest(line, across), [x, y] = line.at[place];
         if (k !== first && Math.abs(x - across) > 6) return;
         draw(pointer, "circle", {cx: x, cy: y, r: 4, class: line.class});
@@ -72,52 +72,23 @@
       const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
       if (!step) return;
       event.preventDefault();
-      const all = [...new Set(told.lines.flatMap((line) => line.at.map((at) => at[0])))].sort((a, b) => a - b);
+      const all = [...new Set(data.lines.flatMap((line) => line.at.map((at) => at[0])))].sort((a, b) => a - b);
       const here = tip.hidden ? (step > 0 ? -1 : all.length) : all.indexOf(across);
       show(all[Math.min(all.length - 1, Math.max(0, here + step))]);
     });
   });
 
-  // Sheets of one training: one at a time, by a slider.
+  // Image grids of one training: one at a time, by a slider.
   document.querySelectorAll(".stepper").forEach((stepper) => {
-    const sheets = [...stepper.querySelectorAll("figure")], slider = stepper.querySelector("input");
+    const grids = [...stepper.querySelectorAll("figure")], slider = stepper.querySelector("input");
     if (!slider) return;
     const turn = () => {
-      sheets.forEach((sheet, number) => sheet.classList.toggle("now", number === Number(slider.value)));
-      slider.setAttribute("aria-valuetext", sheets[Number(slider.value)].querySelector("figcaption").textContent);
+      grids.forEach((grid, number) => grid.classList.toggle("now", number === Number(slider.value)));
+      slider.setAttribute("aria-valuetext", grids[Number(slider.value)].querySelector("figcaption").textContent);
     };
     stepper.classList.add("live");
     slider.addEventListener("input", turn);
     turn();
-  });
-
-  // The graph: what a box was made from, and what was made from it.
-  document.querySelectorAll(".lineage").forEach((graph) => {
-    const ways = [...graph.querySelectorAll(".way")], boxes = [...graph.querySelectorAll(".box")];
-    const reach = (key, from, to) => {
-      const found = new Set([key]);
-      for (const one of found) ways.forEach((way) => { if (way.dataset[from] === one) found.add(way.dataset[to]); });
-      return found;
-    };
-    const light = (key) => {
-      const before = reach(key, "to", "from"), after = reach(key, "from", "to");
-      graph.classList.add("busy");
-      boxes.forEach((box) => box.classList.toggle("lit", before.has(box.dataset.key) || after.has(box.dataset.key)));
-      ways.forEach((way) => way.classList.toggle("lit",
-        before.has(way.dataset.to) || after.has(way.dataset.from)));
-    };
-    const dark = () => {
-      graph.classList.remove("busy");
-      graph.querySelectorAll(".lit").forEach((element) => element.classList.remove("lit"));
-    };
-    boxes.forEach((box) => {
-      box.addEventListener("pointerenter", () => light(box.dataset.key));
-      box.addEventListener("pointerleave", dark);
-      if (box.closest("a")) {
-        box.closest("a").addEventListener("focus", () => light(box.dataset.key));
-        box.closest("a").addEventListener("blur", dark);
-      }
-    });
   });
 
   // A link to an artifact opens it.
