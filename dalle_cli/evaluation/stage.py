@@ -18,7 +18,7 @@ from dalle_cli.paths import named_after
 KINDS = "images, a data set, weights.dvae or weights.prior.codes"
 TAKEN = {  # what each kind is called, and the special options that it takes
     "images": ("images", "reference", "features", "blur", "scores", "candidates", "size", "plot"),
-    "weights.dvae": ("a dVAE", "reference", "features", "sheet"),
+    "weights.dvae": ("a dVAE", "reference", "features", "grid"),
     "weights.prior.codes": ("a prior", "plot", "everything"),
 }
 
