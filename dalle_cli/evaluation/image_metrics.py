@@ -1,4 +1,7 @@
-"""The metrics of generated images against real ones. A new metric is a function here and a row in METRICS.
+"""The metrics of generated images against real ones.
+
+A new metric is a function here, a row in METRICS, and its name in `options.SCORES`, in `tables.NAMES`, which the table
+shows, and in `viz.metric_charts.METRICS`, which the chart shows.
 
 Shapes: N M rows of the two sets, D features, k images to choose among.
 """
