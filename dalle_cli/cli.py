@@ -13,46 +13,47 @@ from typer.core import TyperCommand, TyperGroup
 
 from dalle_cli import __version__
 from dalle_cli.errors import DalleError
+from dalle_cli.options import spread
 
-# Stage, and what it does in one line: the first line of its help, so that `dalle --help` imports none of them.
+# Command, and the first line of its help, so that `dalle --help` imports none of them.
 STAGES: dict[str, dict[str, str]] = {
     "Data": {
         "train-tokenizer": "Train a byte-level BPE tokenizer on a data set's captions.",
         "tokenize": "Turn a data set's captions into tokens, and with a CLIP into embeddings, too.",
-        "encode-images": "Encode a data set's pictures: by a dVAE to codes, by a CLIP to embeddings.",
+        "encode-images": "Encode a data set's images: with a dVAE to codes, with a CLIP to embeddings.",
+        "overlap": "Find the images of one data set that are in another, too.",
     },
     "Train": {
-        "plan": "Say whether a recipe's models fit on a machine, and how long their training takes.",
-        "train-dvae": "Train a discrete VAE: pictures to codes and back.",
-        "train-clip": "Train a CLIP, which scores how well a picture fits a caption.",
+        "plan": "Estimate whether a recipe's models fit on a machine, and how long training takes.",
+        "train-dvae": "Train a discrete VAE: images to codes and back.",
+        "train-clip": "Train a CLIP, which scores how well an image fits a caption.",
         "train-prior": "Train a prior over codes, or over CLIP embeddings, given captions.",
-        "train-decoder": "Train a diffusion decoder, which paints embeddings, or an upsampler of pictures.",
-        "plot": "Draw the curves of training runs, several in one picture.",
+        "train-decoder": "Train a diffusion decoder of CLIP embeddings, or an upsampler.",
+        "plot": "Plot the metrics of training runs, several in one chart.",
     },
     "Draw": {
-        "sample": "Draw codes, or CLIP embeddings, for a prompt from a prior.",
-        "decode": "Decode codes to pictures, or paint CLIP embeddings.",
-        "rerank": "Score pictures against their prompts, by CLIP or by a prior, and keep the best.",
-        "generate": "Draw, decode, rerank and show pictures for a prompt, in one go.",
-        "vary": "Paint variations of a picture, of the same CLIP embedding.",
-        "interpolate": "Paint what lies between two pictures, from the one's CLIP embedding to the other's.",
-        "diff": "Paint a picture anew with a change that two captions tell: a text diff.",
-        "reconstruct": "Paint what the first principal components of a picture's CLIP embedding hold.",
-        "show": "Draw a contact sheet of pictures.",
+        "sample": "Sample codes, or CLIP embeddings, for a prompt from a prior.",
+        "decode": "Decode codes with a dVAE, or CLIP embeddings with a diffusion decoder, to images.",
+        "rerank": "Score images against their prompts, by CLIP or by a prior, and keep the best.",
+        "generate": "Sample, decode, rerank and show images for a prompt, in one go.",
+        "vary": "Sample variations of an image, with the same CLIP embedding.",
+        "interpolate": "Sample what lies between two images, from the one's CLIP embedding to the other's.",
+        "diff": "Sample an image again with the change from one caption to another: a text diff.",
+        "reconstruct": "Sample what the first principal components of an image's CLIP embedding hold.",
+        "show": "Show images as an image grid.",
     },
     "Judge": {
-        "doctor": "Look a trained model over for the usual failures; ends with status 0 whatever it finds.",
-        "evaluate": "Score pictures against real ones, or a dVAE or a prior on data.",
-        "score": "Score codes or pictures by a prior: log p(codes | caption).",
-        "overlap": "Find pictures of one set that are in another, too.",
-        "report": "Write one HTML page of a run: curves, pictures, scores, and the history of every artifact.",
-        "survey": "Let people judge two sets of pictures: one HTML page, and the tally of their votes.",
+        "doctor": "Check a trained model for the usual failures; the exit status is 0 whatever it finds.",
+        "evaluate": "Score images against real ones, or a dVAE or a prior on data.",
+        "score": "Score codes or images by a prior: log p(codes | caption).",
+        "report": "Write one HTML page about a run: charts, images, metrics, and each artifact's history.",
+        "survey": "Let people compare two sets of images: one HTML page, and the tally of their votes.",
     },
     "Share": {
-        "export": "Write pictures as PNG files with a manifest, which is again a data set.",
-        "info": "Say what an artifact is and how it was made; of a bundle, each of its weights.",
-        "pull": "Fetch a bundle from a hub, and check it.",
-        "push": "Put a bundle into a hub's repository, with a model card.",
+        "export": "Write images as PNG files with a manifest, which is a data set again.",
+        "info": "Describe an artifact and how it was made; of a bundle, each of its weights.",
+        "pull": "Download a bundle from a hub, and check it.",
+        "push": "Upload a bundle to a hub, with a model card.",
     },
 }
 GRACE = 3.0  # seconds
@@ -88,7 +89,7 @@ class Stages(TyperGroup):
             return None
         stage = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
         module = load_stage(cmd_name)
-        stage.command(cmd_name, cls=Stage, epilog=module.EXAMPLE)(module.run)
+        stage.command(cmd_name, cls=Stage, epilog=module.EXAMPLE)(spread(module.run))
         return typer.main.get_command(stage)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -151,6 +152,7 @@ def main() -> None:
 
     if _launched():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: else each process warns of its own
+    console.show_library_messages()
     for stream in (sys.stdin, sys.stdout):  # paths may hold bytes that are no UTF-8, and go through pipes as they are
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")

@@ -1,5 +1,6 @@
 """Hyper-parameters: a recipe's TOML and `--set section.key=value` to frozen dataclasses, every key checked."""
 
+import copy
 import difflib
 import math
 import sys
@@ -25,14 +26,17 @@ def _loads(text: str) -> dict[str, Any]:
     return toml.loads(text)
 
 
-def read(path: Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """A recipe as nested tables, with `section.key=value` overrides laid over it.
+def read(recipe: Path | str | Mapping[str, Any] | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """A recipe, a TOML file or its tables, as nested tables with `section.key=value` overrides laid over it.
 
     Raises:
         DalleError: no such file, not TOML, an unknown section, an override that is no `key=value`.
     """
     table: dict[str, Any] = {}
-    if path is not None:
+    if isinstance(recipe, Mapping):
+        table = copy.deepcopy(dict(recipe))
+    elif recipe is not None:
+        path = Path(recipe)
         try:
             table = _loads(path.read_text(encoding="utf-8"))
         except OSError as error:

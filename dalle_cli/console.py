@@ -1,6 +1,8 @@
-"""The only module that prints: data to stdout, everything said to a person to stderr."""
+"""The only module that prints: data to stdout, messages to stderr."""
 
 import json
+import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,104 +14,102 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress
 
-INTERVAL = 10.0  # seconds between plain progress lines where stderr is no terminal
-LIVE_INTERVAL = 0.5  # seconds between two pictures of the panel of a training, on a terminal
+INTERVAL = 10.0  # seconds between plain progress lines if stderr is not a terminal
+LIVE_INTERVAL = 0.5  # seconds between updates of a training's panel on a terminal
 
 
 class Advance(Protocol):
-    """Called with the number of units done since the last call, and figures to show beside the bar."""
+    """Called with the number of units done since the last call, and metrics to show beside the bar."""
 
-    def __call__(self, n: int = 1, /, **figures: object) -> None: ...
+    def __call__(self, n: int = 1, /, **metrics: object) -> None: ...
 
 
 def error(message: str) -> None:
-    """What ended the command, in one line."""
+    """Print the error that ends the command in one line."""
     _stderr(f"dalle: error: {_one_line(message)}")
 
 
 def warn(message: str) -> None:
-    """What a person should look at, in one line; the command goes on."""
+    """Print a warning in one line."""
     _stderr(f"dalle: warning: {_one_line(message)}")
 
 
 def note(message: str) -> None:
-    """What a person may want to know."""
+    """Print a message for the user."""
     _stderr(message)
 
 
+class _LibraryMessages(logging.Handler):
+    """What the library logs, as warnings and notes of the command line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        (warn if record.levelno >= logging.WARNING else note)(record.getMessage())
+
+
+def show_library_messages() -> None:
+    """Show what the library logs from now on."""
+    log = logging.getLogger("dalle_cli")
+    if not any(isinstance(handler, _LibraryMessages) for handler in log.handlers):
+        log.addHandler(_LibraryMessages(logging.INFO))
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
 def preview(text: str) -> None:
-    """A picture as coloured characters: for the eye, so to stderr, and stdout stays data."""
+    """Print an image drawn with characters, to stderr."""
     _stderr(text)
 
 
 def emit(text: str) -> None:
-    """Data, to stdout."""
+    """Print data to stdout."""
     print(text, flush=True)
 
 
 def emit_json(value: object) -> None:
-    """One JSON object, to stdout."""
+    """Print one JSON object to stdout."""
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
-def result(path: Path | str, **figures: object) -> None:
-    """The path of what was written, on stdout, and the facts, on stderr."""
-    if said := _figures(figures):
-        _stderr(f"{Path(path).name}: {said}")
+def result(path: Path | str, **metrics: object) -> None:
+    """Print the path of what was written to stdout, and facts to stderr; of several processes only the first prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("RANK", "0") != "0":
+        return
+    if facts := _format(metrics):
+        _stderr(f"{Path(path).name}: {facts}")
     print(path, flush=True)
 
 
 @contextmanager
 def progress(label: str, total: int, done: int = 0, unit: str = "") -> Iterator[Advance]:
-    """A progress bar on a terminal, a plain line now and then elsewhere; yields `advance(n, **figures)`."""
-    with (_bar if sys.stderr.isatty() else _lines)(label, total, done, unit) as advance:
-        yield advance
+    """Show a progress bar on a terminal, elsewhere a line every ten seconds; yields `advance(n, **metrics)`."""
+    if not sys.stderr.isatty():
+        lines = _Lines(label, total, done, unit)
 
+        def count(n: int = 1, /, **metrics: object) -> None:
+            lines.tell(None, **metrics)
+            lines.advance(n)
 
-@contextmanager
-def _bar(label: str, total: int, done: int, unit: str) -> Iterator[Advance]:
+        yield count
+        lines.end()
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn(unit))
-    tail = (TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+    tail = (TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"))
     with Progress(*columns, *tail, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total, completed=done, figures="")
+        task = bar.add_task(label, total=total, completed=done, metrics="")
 
-        def advance(n: int = 1, /, **figures: object) -> None:
-            if figures:
-                bar.update(task, figures=_figures(figures))
+        def advance(n: int = 1, /, **metrics: object) -> None:
+            if metrics:
+                bar.update(task, metrics=_format(metrics))
             bar.advance(task, n)
 
         yield advance
 
 
-@contextmanager
-def _lines(label: str, total: int, done: int, unit: str) -> Iterator[Advance]:
-    begin = last = time.monotonic()
-    first, at, shown = done, done, done
-    latest: dict[str, object] = {}
-
-    def line() -> None:
-        rate = (at - first) / max(time.monotonic() - begin, 1e-9)
-        rest = f", {_figures(latest)}" if latest else ""
-        _stderr(f"{label}: {at}/{total}{' ' + unit if unit else ''}, {_rate(rate)}/s{rest}")
-
-    def advance(n: int = 1, /, **figures: object) -> None:
-        nonlocal at, last, shown
-        at += n
-        latest.update(figures)
-        if time.monotonic() - last >= INTERVAL:
-            last, shown = time.monotonic(), at
-            line()
-
-    yield advance
-    if at != shown and time.monotonic() - begin > 2:
-        line()
-
-
 class Pace(NamedTuple):
-    """How fast a training goes: units a second, the most memory held in MiB, and the share of the machine's best."""
+    """The speed of a training: units per second, peak memory in MiB, and the share of the device's peak FLOP/s."""
 
     rate: float
     unit: str
@@ -121,34 +121,31 @@ class Pace(NamedTuple):
         if self.share is not None:
             parts.append(f"{self.share:.0%} of the machine's peak")
         if self.memory is not None:
-            parts.append(
-                f"peak memory {self.memory / 1024:.1f} GiB"
-                if self.memory >= 1024
-                else f"peak memory {self.memory:.0f} MiB"
-            )
+            large = self.memory >= 1024
+            parts.append(f"peak memory {self.memory / 1024:.1f} GiB" if large else f"peak memory {self.memory:.0f} MiB")
         return ", ".join(parts)
 
 
 class Display(Protocol):
-    """What a person sees of a training."""
+    """The progress display of a training."""
 
-    live: bool  # whether it is a picture on a terminal
+    live: bool  # whether it is a panel on a terminal
 
     def due(self) -> bool:
-        """Whether it is time for new figures."""
+        """Whether it is time for new metrics."""
 
-    def tell(self, pace: Pace, /, **figures: object) -> None:
-        """Take in figures and pace, to be shown next."""
+    def tell(self, pace: Pace, /, **metrics: object) -> None:
+        """Set the pace and add metrics, to be shown next."""
 
     def advance(self) -> None:
-        """One more update is done."""
+        """Count one more update."""
 
 
 @contextmanager
 def training(label: str, total: int, done: int = 0) -> Iterator[Display]:
-    """What a training shows of itself: a panel of a few lines on a terminal, a plain line now and then elsewhere."""
+    """Show the progress of a training: a panel on a terminal, elsewhere a line every ten seconds."""
     if not sys.stderr.isatty():
-        lines = _TrainingLines(label, total, done)
+        lines = _Lines(label, total, done, "updates")
         yield lines
         lines.end()
         return
@@ -165,22 +162,22 @@ def training(label: str, total: int, done: int = 0) -> Iterator[Display]:
 
 
 class _TrainingPanel:
-    """Three lines, which rich draws anew again and again: bar and ETA; figures; pace."""
+    """Three lines that rich redraws: bar and ETA; metrics; pace."""
 
     live = True
 
     def __init__(self, bar: "Progress"):
         self.bar = bar
-        self.told = float("-inf")
+        self.updated = float("-inf")
         self.pace: Pace | None = None
-        self.figures: dict[str, object] = {}
+        self.metrics: dict[str, object] = {}
 
     def due(self) -> bool:
-        return time.monotonic() - self.told >= LIVE_INTERVAL
+        return time.monotonic() - self.updated >= LIVE_INTERVAL
 
-    def tell(self, pace: Pace, /, **figures: object) -> None:
-        self.told, self.pace = time.monotonic(), pace
-        self.figures = {**self.figures, **figures}  # a new one: the old may be being drawn
+    def tell(self, pace: Pace, /, **metrics: object) -> None:
+        self.updated, self.pace = time.monotonic(), pace
+        self.metrics = {**self.metrics, **metrics}  # a new dict: rich may be drawing the old one
 
     def advance(self) -> None:
         self.bar.advance(self.bar.task_ids[0])
@@ -189,30 +186,30 @@ class _TrainingPanel:
         from rich.console import Group
         from rich.text import Text
 
-        lines = [Text(_figures(self.figures)), Text(str(self.pace or ""), style="dim")]
+        lines = [Text(_format(self.metrics)), Text(str(self.pace or ""), style="dim")]
         return Group(self.bar, *(line for line in lines if line))
 
 
-class _TrainingLines:
+class _Lines:
     """One line every ten seconds, and a last one."""
 
     live = False
 
-    def __init__(self, label: str, total: int, done: int):
-        self.label, self.total, self.at, self.shown, self.first = label, total, done, done, done
+    def __init__(self, label: str, total: int, done: int, unit: str):
+        self.label, self.of, self.at, self.shown, self.first = label, f"{total} {unit}".strip(), done, done, done
         self.began = self.last = time.monotonic()
         self.pace: Pace | None = None
-        self.figures: dict[str, object] = {}
+        self.metrics: dict[str, object] = {}
 
     def due(self) -> bool:
         return time.monotonic() - self.last >= INTERVAL
 
-    def tell(self, pace: Pace, /, **figures: object) -> None:
+    def tell(self, pace: Pace | None, /, **metrics: object) -> None:
         self.pace = pace
-        self.figures.update(figures)
+        self.metrics.update(metrics)
 
-    def advance(self) -> None:
-        self.at += 1
+    def advance(self, n: int = 1) -> None:
+        self.at += n
         if self.due():
             self.last = time.monotonic()
             self._line()
@@ -224,7 +221,7 @@ class _TrainingLines:
     def _line(self) -> None:
         self.shown = self.at
         rate = (self.at - self.first) / max(time.monotonic() - self.began, 1e-9)
-        parts = [f"{self.at}/{self.total} updates", f"{_rate(rate)}/s", str(self.pace or ""), _figures(self.figures)]
+        parts = [f"{self.at}/{self.of}", f"{_rate(rate)}/s", str(self.pace or ""), _format(self.metrics)]
         _stderr(f"{self.label}: {', '.join(part for part in parts if part)}")
 
 
@@ -240,8 +237,8 @@ def _thousands(value: float) -> str:
     return _rate(value)
 
 
-def _figures(figures: dict[str, object]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {_show(value)}" for key, value in figures.items() if value is not None)
+def _format(metrics: dict[str, object]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {_show(value)}" for key, value in metrics.items() if value is not None)
 
 
 def _show(value: object) -> str:

@@ -23,13 +23,24 @@ if TYPE_CHECKING:
 MAX_SEED = 2**63 - 1  # the largest that every generator takes
 
 
-def _check_seed(value: int) -> int:
+def _check_seed(value: int | None) -> int | None:
     """Refuse a seed out of range: typer's own `min` and `max` would do so, too, but fill the help with 19 digits."""
-    if not 0 <= value <= MAX_SEED:
+    if value is not None and not 0 <= value <= MAX_SEED:
         raise typer.BadParameter(f"{value} is not between 0 and {MAX_SEED}")
     return value
 
 
+def opt(metavar: str | None, text: str, *names: str, **more: Any) -> Any:
+    """An option: the word for its value, its help, its names if they are not the parameter's."""
+    return typer.Option(*names, metavar=metavar, help=text, **more)
+
+
+def arg(metavar: str, text: str) -> Any:
+    """A positional argument."""
+    return typer.Argument(metavar=metavar, help=text)
+
+
+OUT = ("-o", "--output")
 AUTO = 0  # what a batch size of `auto` is read as
 
 
@@ -46,286 +57,184 @@ def _parse_batch(value: str) -> int:
     return size
 
 
-DatasetArg = Annotated[
-    str, typer.Argument(metavar="DATASET", help="A folder, a manifest (.jsonl .csv .tsv .parquet) or tars.")
-]
+DatasetArg = Annotated[str, arg("DATASET", "A folder, a manifest (.jsonl .csv .tsv .parquet) or tars.")]
 LatentsArg = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="LATENTS",
-        help="Codes or embeddings, from `sample` or `encode-images`; read from the pipe if left out.",
-    ),
+    arg("LATENTS", "Codes or embeddings, from `sample` or `encode-images`; read from the pipe if left out."),
 ]
 ImagesArg = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="IMAGES", help="From `decode`, `rerank` or `generate --images`; read from the pipe if left out."
-    ),
+    Path | None, arg("IMAGES", "From `decode`, `rerank` or `generate --images`; read from the pipe if left out.")
 ]
-ImageArg = Annotated[
-    str, typer.Argument(metavar="IMAGE", help="PNG, JPEG, WebP or BMP. The square in its middle is used.")
-]
-Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to sample; quote each prompt.")]
-PromptFile = Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one per line.")]
+ImageArg = Annotated[str, arg("IMAGE", "PNG, JPEG, WebP or BMP. The square in its middle is used.")]
+Prompts = Annotated[list[str] | None, arg("PROMPT...", "What to sample; quote each prompt.")]
+PromptFile = Annotated[Path | None, opt("FILE", "Prompts, one per line.", "--prompts")]
 
-OutFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Where to write.")]
-Out = Annotated[
-    Path | None,
-    typer.Option("-o", "--output", metavar="FILE", help="Where to write; named after the input if left out."),
-]
+OutFile = Annotated[Path, opt("FILE", "Where to write.", *OUT)]
+Out = Annotated[Path | None, opt("FILE", "Where to write; named after the input if left out.", *OUT)]
 SampledOut = Annotated[
-    Path | None,
-    typer.Option(
-        "-o", "--output", metavar="FILE", help="Where to write; named after the prompt, or --prompts, if left out."
-    ),
+    Path | None, opt("FILE", "Where to write; named after the prompt, or --prompts, if left out.", *OUT)
 ]
 RowsOut = Annotated[
     Path | None,
-    typer.Option(
-        "-o",
-        "--output",
-        metavar="OUT",
-        help="Where to write: a .safetensors file, else a folder of shards; named after the input if left out.",
+    opt(
+        "OUT", "Where to write: a .safetensors file, else a folder of shards; named after the input if left out.", *OUT
     ),
 ]
-OutRows = Annotated[
-    Path,
-    typer.Option("-o", "--output", metavar="OUT", help="Where to write: a .safetensors file, else a folder of shards."),
-]
-KeepImages = Annotated[
-    Path | None, typer.Option("--images", metavar="FILE", help="Also write the images as an artifact here.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace a file even if it is something else.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
+OutRows = Annotated[Path, opt("OUT", "Where to write: a .safetensors file, else a folder of shards.", *OUT)]
+EditOut = Annotated[Path | None, opt("FILE", "Where to write the grid; named after the image if left out.", *OUT)]
+KeepImages = Annotated[Path | None, opt("FILE", "Also write the images as an artifact here.")]
+Force = Annotated[bool, opt(None, "Replace a file even if it is something else.", "--force")]
+Fresh = Annotated[bool, opt(None, "Start over instead of resuming.", "--fresh")]
 Init = Annotated[
     str | None,
-    typer.Option(
-        "--init",
-        metavar="MODEL",
-        help="Fine-tune from existing weights: a file, a checkpoint, or a bundle's. The model's sizes are theirs.",
-    ),
+    opt("MODEL", "Fine-tune from existing weights: a file, a checkpoint, or a bundle's. The model's sizes are theirs."),
 ]
-ShardSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows per shard, when writing a folder of shards.")]
+ShardSize = Annotated[int, opt("N", "Rows per shard, when writing a folder of shards.", min=1)]
 
 Model = Annotated[
     str | None,
-    typer.Option(
+    opt(
+        "MODEL",
+        "Weights: a file, a bundle (a folder, or the name of a shipped one), or hf://owner/repo[@revision].",
         "-m",
         "--model",
-        metavar="MODEL",
         envvar="DALLE_MODEL",
-        help="Weights: a file, a bundle (a folder, or the name of a shipped one), or hf://owner/repo[@revision].",
     ),
 ]
-TokenizerFile = Annotated[Path, typer.Option("-t", "--tokenizer", metavar="FILE", help="What `train-tokenizer` wrote.")]
-Recipe = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A recipe's TOML with hyper-parameters.")]
-Sets = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one hyper-parameter, as prior.n_layer=4.")
-]
+TokenizerFile = Annotated[Path, opt("FILE", "What `train-tokenizer` wrote.", "-t", "--tokenizer")]
+Recipe = Annotated[Path | None, opt("FILE", "A recipe's TOML with hyper-parameters.", "--config")]
+Sets = Annotated[list[str], opt("KEY=VALUE", "Override one hyper-parameter, as prior.n_layer=4.", "--set")]
 
-Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option(metavar="NAME", help="Arithmetic: auto, bfloat16, float16 or float32.")]
-Seed = Annotated[
-    int, typer.Option(metavar="N", callback=_check_seed, help="Same inputs, same seed, same machine: same bytes.")
-]
+Device = Annotated[str, opt("NAME", "auto, cpu, cuda or mps.")]
+Dtype = Annotated[str, opt("NAME", "Arithmetic: auto, bfloat16, float16 or float32.")]
+OptionalDtype = Annotated[str | None, opt("NAME", "Arithmetic: auto, bfloat16, float16 or float32.")]
+Seed = Annotated[int, opt("N", "Same inputs, same seed, same machine: same bytes.", callback=_check_seed)]
 OptionalSeed = Annotated[
     int | None,
-    typer.Option(
-        "--seed",
-        metavar="N",
-        callback=lambda value: value if value is None else _check_seed(value),
-        help="Same inputs, same seed, same machine: same bytes; 0 if left out.",
-    ),
+    opt("N", "Same inputs, same seed, same machine: same bytes; 0 if left out.", callback=_check_seed),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows at once; does not change the result.")]
+BatchSize = Annotated[int, opt("N", "Rows at once; does not change the result.", min=1)]
 SampleBatch = Annotated[
     int,
-    typer.Option(
+    opt(
+        "N",
+        "Candidates at once, or auto: as many as fit into half of the free memory; does not change the result.",
         parser=_parse_batch,
-        metavar="N",
-        help="Candidates at once, or auto: as many as fit into half of the free memory; does not change the result.",
     ),
 ]
 Int8 = Annotated[
-    bool | None,
-    typer.Option("--int8/--no-int8", help="Hold the prior's matrices in 8-bit integers: a quarter of the memory."),
+    bool | None, opt(None, "Hold the prior's matrices in 8-bit integers: a quarter of the memory.", "--int8/--no-int8")
 ]
 Compile = Annotated[
     bool,
-    typer.Option(
-        "--compile", help="Compile the sampling of a code first (torch.compile): a minute or more, for long runs."
-    ),
+    opt(None, "Compile the sampling of a code first (torch.compile): a minute or more, for long runs.", "--compile"),
 ]
-Workers = Annotated[int, typer.Option(min=0, metavar="N", help="Threads that read images ahead.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Workers = Annotated[int, opt("N", "Threads that read images ahead.", min=0)]
+Json = Annotated[bool, opt(None, "One JSON object on stdout.", "--json")]
 
-Samples = Annotated[
-    int, typer.Option("-n", "--samples", min=1, metavar="N", help="Candidates per prompt (the paper: 512).")
-]
+Samples = Annotated[int, opt("N", "Candidates per prompt (the paper: 512).", "-n", "--samples", min=1)]
 OptionalSamples = Annotated[
-    int | None,
-    typer.Option("-n", "--samples", min=1, metavar="N", help="Candidates per prompt; 16 if left out (the paper: 512)."),
+    int | None, opt("N", "Candidates per prompt; 16 if left out (the paper: 512).", "-n", "--samples", min=1)
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(
+    opt(
+        "X",
+        "Below 1 is safer, above 1 wilder; 0 takes the likeliest. Left out: what the weights say, as `info` shows, "
+        "else 1.",
         min=0.0,
-        metavar="X",
-        help="Below 1 is safer, above 1 wilder; 0 takes the likeliest. Left out: what the weights say, as `info` "
-        "shows, else 1.",
     ),
 ]
-TopK = Annotated[
-    int | None, typer.Option(min=0, metavar="N", help="Sample among the N likeliest codes only; 0 = all, the default.")
-]
+TopK = Annotated[int | None, opt("N", "Sample among the N likeliest codes only; 0 = all, the default.", min=0)]
 TopP = Annotated[
-    float | None,
-    typer.Option(
-        min=0.0, max=1.0, metavar="X", help="Sample among codes of this total probability; 1 = all, the default."
-    ),
+    float | None, opt("X", "Sample among codes of this total probability; 1 = all, the default.", min=0.0, max=1.0)
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option(
-        min=0.0,
-        metavar="X",
-        help="Classifier-free guidance; 1 = off. The prior must be trained with captions dropped. Left out: what the "
+    opt(
+        "X",
+        "Classifier-free guidance; 1 = off. The prior must be trained with captions dropped. Left out: what the "
         "weights say, as `info` shows, else 1.",
+        min=0.0,
     ),
 ]
 SketchGuidance = Annotated[
     float | None,
-    typer.Option(
-        "--sketch-guidance",
-        min=0.0,
-        metavar="X",
-        help="Of a prior with a sketch: the guidance of the sketch. Left out: what the weights say.",
-    ),
+    opt("X", "Of a prior with a sketch: the guidance of the sketch. Left out: what the weights say.", min=0.0),
 ]
 GuidanceFrom = Annotated[
-    float | None,
-    typer.Option(min=0.0, max=1.0, metavar="X", help="Guide from this share of the grid on, in raster order; else 0."),
+    float | None, opt("X", "Guide from this share of the grid on, in raster order; else 0.", min=0.0, max=1.0)
 ]
-GuidanceTo = Annotated[
-    float | None,
-    typer.Option(min=0.0, max=1.0, metavar="X", help="Guide up to this share of the grid; else 1, its end."),
-]
+GuidanceTo = Annotated[float | None, opt("X", "Guide up to this share of the grid; else 1, its end.", min=0.0, max=1.0)]
 SampleFrom = Annotated[
     Path | None,
-    typer.Option(
+    opt(
+        "CODES",
+        "Sample again what `sample` wrote here, with its own prompts and settings, which other options override.",
         "--from",
-        metavar="CODES",
-        help="Sample again what `sample` wrote here, with its own prompts and settings, which other options override.",
     ),
 ]
-SampleRows = Annotated[
-    str | None,
-    typer.Option(metavar="N,N", help="Of --from, these rows only, counted from 0, as 3,17."),
-]
-Keep = Annotated[int, typer.Option(min=0, metavar="N", help="Keep the best N per prompt; 0 keeps all, best first.")]
-Columns = Annotated[int, typer.Option(min=0, metavar="N", help="Images in a row of the grid; 0 = as fits.")]
-Terminal = Annotated[
-    bool | None,
-    typer.Option("--terminal/--no-terminal", help="Preview in the terminal, or not."),
-]
-Exclude = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Leave out the ids in this file, as `overlap` writes it."),
-]
-Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use at most N of them, spread over all.")]
+SampleRows = Annotated[str | None, opt("N,N", "Of --from, these rows only, counted from 0, as 3,17.")]
+Keep = Annotated[int, opt("N", "Keep the best N per prompt; 0 keeps all, best first.", min=0)]
+Columns = Annotated[int, opt("N", "Images in a row of the grid; 0 = as fits.", min=0)]
+Terminal = Annotated[bool | None, opt(None, "Preview in the terminal, or not.", "--terminal/--no-terminal")]
+Exclude = Annotated[Path | None, opt("FILE", "Leave out the ids in this file, as `overlap` writes it.", "--exclude")]
+Limit = Annotated[int | None, opt("N", "Use at most N of them, spread over all.", min=1)]
 ImageFile = Annotated[
     str | None,
-    typer.Option(
-        "--image",
-        metavar="FILE",
-        help="Keep a part of this image, the square in its middle, and sample the rest: see --keep-rows and --mask. A "
+    opt(
+        "FILE",
+        "Keep a part of this image, the square in its middle, and sample the rest: see --keep-rows and --mask. A "
         "code depends on the caption, the rows of codes above it and the codes left of it. It does not see what is "
         "kept to its right or below, so that may not fit.",
     ),
 ]
 KeepRows = Annotated[
-    int | None,
-    typer.Option(min=0, metavar="N", help="Of --image, keep this many rows of codes from the top; else half of them."),
+    int | None, opt("N", "Of --image, keep this many rows of codes from the top; else half of them.", min=0)
 ]
 MaskFile = Annotated[
     str | None,
-    typer.Option(
-        "--mask",
-        metavar="FILE",
-        help="Of --image, sample what is white in this image (of any size, its middle square), and keep what is black. "
-        "A code is sampled if white touches its patch anywhere.",
+    opt(
+        "FILE",
+        "Of --image, sample what is white in this image (of any size, its middle square), and keep what is black. A"
+        " code is sampled if white touches its patch anywhere.",
     ),
 ]
 ClipFile = Annotated[
-    str | None,
-    typer.Option(
-        "-m",
-        "--model",
-        metavar="CLIP",
-        help="Also embed the captions with this CLIP, for a prior over its embeddings.",
-    ),
+    str | None, opt("CLIP", "Also embed the captions with this CLIP, for a prior over its embeddings.", "-m", "--model")
 ]
-SamplerName = Annotated[
-    str | None,
-    typer.Option("--sampler", metavar="NAME", help="Of a diffusion prior: ddpm (the default), ddim, dpm++ or heun."),
-]
-SamplerSteps = Annotated[
-    int | None, typer.Option("--steps", min=1, metavar="N", help="Of a diffusion prior: steps; else 64, the paper's.")
-]
+SamplerName = Annotated[str | None, opt("NAME", "Of a diffusion prior: ddpm (the default), ddim, dpm++ or heun.")]
+SamplerSteps = Annotated[int | None, opt("N", "Of a diffusion prior: steps; else 64, the paper's.", min=1)]
 LatentsName = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="codes, as DALL-E, or embeddings, as DALL-E 2: which prior to sample where MODEL holds both; codes if "
-        "left out.",
+    opt(
+        "NAME",
+        "codes, as DALL-E, or embeddings, as DALL-E 2: which prior to sample where MODEL holds both; codes if left "
+        "out.",
     ),
 ]
-DecoderSteps = Annotated[
-    int | None, typer.Option("--decoder-steps", min=1, metavar="N", help="Of a diffusion decoder: steps; else 20.")
-]
-DecoderSampler = Annotated[
-    str | None,
-    typer.Option(
-        "--decoder-sampler", metavar="NAME", help="Of a diffusion decoder: ddpm, ddim, dpm++ (the default) or heun."
-    ),
-]
+DecoderSteps = Annotated[int | None, opt("N", "Of a diffusion decoder: steps; else 20.", min=1)]
+DecoderSampler = Annotated[str | None, opt("NAME", "Of a diffusion decoder: ddpm, ddim, dpm++ (the default) or heun.")]
 DecoderGuidance = Annotated[
     float | None,
-    typer.Option(
-        "--decoder-guidance",
-        min=0.0,
-        metavar="X",
-        help="Of a diffusion decoder: guidance towards embedding and caption; 1 = off, the default.",
-    ),
+    opt("X", "Of a diffusion decoder: guidance towards embedding and caption; 1 = off, the default.", min=0.0),
 ]
 DecoderEta = Annotated[
     float | None,
-    typer.Option(
+    opt(
+        "X",
+        "Of --decoder-sampler ddim: noise added at each step; 0 = none, 1 = as much as ddpm.",
         "--eta",
         min=0.0,
         max=1.0,
-        metavar="X",
-        help="Of --decoder-sampler ddim: noise added at each step; 0 = none, 1 = as much as ddpm.",
     ),
 ]
-UpsamplerSteps = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Steps of each of the bundle's upsamplers; else 10.")
-]
+UpsamplerSteps = Annotated[int | None, opt("N", "Steps of each of the bundle's upsamplers; else 10.", min=1)]
 LowNoise = Annotated[
     float | None,
-    typer.Option(
-        "--low-noise",
-        min=0.0,
-        metavar="X",
-        help="Gaussian noise added to the image that an upsampler enlarges, in units of [-1, 1]; else 0.",
-    ),
+    opt("X", "Noise on the image that an upsampler enlarges: a share of its timesteps; else as trained for.", min=0.0),
 ]
-EditingSteps = Annotated[
-    int | None,
-    typer.Option(
-        "--decoder-steps", min=1, metavar="N", help="DDIM steps, and as many back to an image's noise; else 50."
-    ),
-]
+EditSteps = Annotated[int | None, opt("N", "DDIM steps, and as many back to an image's noise; else 50.", min=1)]
 
 # Groups
 
@@ -383,17 +292,14 @@ class DecoderOptions:
 
 @dataclass(frozen=True)
 class InpaintingOptions:
-    """Which part of an existing image stays while codes are sampled for the rest.
-
-    Raises:
-        DalleError: a mask or rows without an image, or both.
-    """
+    """Which part of an existing image stays while codes are sampled for the rest."""
 
     image: ImageFile = None
     keep_rows: KeepRows = None
     mask: MaskFile = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises: DalleError for a mask or rows without an image, or both."""
         given = [flag(name) for name in ("keep_rows", "mask") if getattr(self, name) is not None]
         if given and self.image is None:
             raise DalleError(f"expected --image beside {given[0]}, found none; say of which image codes are kept")
@@ -406,7 +312,7 @@ class DeviceOptions:
     """Where to compute, and in which dtype."""
 
     device: Device = "auto"
-    dtype: Dtype = "float32"
+    dtype: OptionalDtype = "float32"
 
     def open(self) -> "Arithmetic":
         """What they come to on this machine.
@@ -416,7 +322,7 @@ class DeviceOptions:
         """
         from dalle_cli.devices import arithmetic
 
-        return arithmetic(self.device, self.dtype)
+        return arithmetic(self.device, self.dtype or "float32")
 
 
 @dataclass(frozen=True)
@@ -424,7 +330,26 @@ class GridOptions:
     """How an image grid is laid out, and whether the terminal shows it, too."""
 
     columns: Columns = 0
-    terminal: Terminal = False
+    terminal: Terminal = None
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """What `vary`, `interpolate`, `diff` and `reconstruct` have in common."""
+
+    out: EditOut = None
+    model: Model = None
+    decoder_steps: EditSteps = None
+    decoder_guidance: DecoderGuidance = None
+    upsampler_steps: UpsamplerSteps = None
+    seed: Seed = 0
+    images: KeepImages = None
+    batch_size: BatchSize = 64
+    columns: Columns = 0
+    terminal: Terminal = None
+    device: Device = "auto"
+    dtype: Dtype = "float32"
+    force: Force = False
 
 
 def flag(name: str) -> str:

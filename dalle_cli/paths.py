@@ -39,6 +39,17 @@ def beside(path: Path, suffix: str) -> Path:
     return target
 
 
+def named_after(source: str, suffix: str) -> Path:
+    """The output of a command whose input is a path, or a data set at a URL or of several tars, which names none.
+
+    Raises:
+        DalleError: the input is no plain path.
+    """
+    if "://" in source or "{" in source or not Path(source).name:
+        raise DalleError(f"expected -o, found none beside {source}; say where to write")
+    return beside(Path(source), suffix)
+
+
 def slug(prompt: str) -> str:
     """A file's stem from a prompt: letters and digits of any script, joined by hyphens."""
     return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "prompt"

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from dalle_cli.artifacts.container import replace_file
 from dalle_cli.errors import DalleError
-from dalle_cli.hub import bundles as bundle
-from dalle_cli.hub import card
+from dalle_cli.hub import bundles, card
 
 PARTS = ("dvae.safetensors", "clip.safetensors", "prior.safetensors", "tokenizer.json")
 MOST = 40_000_000  # bytes: it lies in the package
@@ -32,7 +31,7 @@ def make(model: Path, recipe: Path, out: Path) -> int:
     size = sum(part.stat().st_size for part in parts)
     if size > MOST:
         raise DalleError(f"expected at most {MOST:,} bytes to ship, found {size:,}; save the weights in bfloat16")
-    weights = bundle.whole(parts)
+    weights = bundles.whole(parts)
     text = (recipe / "card.md").read_text(encoding="utf-8")
     text = card.write(text, f"dalle/{recipe.resolve().name}", weights, card.read_scores(recipe), None)
     out.mkdir(parents=True, exist_ok=True)

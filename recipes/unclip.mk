@@ -20,15 +20,15 @@ $(OUT)/texts.safetensors: $(MODEL)/tokenizer.json $(MODEL)/clip.safetensors
 	$(DALLE) tokenize '$(PAIRS)' -t $< -m $(word 2,$^) $(FLAGS) -o $@
 
 $(UNCLIP)/decoder.safetensors: $(OUT)/embeddings.safetensors $(OUT)/texts.safetensors $(UNCLIP_CONFIG)
-	$(DALLE) train-decoder '$(PAIRS)' $< --captions $(word 2,$^) $(NUMBERS) $(LEAVE) --seed $(SEED) -o $@
+	$(DALLE) train-decoder '$(PAIRS)' $< --captions $(word 2,$^) $(NUMBERS) $(LEAVE) $(FRESH) --seed $(SEED) -o $@
 
 $(UNCLIP)/upsampler-%.safetensors: $(READY) $(UNCLIP_CONFIG)
-	$(DALLE) train-decoder $(DATA) --upsampler $* $(NUMBERS) --seed $(SEED) -o $@
+	$(DALLE) train-decoder $(DATA) --upsampler $* $(NUMBERS) $(FRESH) --seed $(SEED) -o $@
 
 # One bundle for each prior; what they share is linked into them. From NAME.txt to pictures: UNCLIP/PRIOR-NAME.
 define SYSTEM
 $(UNCLIP)/$(1)/prior.safetensors: $(OUT)/texts.safetensors $(OUT)/embeddings.safetensors $(UNCLIP_CONFIG)
-	$$(DALLE) train-prior $$(wordlist 1,2,$$^) $$(NUMBERS) --set embedding_prior.kind=$(1) $$(LEAVE) --seed $$(SEED) -o $$@
+	$$(DALLE) train-prior $$(wordlist 1,2,$$^) $$(NUMBERS) --set embedding_prior.kind=$(1) $$(LEAVE) $$(FRESH) --seed $$(SEED) -o $$@
 
 $(LENT:%=$(UNCLIP)/$(1)/%): $(UNCLIP)/$(1)/%: $(MODEL)/%
 	mkdir -p $$(@D) && { ln -f $$< $$@ || cp -p $$< $$@; }

@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw
 
 pytest.register_assert_rewrite("artifact_files", "comparisons", "process_pair")  # which assert on tests' behalf
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40)}
 SHAPES = ("circle", "square", "bar")
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
@@ -232,6 +234,17 @@ class Chain:
         """Every file that the chain wrote, but the folders of runs."""
         files = [p for p in sorted(self.root.rglob("*")) if p.is_file()]
         return [p for p in files if not any(part.endswith(".run") for part in p.parts)]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The machine's own chromium, without a window, driven by playwright."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -148,6 +148,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if found is None:
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         sha, files = found
+        if verb == "tree":
+            listed = [{"type": "file", "path": p, "size": len(d), "oid": git_sha(d)} for p, d in files.items()]
+            return self.answer(200, listed)
         assert verb == "revision", self.path
         siblings = [
             self.sibling(path, data) if "blobs" in query else {"rfilename": path} for path, data in files.items()

@@ -1,6 +1,6 @@
 """Copies of a data set's pictures, changed a little and hidden among pictures that are no copies; what finds them.
 
-    python tests/planted.py recipes/emoji/small.tar [--features CLIP] [--most N] [--sheet PNG]
+    python tests/planted.py recipes/emoji/small.tar [--features CLIP] [--most N] [--grid PNG]
 
 prints a table: of the copies of each kind, how many `dalle overlap` finds (recall), and what share of what it finds is
 a copy where they stand among as many pictures that are none (precision).
@@ -136,14 +136,14 @@ def main():
     parser.add_argument("source", help="a data set")
     parser.add_argument("--most", type=int, help="pictures of it, at random, that are used")
     parser.add_argument("--features", help="as for `dalle overlap`")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7])
-    parser.add_argument("--sheet", type=Path, help="of the pairs around the default threshold")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.9, 0.93, 0.95, 0.97, 0.99])
+    parser.add_argument("--grid", type=Path, help="of the pairs around the default threshold")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         train, test = plant(args.source, Path(folder), args.most)
         out = Path(folder) / "overlap.txt"
         more = ("--features", args.features) if args.features else ()
-        run_ok("overlap", train, test, "-o", out, *more, *(("--sheet", args.sheet) if args.sheet else ()))
+        run_ok("overlap", train, test, "-o", out, *more, *(("--grid", args.grid) if args.grid else ()))
         pairs = json.loads(out.with_suffix(".json").read_text())["pairs"]
         ids = open_dataset(test, need_captions=False).ids
     others = [p for p in pairs if p["test"].startswith("other/")]

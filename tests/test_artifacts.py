@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from dalle_cli.artifacts import KINDS, Strings, digest_bytes, history, open_artifact, write_artifact
-from dalle_cli.artifacts.artifact import Rows
+from dalle_cli.artifacts.artifact import ShardedRows
 from dalle_cli.artifacts.container import check_replaceable
 from dalle_cli.artifacts.weights import load_into, load_tensors, save_tensors
 from dalle_cli.errors import DalleError
@@ -81,10 +81,10 @@ def test_strings_of_half_a_surrogate_pair_are_made_text():
 
 def test_a_fact_of_the_header(tmp_path):
     found = open_artifact(write_codes(tmp_path / "a.safetensors", config={"grid": 2, "yes": True}))
-    assert found.fact("grid", int) == 2
+    assert found.require("grid", int) == 2
     for name, type_ in (("encoder", str), ("grid", str), ("yes", int)):
         with pytest.raises(DalleError, match=name):
-            found.fact(name, type_)
+            found.require(name, type_)
 
 
 # Shards
@@ -92,7 +92,7 @@ def test_a_fact_of_the_header(tmp_path):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Rows 0 to 10 in shards of 4, 0, 5 and 2."""
+    """ShardedRows 0 to 10 in shards of 4, 0, 5 and 2."""
     folder = tmp_path_factory.mktemp("shards") / "codes"
     at = 0
     for i, n in enumerate((4, 0, 5, 2)):
@@ -143,7 +143,7 @@ def test_shards_are_an_artifact(shards):
 @given(st.data(), st.lists(st.integers(0, 4), min_size=1, max_size=5))
 def test_rows_index_as_the_whole_does(draw, sizes):
     whole = np.arange(2 * sum(sizes)).reshape(-1, 2)
-    rows = Rows(np.split(whole, np.cumsum(sizes)[:-1]))
+    rows = ShardedRows(np.split(whole, np.cumsum(sizes)[:-1]))
     n = len(whole)
     bounds = st.none() | st.integers(-9, 9)
     choices = st.builds(slice, bounds, bounds, st.none() | st.integers(-3, 3).filter(bool))
@@ -173,7 +173,7 @@ def test_incomplete_or_mixed_shards(tmp_path):
     assert "expected 3 shards, found 2" in fill("first missing", [None, of(3), of(3)])
     assert "expected 2 shards, found 3" in fill("too many", [of(2)] * 3)
     assert "from another" in fill("of two configs", [of(2), of(2, grid=3)])
-    assert "other columns" in fill("of two layouts", [of(2), of(2)], [{}, {"text": ["a", "b"]}])
+    assert "found others in" in fill("of two layouts", [of(2), of(2)], [{}, {"text": ["a", "b"]}])
     for lie in ("2", 1.0, -1, None, [1], True):
         fill(f"lying {lie!r}", [of(lie)] * 2)
     (tmp_path / "empty").mkdir()

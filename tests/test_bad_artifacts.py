@@ -11,7 +11,7 @@ from conftest import run_bad, run_cli, run_ok, start
 from dalle_cli.artifacts import open_artifact, write_artifact
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_a_lie_of_a_billion_layers_is_refused_at_once(chain, tmp_path, name, siz
     path = save_tensors(tmp_path / "lie.safetensors", found.kind, load_tensors(found), config, found.history)
     began = time.monotonic()
     with pytest.raises(DalleError, match=f"{size} 1000000000 beside [0-9]+ tensors"):
-        getattr(load, name)(open_artifact(path), torch.device("cpu"))
+        getattr(loading, name)(open_artifact(path), torch.device("cpu"))
     assert time.monotonic() - began < 2
 
 

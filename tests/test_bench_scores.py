@@ -14,7 +14,7 @@ from bench.doses import Cell, verdict
 from dalle_cli.artifacts.weights import save_tensors
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.datasets import open_dataset
-from dalle_cli.evaluation.image_sets import open_side
+from dalle_cli.evaluation.image_sets import open_image_set
 from dalle_cli.models.clip import CLIP, CLIPConfig
 
 SMALL = Path(__file__).parent.parent / "recipes" / "emoji" / "small.tar"
@@ -66,9 +66,9 @@ def test_pictures_are_other_ones_by_number_and_seed():
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
 def test_no_picture_that_was_read_stays_mapped(tmp_path):
     made = scores.Made(scores.BLOCK + 3, 8, seed=0)
-    side = open_side("generated", str(scores.store(made, tmp_path / "drawn")))
+    side = open_image_set("generated", str(scores.store(made, tmp_path / "drawn")))
     for i in (0, 5, scores.BLOCK - 1, scores.BLOCK, scores.BLOCK + 2):
-        np.testing.assert_array_equal(np.asarray(side.pictures.read(i)), made.pixels(i))
+        np.testing.assert_array_equal(np.asarray(side.images.read(i)), made.pixels(i))
     mapped = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     sizes = [int(stop, 16) - int(start, 16) for start, stop in (span.split("-") for span in mapped)]
     assert 0 < sum(sizes) < made.pixels(0).nbytes * len(made) / 2  # ids
@@ -114,8 +114,8 @@ def test_harm_is_of_the_dose_asked_for(features, tmp_path):
     row = int(trial.half.rows[0])
     pixels = {}
     for kind, dose in (("none", 0.0), ("blur", 2.0), ("noise", 0.1)):
-        pixels[kind] = np.asarray(trial.harmed(kind, dose).pictures.read(row)).astype(float)
-    np.testing.assert_array_equal(pixels["none"], np.asarray(trial.whole.pictures.read(row)))
+        pixels[kind] = np.asarray(trial.harmed(kind, dose).images.read(row)).astype(float)
+    np.testing.assert_array_equal(pixels["none"], np.asarray(trial.whole.images.read(row)))
     gray = (pixels["none"] > 76) & (pixels["none"] < 179)  # where nothing is cut off
     assert np.std((pixels["noise"] - pixels["none"])[gray]) == pytest.approx(25.5, rel=0.15)
     assert np.abs(np.diff(pixels["blur"], axis=0)).max() < np.abs(np.diff(pixels["none"], axis=0)).max() / 2

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import process_pair
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models.clip import CLIP, CLIPConfig, equal_captions, sigmoid_loss, softmax_loss
+from dalle_cli.models.clip import CLIP, CLIPConfig, caption_hash, equal_captions, sigmoid_loss, softmax_loss
+from dalle_cli.training.distributed import all_rows
 from reference import clip as reference
 
 SMALL = CLIPConfig(
@@ -168,6 +171,77 @@ def test_equal_captions_are_not_negatives(loss: Callable[[Tensor, Tensor], Tenso
     assert right == pytest.approx(0, abs=1e-6)
     assert wrong > 0.1
     assert loss(logits, pairs) + 1 < loss(logits, pairs[[2, 0, 1]])
+
+
+def whole_batch_loss(model: CLIP, images: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """The loss by targets for each pair, (B, B), and by comparing captions token by token."""
+    similarities = model.similarity(model.encode_image(images), model.encode_text(tokens, lengths))
+    captions = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
+    pairs = torch.tensor([[one == other for other in captions] for one in captions])
+    if model.config.loss == "sigmoid":
+        logits = model.scale() * similarities + model.logit_bias
+        return -F.logsigmoid((pairs.double() * 2 - 1) * logits).sum() / len(logits)
+    logits, target = model.scale() * similarities, pairs.double()
+    target = target / target.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def gradients(model: CLIP, loss: Tensor) -> list[Tensor]:
+    return [g for g in torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) if g is not None]
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_the_loss_and_its_gradients_are_those_of_the_whole_batch(loss: str) -> None:
+    model = make(loss=loss).double()
+    images, tokens, lengths = batch()
+    tokens[3], lengths[3] = tokens[2], lengths[2]
+    given = images.double(), tokens, lengths
+    expected = whole_batch_loss(model, *given)
+    wanted, found = gradients(model, expected), model.loss(*given)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients(model, found), wanted, rtol=1e-9, atol=1e-13)
+
+
+def parts(loss: str) -> dict[str, object]:
+    """What two processes make of two halves of a batch, as the trainer does: means of losses and of gradients."""
+    group = process_pair.group()
+    model = make(loss=loss).double()
+    images, tokens, lengths = (x.chunk(2)[group.rank] for x in repeated())
+    found, figures = model.loss(images.double(), tokens, lengths, all_rows)
+    means = group.means({"loss": found.detach(), "accuracy": figures["accuracy"]})
+    averaged = [sum(group.gathered(g), torch.zeros_like(g)) / 2 for g in gradients(model, found)]
+    return {**means, "gradients": averaged}
+
+
+def repeated() -> tuple[Tensor, Tensor, Tensor]:
+    """A batch in which the two halves share a caption."""
+    images, tokens, lengths = batch()
+    n = len(images) // 2 * 2
+    tokens[n - 1], lengths[n - 1] = tokens[0], lengths[0]
+    return images[:n], tokens[:n], lengths[:n]
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_two_processes_make_the_loss_and_gradients_of_one(pair: process_pair.Pair, loss: str) -> None:
+    model = make(loss=loss).double()
+    images, tokens, lengths = repeated()
+    expected, figures = model.loss(images.double(), tokens, lengths)
+    wanted = gradients(model, expected)
+    for found in pair(parts, loss):
+        torch.testing.assert_close(found["loss"], expected.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(found["accuracy"], figures["accuracy"])
+        torch.testing.assert_close(found["gradients"], wanted, rtol=1e-9, atol=1e-13)
+
+
+def test_captions_of_other_words_or_order_have_other_hashes() -> None:
+    tokens = torch.randint(0, 49408, (4000, 77), generator=torch.Generator().manual_seed(0))
+    tokens[2000:] = tokens[:2000].flip(1)  # the same words in another order
+    few = torch.cartesian_prod(*[torch.arange(4)] * 5)  # all captions of five of four words, and their beginnings
+    for rows, lengths in ((tokens, torch.full((4000,), 77)), (few, torch.full((1024,), 5))):
+        assert len(set(caption_hash(rows, lengths).tolist())) == len(rows)
+    assert len({h for n in range(6) for h in caption_hash(few, torch.full((1024,), n)).tolist()}) == sum(
+        4**n for n in range(6)
+    )
 
 
 def test_softmax_loss_of_no_knowledge_is_log_of_the_batch() -> None:

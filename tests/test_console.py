@@ -14,7 +14,7 @@ from conftest import run_bad, run_ok
 from dalle_cli import console
 from dalle_cli.devices import arithmetic, autocast, peak_flops, peak_memory, select_device, select_dtype
 from dalle_cli.errors import DalleError
-from dalle_cli.hub import bundles as bundle
+from dalle_cli.hub import bundles
 from dalle_cli.hub.transfer import Fetched
 from dalle_cli.paths import beside, given_or_piped, skip_list, slug
 
@@ -199,18 +199,18 @@ def test_what_the_machine_could_do_and_has_held():
 
 
 def test_a_bundle_is_a_folder_a_file_a_shipped_name_or_a_repository(chain, monkeypatch):
-    found = bundle.weights(str(chain.model), "weights.clip")
+    found = bundles.weights(str(chain.model), "weights.clip")
     assert found.path == chain.clip
-    assert bundle.weights(str(chain.clip), "weights.clip").digest == found.digest
-    assert bundle.tokenizer(found) == chain.tokenizer
-    monkeypatch.setattr(bundle, "SHIPPED", chain.root)
-    assert bundle.locate("model") == chain.model
-    monkeypatch.setattr(bundle, "DEFAULTS", ("nothing", "model"))
-    assert bundle.locate(None) == chain.model
+    assert bundles.weights(str(chain.clip), "weights.clip").digest == found.digest
+    assert bundles.tokenizer(found) == chain.tokenizer
+    monkeypatch.setattr(bundles, "SHIPPED", chain.root)
+    assert bundles.locate("model") == chain.model
+    monkeypatch.setattr(bundles, "DEFAULTS", ("nothing", "model"))
+    assert bundles.locate(None) == chain.model
     monkeypatch.setattr(
-        "dalle_cli.hub.transfer.fetch", lambda name: {"hf://me/it@v2": Fetched(chain.model, (), "", {})}[name]
+        "dalle_cli.hub.transfer.fetch", lambda name, kinds: {"hf://me/it@v2": Fetched(chain.model, (), "")}[name]
     )
-    assert bundle.locate("hf://me/it@v2") == chain.model
+    assert bundles.locate("hf://me/it@v2") == chain.model
 
 
 def test_the_environment_names_a_model(chain, tmp_path):
@@ -222,6 +222,6 @@ def test_too_little_memory_is_one_line(chain, tmp_path, monkeypatch):
     def greedy(*_):
         return torch.empty(10**17)
 
-    monkeypatch.setattr("dalle_cli.commands.drawing.decode", greedy)
+    monkeypatch.setattr("dalle_cli.pipelines.codec.Codec.decode", greedy)
     error = run_bad("decode", chain.drawn, "-m", chain.model, "-o", tmp_path / "x.safetensors")
     assert "expected more memory" in error

@@ -13,9 +13,9 @@ from dalle_cli.artifacts import digest_file, open_artifact
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.augment import center
 from dalle_cli.data.datasets import open_dataset
-from dalle_cli.hub import bundles as bundle
+from dalle_cli.hub import bundles
 from dalle_cli.models.pixels import from_uint8
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def test_what_is_done_is_said_to_be_done(chain, tmp_path):
     assert "captions 24" in run_cli("tokenize", chain.data, *more, "-o", tmp_path / "new.safetensors").stderr
     images = shutil.copy(chain.images, tmp_path / "i.safetensors")
     decode = ("decode", chain.drawn, "-m", chain.model, "-o", images)
-    assert "pictures all there already" in run_cli(*decode).stderr
+    assert "images all there already" in run_cli(*decode).stderr
 
 
 def test_tokenize_counts_what_it_cuts(chain, tmp_path):
@@ -63,7 +63,7 @@ def test_tokenize_counts_what_it_cuts(chain, tmp_path):
 
 
 def test_codes_are_the_dvae_of_each_picture(chain, data):
-    dvae = load.dvae(bundle.weights(str(chain.dvae), "weights.dvae"), CPU)
+    dvae = loading.dvae(bundles.weights(str(chain.dvae), "weights.dvae"), CPU)
     pictures = open_dataset(data, need_captions=False)
     pixels = np.stack([center(pictures.read(i), 16).transpose(2, 0, 1) for i in range(24)])
     np.testing.assert_array_equal(

@@ -337,7 +337,7 @@ def test_tar_errors(tmp_path):
     assert "expected" in error(tmp_path / "zero.tar")
     assert "1.tar, found no such file" in error(str(tmp_path / "{0..1}.tar"))
     for braces in ("{1..0}", "{x}", "{0..9999999999}", "{0..9999}{0..9999}"):
-        assert "mend" in error(f"{tmp_path}/{braces}.tar")
+        assert "correct" in error(f"{tmp_path}/{braces}.tar")
     assert "without caption" in error(fill(tmp_path, {"b.tar": tar_bytes([("a.png", picture())])}) / "b.tar")
 
 
@@ -403,7 +403,7 @@ def test_nothing_usable_is_one_line(tmp_path):
         tmp_path,
         {"bare/a.png": picture(), "bare/list.csv": "image\n", "w.zip": "x", "n.csv": "a,b\n1,2\n", "e.jsonl": ""},
     )
-    assert "found 1 pictures and no .txt; give the manifest list.csv" in error(tmp_path / "bare")
+    assert "found 1 images and no .txt; give the manifest list.csv" in error(tmp_path / "bare")
     os.remove(tmp_path / "bare/list.csv")
     assert "write the caption of a.png to a.txt" in error(tmp_path / "bare")
     assert "w.zip" in error(tmp_path / "w.zip")

@@ -16,7 +16,7 @@ from dalle_cli.data.datasets import open_dataset
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder, DecoderConfig
-from dalle_cli.sampling.decoder import Brush, invert, paint, process, to_stored
+from dalle_cli.sampling.decoder import SamplerConfig, invert, paint, process, to_images
 from dalle_cli.training.decoder import DecoderTask, DecoderTrain, loss_of
 from dalle_cli.training.denoising import denoising
 from dalle_cli.training.loop import Trainer
@@ -185,23 +185,23 @@ def soft(request):
 
 
 def test_guidance(soft):
-    plain = painted(soft, Brush(4))
-    assert torch.equal(painted(soft, Brush(4, guidance=1.0)), plain)
-    assert differs(painted(soft, Brush(4, guidance=3.0)), plain) > 3
+    plain = painted(soft, SamplerConfig(4))
+    assert torch.equal(painted(soft, SamplerConfig(4, guidance=1.0)), plain)
+    assert differs(painted(soft, SamplerConfig(4, guidance=3.0)), plain) > 3
     # guidance 0 is what nulls alone give, those that training drops to
     nulls = {"given": torch.zeros(3, dtype=torch.bool), "lengths": torch.zeros(3, dtype=torch.int64)}
-    null = painted(soft, Brush(4), **nulls)
-    assert differs(painted(soft, Brush(4, guidance=0.0)), null) <= 1
+    null = painted(soft, SamplerConfig(4), **nulls)
+    assert differs(painted(soft, SamplerConfig(4, guidance=0.0)), null) <= 1
     assert differs(null, plain) > 3
     for one in nulls:  # each of both nulls counts
-        assert differs(painted(soft, Brush(4), **{one: nulls[one]}), null) > 1
-    assert differs(painted(soft, Brush(4, guidance=3.0), **nulls), null) <= 1
+        assert differs(painted(soft, SamplerConfig(4), **{one: nulls[one]}), null) > 1
+    assert differs(painted(soft, SamplerConfig(4, guidance=3.0), **nulls), null) <= 1
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 1.0), ("dpm++", 0.0), ("heun", 0.0)])
 def test_a_picture_does_not_depend_on_its_batch(soft, sampler, eta, guidance):
-    brush = Brush(4, sampler, guidance, eta)
+    brush = SamplerConfig(4, sampler, guidance, eta)
     whole = painted(soft, brush)
     parts = torch.cat([painted(soft, brush, [0]), painted(soft, brush, [1, 2])])
     assert differs(whole, parts) <= 1
@@ -211,22 +211,22 @@ def test_a_picture_does_not_depend_on_its_batch(soft, sampler, eta, guidance):
 def test_brushes():
     for wrong, says in (({"sampler": "magic"}, "among"), ({"steps": 0}, "1 step"), ({"eta": 0.5}, "ddim alone")):
         with pytest.raises(DalleError, match=says):
-            Brush(**wrong)
+            SamplerConfig(**wrong)
 
 
 def test_eta_and_steps_count(soft):
-    plain = painted(soft, Brush(4, "ddim"))
-    assert differs(painted(soft, Brush(4, "ddim", eta=1.0)), plain) > 3
-    assert differs(painted(soft, Brush(6, "ddim")), plain) > 1
+    plain = painted(soft, SamplerConfig(4, "ddim"))
+    assert differs(painted(soft, SamplerConfig(4, "ddim", eta=1.0)), plain) > 3
+    assert differs(painted(soft, SamplerConfig(6, "ddim")), plain) > 1
 
 
 def test_inversion_is_the_way_back():
     """From the noise that it finds, ddim paints the picture again; from other noise, or told another, it does not."""
     model = randomized(Decoder(config(prediction="v")), scale=0.15).eval()
     rows = told()["embeddings"], told()["tokens"], told()["lengths"]
-    pictures = to_stored(randn(3, 3, 8, 8) / 4)
+    pictures = to_images(randn(3, 3, 8, 8) / 4)
     start = invert(model, pictures, *rows, 20, iterations=10)
-    brush, noise = Brush(20, "ddim"), row_noise(1, range(3), "decoder")
+    brush, noise = SamplerConfig(20, "ddim"), row_noise(1, range(3), "decoder")
     again = paint(model, *rows, brush, noise, start=start)
     assert differs(again, pictures) <= 10
     assert differs(paint(model, *rows, brush, noise), pictures) > 60
@@ -251,7 +251,7 @@ def squares(folder, per_color=2):
 
 
 def task_of(data, embeddings, prediction="epsilon", sketch=0, **more):
-    options = {"steps": 8, "batch_size": 8, "lr": 3e-3, "ema": 0.9, "validation": 0.0, "sheet_pictures": 0, **more}
+    options = {"steps": 8, "batch_size": 8, "lr": 3e-3, "ema": 0.9, "validation": 0.0, "grid_images": 0, **more}
     train = DecoderTrain(**options)
     c = config(n_text=0, prediction=prediction, sketch=sketch)
     return DecoderTask(c, train, data, Conditions(embeddings), 0, 0), train
@@ -308,7 +308,7 @@ def test_a_small_one_learns_the_colors(tmp_path, prediction):
     names = list(COLORS)
     rows = torch.eye(6)[[0, 1, 2, 3] * 2]
     none = torch.zeros(8, 0, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
-    for brush in (Brush(12), Brush(12, guidance=2.0), Brush(25, "ddpm")):
+    for brush in (SamplerConfig(12), SamplerConfig(12, guidance=2.0), SamplerConfig(25, "ddpm")):
         pictures = paint(trainer.ema.model, rows, *none, brush, row_noise(1, range(8), "decoder"))
         for number, picture in enumerate(pictures.numpy()):
             mean = picture.reshape(3, -1).mean(1)

@@ -3,6 +3,7 @@
 import math
 import signal
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_one_process_makes_no_group(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("a group was made"))
     train_toy(tmp_path, config(parallel="shard", powersgd_rank=0))
     assert not dist.is_initialized()
-    assert trainer(tmp_path / "b", config(powersgd_rank=2)).spread.__class__ is distributed.Alone
+    assert trainer(tmp_path / "b", config(powersgd_rank=2)).strategy.__class__ is distributed.SingleProcess
 
 
 def test_what_is_no_lost_process_keeps_its_traceback():
@@ -77,7 +78,7 @@ def test_what_is_no_lost_process_keeps_its_traceback():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# Replicas and shards, against one process
+# DataParallel and shards, against one process
 
 SETTINGS = (
     {},
@@ -163,7 +164,7 @@ def test_checkpoints_in_pieces(pair, tmp_path):
     next(iter(sorted((folder / "checkpoint-00000008.shards").iterdir()))).write_bytes(b"cut off")
     answers = pair.answers(train_here, str(tmp_path), c)
     assert [good for good, _ in answers] == [False, False]
-    assert all("expected to read the pieces of a checkpoint in" in said for _, said in answers), answers
+    assert all("expected to read the shards of a checkpoint in" in said for _, said in answers), answers
     assert not half.exists()
     (folder / "checkpoint-00000008.safetensors").unlink()
     pair(train_here, str(tmp_path), c)
@@ -194,7 +195,7 @@ def compress(folder, rank):
     c = config(steps=40, powersgd_rank=rank, warmup=3, schedule="constant")
     loop = Trainer(SplitToy(c), c, run_of(Path(folder), c), machine(), 0, group())
     losses = [loop.update(loop.task.batch(step))["loss"].item() for step in range(40)]
-    powersgd = loop.spread.powersgd
+    powersgd = loop.strategy.powersgd
     return losses, [p.detach().clone() for p in loop.model.parameters()], powersgd and powersgd.compression_stats()[0]
 
 
@@ -211,6 +212,38 @@ def test_squeezed_gradients(pair, tmp_path):
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
+# Buffers
+
+
+class BufferToy(SplitToy):
+    """Counts the rows that it saw, as a codebook counts its codes, beside a table that never changes."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.model.register_buffer("table", torch.ones(50))
+        self.model.register_buffer("seen", torch.zeros(1))
+        self.model.trained_buffers = ("seen",)
+
+    def loss(self, batch, step, generator):
+        self.model.seen += batch[1].sum()
+        return super().loss(batch, step, generator)
+
+
+def averaged(folder):
+    loop = Trainer(BufferToy(c := config()), c, run_of(Path(folder), c), machine(), 0, group())
+    sent, all_reduce = [], dist.all_reduce
+    with mock.patch.object(dist, "all_reduce", lambda t, *args: sent.append(t.numel()) or all_reduce(t, *args)):
+        loop.strategy.average_buffers()
+    loop.update(loop.task.batch(0))
+    return sent, loop.model.seen.item(), loop.task.batch(0)[1].sum().item()
+
+
+def test_only_the_buffers_that_change_are_averaged(pair, tmp_path):
+    for sent, seen, total in pair(averaged, str(tmp_path)):
+        assert sent == [1]
+        assert seen == total / 2
+
+
 # float16
 
 
@@ -222,7 +255,7 @@ def scales(folder, parallel, overflow):
         grad = pieces.local(loop.model.blocks[1].inner.weight.grad)
         if parallel == "replicate" or dist.get_rank() == 1:
             grad[-1, -1] = math.inf
-    loop.scales.unscale(loop.spread.overflowed)
+    loop.scales.unscale(loop.strategy.overflowed)
     found = {n: None if p.grad is None else pieces.whole(p.grad) for n, p in loop.model.named_parameters()}
     return loop.scales.log2, found
 
@@ -267,7 +300,7 @@ class LooseToy(SplitToy):
         (SplitToy, {"batch_size": 5}, "expected 2 equal parts of batch_size 5, found 2 processes"),
         (SplitToy, {"parallel": "shard", "compile": True}, "expected compile = false"),
         (SplitToy, {"powersgd_rank": 2, "dtype": "float16"}, "expected powersgd_rank = 0 in float16"),
-        (LooseToy, {"parallel": "shard"}, 'expected parallel = "replicate" for Toy, whose scale is a single number'),
+        (LooseToy, {"parallel": "shard"}, 'expected parallel = "replicate" for Toy, whose scale is a scalar'),
     ],
 )
 def test_what_does_not_go_together(pair, tmp_path, task, settings, said):

@@ -63,7 +63,7 @@ def test_a_prior_that_follows_redrawn_sketches(pair, chain, tmp_path):
     first = tmp_path / "first.safetensors"
     sets = ("--set", "prior.sketch=4", "--set", "prior.sketch_width=60", "--set", "prior.train.sketch_batch=8")
     run_ok(*training(chain, "prior", first, *sets))
-    again = ("clip_norm=10.0", "sketch_redrawn=0.9")
+    again = ("clip_norm=10.0", "sketch_resampled=0.9")
     stages_agree(pair, chain, "prior", tmp_path, *again, init=first, rtol=1e-3, atol=1e-4)
 
 

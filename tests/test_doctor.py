@@ -1,4 +1,4 @@
-"""`dalle doctor`: planted faults are found, each by the question that is about it, and sane small models pass."""
+"""`dalle doctor`: each planted fault is found by the check of it, and sound small models pass."""
 
 import json
 import math
@@ -80,7 +80,7 @@ text_heads = 2
 steps = 100
 batch_size = 16
 lr = 8e-3
-sheet_pictures = 0
+grid_images = 0
 caption_dropout = 0.2
 {TRAIN}
 [upsampler_1]
@@ -93,17 +93,17 @@ batch_size = 8
 lr = 6e-3
 crop = 1
 corruption = "none"
-sheet_pictures = 0
+grid_images = 0
 {TRAIN}
 """
 OPTIONS = ("--workers", 0, "--device", "cpu")
 
 
 def rows_of(*arguments, **more):
-    """What it says in JSON: question -> (verdict, value)."""
-    told = json.loads(run_ok("doctor", *arguments, *OPTIONS, "--json", **more))
-    assert told["verdict"] == max((row["verdict"] for row in told["findings"]), key=doctor.VERDICTS.index)
-    return {row["question"]: (row["verdict"], row["value"]) for row in told["findings"]}
+    """The findings in JSON: question -> (verdict, value)."""
+    report = json.loads(run_ok("doctor", *arguments, *OPTIONS, "--json", **more))
+    assert report["verdict"] == max((row["verdict"] for row in report["findings"]), key=doctor.VERDICTS.index)
+    return {row["question"]: (row["verdict"], row["value"]) for row in report["findings"]}
 
 
 def one(rows, words):
@@ -199,7 +199,7 @@ def test_a_prior_that_ignores_captions(request, planted, tmp_path, kind):
     assert one(rows, "length of z_i")[0] == one(rows, "captions dropped")[0] == "ok"
     if kind == "diffusion":  # the other's null has a dot product of its own
         assert one(rows, "loss with null captions") == ("bad", pytest.approx(0, abs=1e-6))
-        assert one(rows, "distance of draws")[0] == "bad"
+        assert one(rows, "distance of samples")[0] == "bad"
         assert one(rows, "scale of z_i")[0] == "ok"
 
 
@@ -317,6 +317,20 @@ def test_a_decoder_of_embeddings_that_are_not_scaled(root, painted, tmp_path):
     assert one(rows, "least of them")[0] != "ok"  # it has learned nothing yet
 
 
+def test_a_decoder_without_captions(root, painted, tmp_path):
+    out = tmp_path / "decoder.safetensors"
+    config = ("--config", root / "recipe.toml", "--set", "decoder.train.steps=2")
+    run_ok("train-decoder", *painted[:2], *config, "-o", out)
+    (painted[0] / "00.png").rename(tmp_path / "00.png")
+    (painted[0] / "00.png").write_bytes(b"no image")
+    try:
+        rows = rows_of(out, *painted[:2], "--no-overfit", "--limit", 5)
+    finally:
+        (tmp_path / "00.png").replace(painted[0] / "00.png")
+    assert not [question for question in rows if "caption" in question]
+    assert len(rows) == 12
+
+
 def test_an_upsampler(root, painted, tmp_path):
     weights = trained(root, "upsampler", "train-decoder", painted[0], "--upsampler", 1)
     sane(rows_of(weights, painted[0]))
@@ -325,7 +339,7 @@ def test_an_upsampler(root, painted, tmp_path):
         tensors["unet.conv_in.weight"][:, 3:] = 0
 
     rows = rows_of(changed(weights, tmp_path / "blind.safetensors", edit), painted[0], "--no-overfit")
-    assert one(rows, "another's small picture")[0] == one(rows, "others' small pictures")[0] == "bad"
+    assert one(rows, "another's low-resolution image")[0] == one(rows, "others' low-resolution images")[0] == "bad"
 
 
 # dVAE, its prior, CLIP
@@ -351,7 +365,7 @@ def test_a_dvae(seen, chain, tmp_path):
     rows = rows_of(gone, chain.data, "--no-overfit")
     assert one(rows, "codes in use") == ("bad", 1)
     assert one(rows, "perplexity") == ("bad", pytest.approx(1))
-    assert one(rows, "dB")[0] == "bad"
+    assert one(rows, "PSNR")[0] == "bad"
 
 
 def test_a_clip(seen, chain, tmp_path):
@@ -363,7 +377,7 @@ def test_a_clip(seen, chain, tmp_path):
         tensors["logit_scale"].fill_(math.log(100))
 
     rows = rows_of(changed(seen / "clip.safetensors", tmp_path / "cut.safetensors", edit), chain.data, "--no-overfit")
-    assert one(rows, "own caption is the nearest")[0] == "bad"
+    assert one(rows, "own caption nearest")[0] == "bad"
     assert one(rows, "inverse temperature") == ("warning", pytest.approx(100))
 
 
@@ -388,7 +402,7 @@ def coded(root):
 def test_a_prior_over_codes(root, coded, tmp_path):
     weights = trained(root, "prior", "train-prior", *coded)
     rows = rows_of(weights, *coded)
-    text = one(rows, "nats of a caption token")  # drawn evenly: there is nothing in it to learn
+    text = one(rows, "nats per caption token")  # drawn evenly: there is nothing in it to learn
     sane({question: row for question, row in rows.items() if row != text})
     cut = changed(weights, tmp_path / "cut.safetensors", zeroed("token.", "pad."))
     rows = rows_of(cut, *coded, "--no-overfit")
@@ -396,14 +410,14 @@ def test_a_prior_over_codes(root, coded, tmp_path):
         assert one(rows, words) == ("bad", pytest.approx(0, abs=1e-6))
 
 
-# Eight rows by heart
+# Eight rows, overfitted
 
 
 def steps_of(model, loss):
     return lambda number: (loss(model), loss(model).detach())
 
 
-def test_by_heart_is_found_out():
+def test_what_cannot_be_overfitted():
     """A model that learns passes; one whose loss hangs on nothing, or that is too small for it, does not."""
     torch.manual_seed(0)
     x, y = torch.randn(8, 4), torch.randn(8, 2)
@@ -490,7 +504,7 @@ def test_a_run_is_weights_their_folder_or_a_bundle(diffusion, planted, tmp_path)
 def test_what_cannot_be_looked_at(diffusion, decoder, planted, painted, tmp_path):
     assert "CAPTIONS EMBEDDINGS" in run_bad("doctor", diffusion, planted[0])
     assert "--captions" in run_bad("doctor", decoder, *painted[:2])
-    assert "leave them out" in run_bad("doctor", diffusion, *planted, "--captions", planted[0])
+    assert "these alone" in run_bad("doctor", diffusion, *planted, "--captions", planted[0])
     assert "weights.dvae" in run_bad("doctor", planted[0], *planted)
     assert "no such file" in run_bad("doctor", tmp_path / "none.safetensors", *planted)
     found = open_artifact(planted[1])

@@ -17,9 +17,9 @@ from dalle_cli.evaluation import kernel
 from dalle_cli.evaluation import retrieval as matches
 from dalle_cli.evaluation.blur import gaussian_blur
 from dalle_cli.evaluation.frechet import Moments, between
-from dalle_cli.evaluation.image_sets import open_side
+from dalle_cli.evaluation.image_sets import open_image_set
 from dalle_cli.evaluation.manifold import precision_recall
-from dalle_cli.evaluation.store import Rows
+from dalle_cli.evaluation.store import FeatureRows
 from dalle_cli.models.clip import CLIP, CLIPConfig
 
 SMALL = Path(__file__).parent.parent / "recipes" / "emoji" / "small.tar"
@@ -30,8 +30,8 @@ DOSES = {"blur": (0, 0.5, 1, 2, 4), "noise": (0, 0.1, 0.2, 0.4)}  # pixels; stan
 @pytest.fixture(scope="module")
 def halves():
     """Pictures in [0, 1], every other one."""
-    side = open_side("reference", str(SMALL))
-    images = [found for _, found in sequential(side.pictures, SIZE, range(len(side.pictures)), 100)]
+    side = open_image_set("reference", str(SMALL))
+    images = [found for _, found in sequential(side.images, SIZE, range(len(side.images)), 100)]
     pictures = torch.from_numpy(np.concatenate(images)).float() / 255
     return pictures[0::2], pictures[1::2]
 
@@ -107,7 +107,7 @@ def captioned(halves, embed, tmp_path_factory):
     for name, values in (("pictures", pictures), ("captions", captions)):
         columns = {"embeddings": values.astype(np.float32), "ids": [str(i) for i in range(len(values))]}
         path = write_artifact(folder / f"{name}.safetensors", "embeddings", columns, {}, [])
-        rows.append(Rows(open_artifact(path)))
+        rows.append(FeatureRows(open_artifact(path)))
     return rows
 
 

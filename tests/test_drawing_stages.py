@@ -15,9 +15,9 @@ from PIL import Image
 from dalle_cli.artifacts import digest_file, open_artifact, write_artifact
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.datasets import open_dataset
-from dalle_cli.hub import bundles as bundle
+from dalle_cli.hub import bundles
 from dalle_cli.models.pixels import from_uint8, to_uint8
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 
 PROMPT = "a red circle on white"
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ def test_long_prompts_are_cut_with_a_warning(chain, tmp_path):
 
 
 def test_decode_is_the_dvae(chain):
-    dvae = load.dvae(bundle.weights(str(chain.model), "weights.dvae"), CPU)
+    dvae = loading.dvae(bundles.weights(str(chain.model), "weights.dvae"), CPU)
     codes = torch.from_numpy(array(chain.drawn, "codes").astype(np.int64))
     np.testing.assert_array_equal(array(chain.images, "images"), to_uint8(dvae.decode(codes)).numpy())
     for name in ("ids", "text"):
@@ -142,7 +142,7 @@ def test_rerank_orders_each_prompt_by_score(chain, tmp_path):
 
 
 def test_scores_are_cosines_of_the_clip(chain):
-    clip = load.clip(bundle.weights(str(chain.model), "weights.clip"), CPU)
+    clip = loading.clip(bundles.weights(str(chain.model), "weights.clip"), CPU)
     bpe = tokenizers.load(chain.tokenizer)
     tokens, lengths, _ = bpe.encode_batch(strings(chain.best, "text"), clip.config.n_text)
     pixels = from_uint8(torch.from_numpy(np.array(array(chain.best, "images"))))
@@ -203,7 +203,7 @@ def test_show(chain, tmp_path, monkeypatch):
     run_ok("show", chain.best, "-o", tmp_path / "a.png", "--columns", 1)  # a PNG is replaced
     assert Image.open(tmp_path / "a.png").height > whole.height
     result = run_cli("show", chain.best, "-o", tmp_path / "b.png", "--most", 1)
-    assert "pictures 1, of 4" in result.stderr
+    assert "images 1, of 4" in result.stderr
     (tmp_path / "note.png").write_text("not a picture")
     assert "--force" in run_bad("show", chain.best, "-o", tmp_path / "note.png")
     assert "--force" in run_bad("generate", PROMPT, "-n", 1, "-m", chain.model, "-o", tmp_path / "note.png")
@@ -224,7 +224,7 @@ def test_export_is_a_data_set_again(chain, tmp_path):
     again = run_ok("encode-images", folder, "-m", chain.model, "-o", tmp_path / "again")  # the folder is enough
     captions = run_ok("tokenize", folder, "-t", chain.tokenizer, "-o", tmp_path / "captions.safetensors")
     assert set(strings(captions, "ids")) == set(strings(again, "ids")) == set(strings(chain.best, "ids"))
-    dvae = load.dvae(bundle.weights(str(chain.model), "weights.dvae"), CPU)
+    dvae = loading.dvae(bundles.weights(str(chain.model), "weights.dvae"), CPU)
     codes = dict(zip(strings(again, "ids"), array(again, "codes"), strict=True))
     for name, pixels in zip(strings(chain.best, "ids"), array(chain.best, "images"), strict=True):
         expected = dvae.encode(from_uint8(torch.from_numpy(pixels[None].copy())))

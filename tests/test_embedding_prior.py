@@ -7,7 +7,7 @@ from planted_embeddings import WIDTH, embeddings
 from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models.embedding_prior import EmbeddingPrior, EmbeddingPriorConfig
+from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
 from reference import embedding_priors as reference
 
 SIZES = {
@@ -19,7 +19,7 @@ SIZES = {
 def prior(seed=0, **more):
     """A double prior with large weights, so that everything in it matters."""
     torch.manual_seed(seed)
-    model = EmbeddingPrior(EmbeddingPriorConfig(**{**SIZES, **more})).double().eval()
+    model = AutoregressivePrior(AutoregressivePriorConfig(**{**SIZES, **more})).double().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.4)
     return model.requires_grad_(False)
@@ -155,10 +155,10 @@ def test_dot_products_in_equal_shares():
 
 
 def test_size_of_the_papers():
-    config = EmbeddingPriorConfig()
+    config = AutoregressivePriorConfig()
     assert (config.n_component, config.n_bucket, config.n_embedding) == (319, 1024, 1024)
     with torch.device("meta"):
-        model = EmbeddingPrior(config)
+        model = AutoregressivePrior(config)
     assert 1.2e9 < sum(p.numel() for p in model.parameters()) < 1.4e9
 
 
@@ -173,4 +173,4 @@ def test_sizes_that_do_not_fit():
     }
     for name, (value, said) in cases.items():
         with pytest.raises(DalleError, match=said):
-            EmbeddingPriorConfig(**{**SIZES, name: value})
+            AutoregressivePriorConfig(**{**SIZES, name: value})

@@ -9,7 +9,7 @@ from test_embedding_prior import prior as autoregressive_prior
 from dalle_cli.diffusion.noise import noise_for
 from dalle_cli.errors import DalleError
 from dalle_cli.sampling.autoregressive import draw, uniforms
-from dalle_cli.sampling.embeddings import Read, autoregressed, diffused, upper_dots
+from dalle_cli.sampling.embeddings import Read, autoregressed, diffused, upper_half_dots
 
 CAPTIONS = [1, 1, 1, 2, 3, 3, 0, 1]
 INDICES = [5 << 32 | 3, 1, 2, 9, 4, 2**160, 6, 7]
@@ -114,10 +114,10 @@ def test_the_better_of_two():
 
 def test_dot_products_of_the_upper_half():
     noise = torch.linspace(0, 1 - 2**-24, 1000)
-    assert sorted(set(upper_dots(noise, 8).tolist())) == [4, 5, 6, 7]
-    assert torch.bincount(upper_dots(noise, 8))[4:].tolist() == [250] * 4
-    assert set(upper_dots(noise, 5).tolist()) == {2, 3, 4}
-    assert set(upper_dots(noise, 2).tolist()) == {1}
+    assert sorted(set(upper_half_dots(noise, 8).tolist())) == [4, 5, 6, 7]
+    assert torch.bincount(upper_half_dots(noise, 8))[4:].tolist() == [250] * 4
+    assert set(upper_half_dots(noise, 5).tolist()) == {2, 3, 4}
+    assert set(upper_half_dots(noise, 2).tolist()) == {1}
 
 
 def test_drawn_bucket_by_bucket():

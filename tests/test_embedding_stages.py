@@ -13,7 +13,7 @@ from stage_runs import lasting_rows, rows
 from dalle_cli.artifacts import digest_file, open_artifact
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.data.tokenizer import load as load_tokenizer
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 
 TRAIN = """
 steps = 12
@@ -79,7 +79,7 @@ def made(chain, tmp_path_factory):
 
 
 def clip_of(chain):
-    return load.clip(open_artifact(chain.clip), torch.device("cpu"))
+    return loading.clip(open_artifact(chain.clip), torch.device("cpu"))
 
 
 def test_encode_images_by_a_clip(chain, made):
@@ -220,12 +220,12 @@ def test_sampler_and_steps(made, tmp_path, monkeypatch):
 
 def test_z_t_of_the_prompt_is_used(made, tmp_path):
     """With another text side the same prompt draws other embeddings, though its tokens are the same."""
-    from dalle_cli.commands.drawing_embeddings import TextEncoder
+    from dalle_cli.pipelines.clip import ClipScorer
 
     command = ("sample", "a red circle on white", "-n", 2, "-m", made.models["diffusion"], "-o")
     run_ok(*command, tmp_path / "a.safetensors")
-    original = TextEncoder.embed
-    with mock.patch.object(TextEncoder, "embed", lambda self, texts: -original(self, texts)):
+    original = ClipScorer.encode_texts
+    with mock.patch.object(ClipScorer, "encode_texts", lambda self, texts: -original(self, texts)):
         run_ok(*command, tmp_path / "b.safetensors")
     one, other = (np.array(open_artifact(tmp_path / f"{n}.safetensors").array("embeddings")) for n in "ab")
     assert np.abs(one - other).max() > 1e-4

@@ -16,7 +16,7 @@ from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.devices import arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
-from dalle_cli.models.embedding_prior import EmbeddingPriorConfig
+from dalle_cli.models.embedding_prior import AutoregressivePriorConfig
 from dalle_cli.pipelines.loading import embedding_prior
 from dalle_cli.sampling.embeddings import Read, diffused
 from dalle_cli.training.distributed import Group
@@ -42,7 +42,7 @@ def settings(**more):
 def task(kind, joined, seed=0, **more):
     if kind == "diffusion":
         return DiffusionPriorTask(DiffusionPriorConfig(**SIZES, n_timestep=50), settings(**more), joined, seed)
-    config = EmbeddingPriorConfig(**SIZES, n_component=WIDTH, n_bucket=16, n_dot=8)
+    config = AutoregressivePriorConfig(**SIZES, n_component=WIDTH, n_bucket=16, n_dot=8)
     return AutoregressivePriorTask(config, settings(**more), joined, seed)
 
 

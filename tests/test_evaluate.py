@@ -76,7 +76,7 @@ def test_scores_are_those_of_the_features_that_it_keeps(evaluate, tmp_path, chai
         assert first[name]["low"] <= first[name]["value"] <= first[name]["high"]
     assert told["inputs"]["generated"] == open_artifact(rebuilt).digest
     assert told["inputs"]["clip"] == told["inputs"]["features"] == open_artifact(chain.clip).digest
-    assert told["counts"]["reference"] == {"pictures": 24, "skipped": 0, "without": 0}
+    assert told["counts"]["reference"] == {"pictures": 24, "skipped": 0, "exclude": 0}
     assert list(told["left_out"]) == ["inception"]
     assert (tmp_path / "scores.json").read_text() == json.dumps(told, sort_keys=True, indent=1) + "\n"
     assert str(tmp_path) not in json.dumps(told)
@@ -149,12 +149,12 @@ def test_features_are_kept_and_used_again(evaluate, tmp_path, monkeypatch):
 def test_other_captions_are_embedded_anew(chain, tmp_path):
     """The cache of captions goes by their text."""
     from dalle_cli.devices import arithmetic
-    from dalle_cli.evaluation.cache import Pass
+    from dalle_cli.evaluation.cache import FeaturePass
     from dalle_cli.evaluation.features import load_features
 
     machine = arithmetic("cpu", "float32")
     clip = load_features(None, str(chain.clip), machine)
-    run = Pass(tmp_path, [clip], [0], 16, machine, 1, 0)
+    run = FeaturePass(tmp_path, [clip], [0], 16, machine, 1, 0)
     a, b = (np.array(caption_embeddings(t, clip, run).array("embeddings")) for t in (["a", "red"], ["a", "blue"]))
     np.testing.assert_array_equal(a[0], b[0])
     assert not np.array_equal(a[1], b[1])
@@ -166,7 +166,7 @@ def test_broken_pictures_are_listed_and_stay_listed(evaluate, chain, tmp_path):
     listed = tmp_path / "scores.reference.skipped.jsonl"
     for _ in range(2):  # the second finds features of the others
         told = evaluate("--scores", "frechet,retrieval", reference=data)
-        assert told["counts"]["reference"] == {"pictures": 23, "skipped": 1, "without": 0}
+        assert told["counts"]["reference"] == {"pictures": 23, "skipped": 1, "exclude": 0}
         assert [json.loads(line)["id"] for line in listed.read_text().splitlines()] == ["00"]
     assert not (tmp_path / "scores.generated.skipped.jsonl").exists()
     assert told["scores"][0]["retrieval"]["pictures"] == 23  # its picture's own real one cannot be read
@@ -191,38 +191,38 @@ def test_ids_are_left_out_with_the_pictures_drawn_for_them(evaluate, chain, rebu
     ids = tmp_path / "ids.txt"
     ids.write_text("03\n17\nnobody\n")
     whole = evaluate("--scores", "frechet")
-    part = evaluate("--scores", "frechet", "--without", ids)
-    assert part["counts"]["generated"] == part["counts"]["reference"] == {"pictures": 22, "skipped": 0, "without": 2}
+    part = evaluate("--scores", "frechet", "--exclude", ids)
+    assert part["counts"]["generated"] == part["counts"]["reference"] == {"pictures": 22, "skipped": 0, "exclude": 2}
     found = open_artifact(rebuilt)
     columns = {"images": np.asarray(found.array("images")[:]), "text": list(found.strings("text"))}
     other = [f"drawn-{i}" for i in found.strings("ids")]
     write_artifact(tmp_path / "drawn.safetensors", "images", {**columns, "ids": other}, {}, [])
-    drawn = evaluate("--scores", "frechet", "--without", ids, generated=tmp_path / "drawn.safetensors", out="b.json")
-    assert drawn["counts"]["generated"]["without"] == 2  # by their captions
+    drawn = evaluate("--scores", "frechet", "--exclude", ids, generated=tmp_path / "drawn.safetensors", out="b.json")
+    assert drawn["counts"]["generated"]["exclude"] == 2  # by their captions
     assert drawn["scores"] == part["scores"] != whole["scores"]
-    assert part["inputs"]["without"] != whole["inputs"].get("without")
+    assert part["inputs"]["exclude"] != whole["inputs"].get("exclude")
 
 
 def test_what_a_list_names_in_vain_is_warned_of(chain, rebuilt, tmp_path):
     ids = tmp_path / "ids.txt"
     ids.write_text("03\n17\nnobody\n")
     fixed = ("--reference", chain.data, "-m", chain.model, "--bootstrap", 0, "--scores", "kernel")
-    result = run_cli("evaluate", rebuilt, *fixed, "--without", ids, "-o", tmp_path / "s.json")
+    result = run_cli("evaluate", rebuilt, *fixed, "--exclude", ids, "-o", tmp_path / "s.json")
     assert result.status == 0
-    assert "2 of 24 pictures are left out, as ids.txt says" in result.stderr
-    assert "found 1 of no picture: nobody" in result.stderr
+    assert "2 of 24 images are excluded by ids.txt" in result.stderr
+    assert "found 1 of no image: nobody" in result.stderr
 
 
 def test_too_few_pictures_are_refused_with_the_number_needed(chain, rebuilt, tmp_path):
     fixed = (rebuilt, "--reference", chain.data, "-m", chain.model, "-o", tmp_path / "s.json", "--bootstrap", 0)
     line = run_bad("evaluate", *fixed, "--limit", 16)
-    assert "expected at least 17 pictures on each side for the covariance of 16 features" in line
+    assert "expected at least 17 images in each set for the covariance of 16 features" in line
     assert "found 16 generated" in line
     assert not (tmp_path / "s.features").exists()  # refused before any picture is looked at
     run_ok("evaluate", *fixed, "--limit", 17)
     run_ok("evaluate", *fixed, "--limit", 4, "--scores", "kernel,precision,recall")
     line = run_bad("evaluate", *fixed, "--limit", 3, "--scores", "precision")
-    assert "at least 4 pictures on each side for a row and its 3 neighbors" in line
+    assert "at least 4 images in each set for a row and its 3 neighbors" in line
     assert "at least 4" in run_bad("evaluate", *fixed, "--limit", 3, "--scores", "kernel")
 
 
@@ -282,7 +282,7 @@ def test_the_plot_shows_each_score(evaluate, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == first
     evaluate("--blur", "1", "--plot", tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes() != first
-    assert "expected a picture's name" in run_bad(
+    assert "expected an image's name" in run_bad(
         "evaluate", tmp_path, "--reference", tmp_path, "--plot", tmp_path / "b.txt", "-o", tmp_path / "s.json"
     )
 
@@ -313,10 +313,10 @@ def test_only_scores_are_replaced(chain, rebuilt, tmp_path):
         (("--reference", "DATA", "--blur", "-1"), "radii of blur"),
         (("--reference", "DATA", "--blur", "17"), "radii of blur below 16 pixels"),
         (("--reference", "DATA", "--blur", "16"), "radii of blur below 16 pixels"),
-        (("--reference", "DATA", "--sheet", "x.png"), "expected no --sheet for pictures"),
-        (("--reference", "DATA", "--everything"), "expected no --everything for pictures"),
+        (("--reference", "DATA", "--grid", "x.png"), "expected no --grid for images"),
+        (("--reference", "DATA", "--everything"), "expected no --everything for images"),
         (("--reference", "DATA", "--scores", "fid"), "expected scores of frechet"),
-        (("--reference", "DATA", "--without", "nowhere.txt"), "found"),
+        (("--reference", "DATA", "--exclude", "nowhere.txt"), "found"),
         (("more", "--reference", "DATA"), "found more after them"),
     ],
 )
@@ -341,6 +341,15 @@ def test_weights_go_to_their_judges(chain, tmp_path):
     assert (told["kind"], told["inputs"]["codes"]) == ("weights.prior.codes", open_artifact(chain.codes).digest)
     assert "give --reference" in run_bad("evaluate", chain.dvae, "-o", out)
     assert "give PRIOR CAPTIONS CODES" in run_bad("evaluate", chain.prior, chain.captions, "-o", out)
+
+
+def test_each_metric_has_its_function_and_its_row():
+    from dalle_cli.evaluation.image_metrics import METRICS
+    from dalle_cli.evaluation.options import SCORES
+    from dalle_cli.evaluation.tables import NAMES as ROWS
+
+    assert set(METRICS) == set(SCORES)
+    assert set(SCORES) - {"frechet", "retrieval"} == set(ROWS) - {"r1", "r5"}
 
 
 def test_figures_are_told_with_their_errors():

@@ -16,7 +16,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Conditioning, DecoderConfig
 from dalle_cli.models.embeddings import Principal
 from dalle_cli.sampling import decoder as painting
-from dalle_cli.sampling.decoder import Brush, invert, paint, process, to_stored
+from dalle_cli.sampling.decoder import SamplerConfig, invert, paint, process, to_images
 from dalle_cli.sampling.interpolation import between, rising, slerp, text_diff
 
 SHARES = [0.0, 0.125, 0.25, 0.5, 0.9, 1.0]
@@ -187,7 +187,7 @@ def pictures():
         torch.zeros(2, 0, dtype=torch.int64),
         torch.zeros(2).long(),
     )
-    return to_stored(means[:, :, None, None] + noise), told
+    return to_images(means[:, :, None, None] + noise), told
 
 
 def off(a, b):
@@ -198,7 +198,7 @@ def off(a, b):
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x_start"])
 def test_painting_from_what_inversion_found_gives_the_picture_back(prediction, guidance):
     model, (images, told) = Exact(prediction), pictures()
-    brush, noise = Brush(50, "ddim", guidance), row_noise(1, range(2), "decoder")
+    brush, noise = SamplerConfig(50, "ddim", guidance), row_noise(1, range(2), "decoder")
     start = invert(model, images, *told, 50, 5, guidance=guidance)
     again = paint(model, *told, brush, noise, start=start)
     assert off(again, images) <= 6
@@ -216,7 +216,7 @@ def test_brightness_is_not_lost_at_the_first_step(monkeypatch):
 
     def lost():
         start = invert(model, images, *told, 20, 5)
-        again = paint(model, *told, Brush(20, "ddim"), noise, start=start)
+        again = paint(model, *told, SamplerConfig(20, "ddim"), noise, start=start)
         return off(again.float().mean((2, 3)), images.float().mean((2, 3)))
 
     ours = lost()

@@ -20,7 +20,7 @@ from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
 
 SIZES = {"width": 8, "multipliers": (1, 2), "depth": 1, "groups": 4, "n_timestep": 40, "prediction": "v"}
 WIDTH = 16  # of the CLIP's embeddings
-STEPS = ("--steps", 20)
+STEPS = ("--decoder-steps", 20)
 DECODER_STEPS = ("--decoder-steps", 20)
 
 
@@ -124,7 +124,7 @@ def test_vary(model, photos, tmp_path):
 
 @pytest.mark.parametrize("guidance", [1, 1.3])
 def test_without_eta_the_picture_comes_back(model, photos, tmp_path, guidance):
-    found = explore("vary", photos, model, tmp_path, "-n", 2, "--eta", 0, "--guidance", guidance)
+    found = explore("vary", photos, model, tmp_path, "-n", 2, "--eta", 0, "--decoder-guidance", guidance)
     assert off(found[1], found[0]) <= 10
     assert np.abs(found[1] - found[0]).mean() < 2
     assert off(found[1], found[2]) <= 1
@@ -190,7 +190,7 @@ def test_reconstruct(model, photos, tmp_path):
     folder.mkdir()
     shutil.copy(photos / "a.png", folder)
     embedding = run_ok("encode-images", folder, "-m", model / "clip.safetensors", "-o", tmp_path / "z.safetensors")
-    more = (*STEPS, "--sampler", "ddim", "-o", tmp_path / "whole.safetensors")
+    more = (*STEPS, "--decoder-sampler", "ddim", "-o", tmp_path / "whole.safetensors")
     whole = array(run_ok("decode", embedding, "-m", model, *more), "images")[0].astype(int)
     assert off(found[3], whole) <= 1
     assert off(found[1], found[3]) > 3
@@ -222,12 +222,12 @@ def test_bytes_seeds_and_batches(model, photos, tmp_path, stage):
         assert off(explore(stage, photos, model, tmp_path, *more, "--seed", 1)[1:-1], found[1:-1]) > 3
     assert off(explore(stage, photos, model, tmp_path, *more, name, 4)[1:-1], found[1:-1]) > 1
     if stage != "diff":
-        assert off(explore(stage, photos, model, tmp_path, *more, "--guidance", 2)[1:-1], found[1:-1]) > 3
+        assert off(explore(stage, photos, model, tmp_path, *more, "--decoder-guidance", 2)[1:-1], found[1:-1]) > 3
 
 
 def test_guidance_reaches_a_diff(model, photos, tmp_path):
     plain = explore("diff", photos, model, tmp_path, "--steps", 1, "--strength", 1)
-    guided = explore("diff", photos, model, tmp_path, "--steps", 1, "--strength", 1, "--guidance", 1.3)
+    guided = explore("diff", photos, model, tmp_path, "--steps", 1, "--strength", 1, "--decoder-guidance", 1.3)
     assert off(plain[1], guided[1]) > 1
 
 
@@ -246,9 +246,9 @@ def test_upsamplers(large, photos, tmp_path, stage):
 
 def test_only_the_decoder_varies(large, photos, tmp_path):
     """Eta is no option of the upsamplers: without it the larger pictures differ by their own first noise alone."""
-    found = explore("vary", photos, large, tmp_path, "-n", 2, "--eta", 0, "--steps", 4)
+    found = explore("vary", photos, large, tmp_path, "-n", 2, "--eta", 0, "--decoder-steps", 4)
     assert off(found[1], found[2]) > 1
-    again = explore("vary", photos, large, tmp_path, "-n", 2, "--eta", 0, "--steps", 4)
+    again = explore("vary", photos, large, tmp_path, "-n", 2, "--eta", 0, "--decoder-steps", 4)
     assert np.array_equal(again, found)
 
 
@@ -264,12 +264,19 @@ OPTIONS = {
 def test_history(model, photos, tmp_path, stage):
     explore(stage, photos, model, tmp_path)
     last = open_artifact(tmp_path / "x.safetensors").history[-1]
-    common = {"steps": 20, "sampler": "ddim", "guidance": 1.0, "eta": 0.0, "seed": 0, "dtype": "float32"}
+    common = {
+        "decoder_steps": 20,
+        "decoder_sampler": "ddim",
+        "decoder_guidance": 1.0,
+        "eta": 0.0,
+        "seed": 0,
+        "dtype": "float32",
+    }
     assert last["stage"] == stage
     assert last["options"] == {**common, **OPTIONS[stage]}
     a, b = (digest_file(photos / f"{name}.png") for name in "ab")
-    pictures = {"a": a, "b": b} if stage == "interpolate" else {"picture": a}
-    weights = {"clip": digest_file(model / "clip.safetensors"), "model": digest_file(model / "decoder.safetensors")}
+    pictures = {"a": a, "b": b} if stage == "interpolate" else {"image": a}
+    weights = {"clip": digest_file(model / "clip.safetensors"), "decoder": digest_file(model / "decoder.safetensors")}
     prior = {"prior": digest_file(model / "prior.safetensors")} if stage == "reconstruct" else {}
     assert last["inputs"] == {**pictures, **prior, **weights}
     stages = [entry["stage"] for entry in open_artifact(tmp_path / "x.safetensors").history]
@@ -296,7 +303,7 @@ def test_the_sheet(model, photos, tmp_path, monkeypatch, stage):
 
 def test_fifty_steps_or_as_many_as_there_are(model, photos, tmp_path):
     run_ok("vary", photos / "a.png", "-n", 1, "-m", model, "-o", tmp_path / "x.png", "--images", tmp_path / "x")
-    assert open_artifact(tmp_path / "x").history[-1]["options"]["steps"] == 40
+    assert open_artifact(tmp_path / "x").history[-1]["options"]["decoder_steps"] == 40
 
 
 # ---- what cannot be
@@ -310,7 +317,7 @@ def test_bad_input_is_one_line(chain, model, photos, tmp_path, stage):
     for name, found in (("text.png", "unreadable"), ("none.png", "No such file"), (".", "directory")):
         line = run_bad(stage, bad / name, *words[2:])
         assert found in line
-        assert line.endswith(f"check {'A' if stage == 'interpolate' else 'PICTURE'}")
+        assert line.endswith(f"check {'A' if stage == 'interpolate' else 'IMAGE'}")
     if stage == "interpolate":
         assert run_bad(stage, words[1], bad / "text.png", *words[3:]).endswith("check B")
     assert "1 to 40 steps" in run_bad(*words, ARGUMENTS[stage][1][0], 41)
@@ -361,7 +368,7 @@ def test_numbers_and_words_out_of_range(model, photos, tmp_path):
     words = ("-m", model, "-o", tmp_path / "x.png", *DECODER_STEPS)
     assert "tells apart" in run_bad("diff", photos / "a.png", "a bar", "a bar", *words)
     assert "found an empty one" in run_bad("diff", photos / "a.png", "a bar", " ", *words)
-    for stage, option, value in (("vary", "--eta", 1.5), ("vary", "-n", 0), ("diff", "--guidance", -1)):
+    for stage, option, value in (("vary", "--eta", 1.5), ("vary", "-n", 0), ("diff", "--decoder-guidance", -1)):
         assert run_cli(*command(stage, photos, model, tmp_path, option, value)).status == 2
     assert not (tmp_path / "x.png").exists()
 

@@ -14,7 +14,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.evaluation import features as module
 from dalle_cli.evaluation.features import load_features, title
 from dalle_cli.models.inception import InceptionV3
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 
 CPU = arithmetic("cpu", "float32")
 
@@ -38,7 +38,7 @@ def inception(tmp_path_factory):
 
 def test_a_clip_embeds_pictures_and_captions(chain, pictures):
     found = load_features(None, str(chain.model), CPU)
-    clip = load.clip(open_artifact(chain.clip), torch.device("cpu"))
+    clip = loading.clip(open_artifact(chain.clip), torch.device("cpu"))
     np.testing.assert_allclose(found(pictures).features, clip.encode_image(pictures).detach(), rtol=0, atol=1e-5)
     assert (found.width, found.classes) == (16, 0)
     assert found.name == f"clip-{open_artifact(chain.clip).digest[:8]}"

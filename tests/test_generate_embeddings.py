@@ -14,13 +14,13 @@ from planted_weights import randomized
 from dalle_cli import console
 from dalle_cli.artifacts import digest_file, open_artifact, write_artifact
 from dalle_cli.artifacts.weights import save_tensors
-from dalle_cli.commands import drawing
-from dalle_cli.commands.drawing_embeddings import EmbeddingDrawer
-from dalle_cli.commands.painting import Painter
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
-from dalle_cli.models.embedding_prior import EmbeddingPrior, EmbeddingPriorConfig
+from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
+from dalle_cli.pipelines import pipeline
+from dalle_cli.pipelines.decoder import ImageDecoder
+from dalle_cli.pipelines.prior import EmbeddingPrior as PriorPipeline
 
 PROMPT, OTHER = "a red circle on white", "a blue bar on black"
 KINDS = ("diffusion", "autoregressive")
@@ -42,7 +42,9 @@ def plant(chain, folder, kind):
     facts = {"encoder": digest_file(chain.clip), "tokenizer": told["tokenizer"], "train": {}}
     prior = {
         "diffusion": lambda: DiffusionPrior(DiffusionPriorConfig(**SMALL, **text, n_timestep=30)),
-        "autoregressive": lambda: EmbeddingPrior(EmbeddingPriorConfig(**SMALL, **text, n_component=6, n_bucket=16)),
+        "autoregressive": lambda: AutoregressivePrior(
+            AutoregressivePriorConfig(**SMALL, **text, n_component=6, n_bucket=16)
+        ),
     }[kind]()
     reads = {**text, "n_embedding": 16, "context_width": 8, "text_layers": 1, "text_heads": 2}
     made = {
@@ -86,7 +88,18 @@ def piped(models, tmp_path_factory):
         folder = folders[kind] = tmp_path_factory.mktemp(kind)
         drawn, images, best = (folder / f"{name}.safetensors" for name in ("drawn", "images", "best"))
         run_ok("sample", PROMPT, OTHER, "-n", 6, "-m", model, *DRAWN[kind], "-o", drawn)
-        painted = ("--steps", 3, "--sampler", "ddim", "--eta", 0.5, "--guidance", 3, "--upsampler-steps", 2)
+        painted = (
+            "--decoder-steps",
+            3,
+            "--decoder-sampler",
+            "ddim",
+            "--eta",
+            0.5,
+            "--decoder-guidance",
+            3,
+            "--upsampler-steps",
+            2,
+        )
         run_ok("decode", drawn, "-m", model, *painted, "--seed", 5, "-o", images)
         run_ok("rerank", images, "-m", model, "--keep", 3, "-o", best)
         run_ok("show", best, "-o", folder / "best.png")
@@ -100,7 +113,7 @@ PAINTED = ("--decoder-steps", 3, "--decoder-sampler", "ddim", "--eta", 0.5, "--d
 @pytest.mark.parametrize("batch_size", [5, 64, "auto"])
 def test_generate_is_the_four_stages(models, piped, tmp_path, monkeypatch, kind, batch_size):
     if batch_size == 5:
-        monkeypatch.setattr(drawing, "AT_ONCE", 2)
+        monkeypatch.setattr(pipeline, "AT_ONCE", 2)
     more = (*DRAWN[kind], *PAINTED, "--keep", 3, "--batch-size", batch_size)
     result = generate(models[kind], tmp_path, *more, n=6, prompts=(PROMPT, OTHER))
     assert (result.status, result.stdout) == (0, f"{tmp_path / 'a.png'}\n"), result.stderr
@@ -185,9 +198,9 @@ def test_nothing_of_the_others_is_alive(models, tmp_path, monkeypatch):
             return kept
 
         with monkeypatch.context() as patched:
-            paint, draw = Painter.paint, EmbeddingDrawer.batches
-            patched.setattr(Painter, "paint", lambda *a: watch(paint(*a)))
-            patched.setattr(EmbeddingDrawer, "batches", lambda *a: map(watch, draw(*a)))
+            paint, draw = ImageDecoder.decode, PriorPipeline.sample
+            patched.setattr(ImageDecoder, "decode", lambda *a: watch(paint(*a)))
+            patched.setattr(PriorPipeline, "sample", lambda *a, **k: map(watch, draw(*a, **k)))
             assert generate(models["diffusion"], tmp_path, "--keep", 2, "--batch-size", 4, n=n).status == 0
         assert len(refs) == 2 * n / 4
         return most
@@ -196,7 +209,7 @@ def test_nothing_of_the_others_is_alive(models, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_keeps_the_best_so_far(models, tmp_path, monkeypatch):
-    calls, paint = [], Painter.paint
+    calls, paint = [], ImageDecoder.decode
 
     def stop(*arguments):
         calls.append(1)
@@ -204,7 +217,7 @@ def test_an_interrupt_keeps_the_best_so_far(models, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return paint(*arguments)
 
-    monkeypatch.setattr(Painter, "paint", stop)
+    monkeypatch.setattr(ImageDecoder, "decode", stop)
     result = generate(models["diffusion"], tmp_path, "--keep", 2, "--batch-size", 4, n=12)
     assert (result.status, result.stdout) == (130, f"{tmp_path / 'a.png'}\n")
     assert "interrupted: these are the best of the first 8 of 12" in result.stderr

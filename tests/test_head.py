@@ -5,6 +5,8 @@ import torch
 from comparisons import assert_same_value_and_gradient
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_cli.models import head as module
 from dalle_cli.models.head import float32_linear, head_logits, head_loss
@@ -22,7 +24,7 @@ def inputs(dtype=torch.double, rows=23):
 
 @pytest.mark.parametrize("chunk", [1, 31 * 2, 31 * 5, 1 << 20])
 def test_equals_cross_entropy_in_value_and_gradient(chunk, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "CPU_CHUNK", chunk)
     head, x, targets = inputs()
     expected = F.cross_entropy(head(x), targets, reduction="sum")
     with torch.no_grad():
@@ -45,7 +47,7 @@ def test_logits_keep_32_bits_under_autocast():
         assert head_logits(head, low).dtype == torch.float32
         loss = head_loss(head, low, targets)
     expected = F.cross_entropy(head(low.detach().float()), targets, reduction="sum")
-    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)  # processors with bfloat16 products round the weights
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     loss.backward()
     assert low.grad.dtype == torch.bfloat16
     assert head.weight.grad.dtype == torch.float32
@@ -72,10 +74,51 @@ def test_float32_linear_takes_half_precision_and_gives_32_bits():
     with torch.autocast("cpu", torch.bfloat16):
         y = float32_linear(low, head.weight, head.bias)
     assert y.dtype == torch.float32
-    torch.testing.assert_close(y, head(low.float()), rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(y, head(low.float()), rtol=1e-5, atol=1e-5)
     y.sum().backward()
     assert low.grad.dtype == torch.bfloat16
     assert head.weight.grad.dtype == torch.float32
+
+
+class Settings(TorchDispatchMode):
+    """Records the process-wide precision of float32 products at every operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(torch.backends.mkldnn.matmul.fp32_precision)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="a torch without the setting")
+def test_no_process_wide_setting_changes():
+    head, x, targets = inputs(torch.float32)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with Settings() as settings, torch.autocast("cpu", torch.bfloat16):
+        head_loss(head, x, targets).backward()
+        float32_linear(x, head.weight, head.bias).sum().backward()
+    assert settings.seen == {before}
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["oneDNN", "plain"])
+def test_any_shape_of_rows(missing, monkeypatch):
+    if missing:
+        monkeypatch.setattr(module, "ONEDNN_LINEAR", None)
+    head = nn.Linear(8, 31)
+    for x in (torch.randn(0, 8), torch.randn(8), torch.randn(2, 8, 3, 3).permute(0, 2, 3, 1)):
+        for bias in (head.bias, None):
+            with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:
+                y = float32_linear(x, head.weight, bias)
+            assert counter.get_total_flops() == 2 * x.numel() * 31
+            torch.testing.assert_close(y, F.linear(x, head.weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_are_larger_on_an_accelerator():
+    cpu, cuda = (module._chunk_rows(torch.device(kind), 1000) for kind in ("cpu", "cuda"))
+    assert (cpu, cuda) == (module.CPU_CHUNK // 1000, module.DEVICE_CHUNK // 1000)
+    assert cuda > 10 * cpu
 
 
 def test_a_second_backward_pass_is_refused():

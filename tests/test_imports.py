@@ -20,7 +20,8 @@ FLOORS = (
     ("importing",),
     ("sampling", "data", "viz", "hub"),
     ("models", "diffusion"),
-    ("artifacts", "config", "options", "console", "devices", "paths"),
+    ("options",),
+    ("artifacts", "config", "console", "devices", "paths"),
     ("errors",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -56,8 +57,9 @@ def private_names(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path):
     room = room_of(path)
-    if room == "__init__":
-        assert list(imports(path)) == []
+    if path == ROOT / "__init__.py":
+        tree = ast.parse(path.read_text())  # the package itself loads nothing of its own until it is asked
+        assert not [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module.startswith("dalle_cli")]
         return
     if room == "__main__":
         assert list(imports(path)) == ["dalle_cli.cli"]

@@ -96,7 +96,7 @@ def test_broken_off_it_goes_on_as_the_very_same(stage, tmp_path):
     assert lasting_rows(cut) == lasting_rows(whole)
     assert "left alone" in run_cli(*arguments(cut, *more)).stderr
     anew = [part for part in map(str, arguments(cut, *more)) if part not in ("--init", str(weights))]
-    assert "starting over" in run_cli(*anew).stderr
+    assert "found a finished run of another config" in run_bad(*anew)
 
 
 def test_what_is_refused(chain, tmp_path):

@@ -11,41 +11,41 @@ from PIL import Image
 from stage_runs import rows, training
 
 from dalle_cli.artifacts import digest_file, open_artifact, write_artifact
-from dalle_cli.commands import judging
 from dalle_cli.data.augment import center
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.data.split import held_out
+from dalle_cli.devices import arithmetic
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation.image_sets import open_pictures
+from dalle_cli.evaluation.dvae import evaluate_dvae
+from dalle_cli.evaluation.image_sets import open_images
+from dalle_cli.evaluation.options import EvaluateOptions
+from dalle_cli.evaluation.prior import evaluate_prior
 from dalle_cli.evaluation.reconstruction import psnr, squared_error, ssim
 from dalle_cli.models.pixels import from_uint8, to_uint8
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 
 CPU = torch.device("cpu")
+MACHINE = arithmetic("cpu", "float32")
 SHARE = 0.2  # that the chain's recipe holds out
 
 
-def of_dvae(chain, out, data=None, **changes):
-    options = {
-        "batch_size": 5, "device": "cpu", "dtype": "float32", "workers": 0, "limit": None, "sheet": None,
-        "force": False, "features": None,
-    }  # fmt: skip
-    weights = changes.pop("weights", open_artifact(chain.dvae))
-    pictures = open_pictures(str(data or chain.data))
-    return judging.judge_dvae(weights, *pictures, out / "scores.json", **{**options, **changes})
+def of_dvae(chain, out, data=None, weights=None, **options):
+    options = {"batch_size": 5, "workers": 0, "exclude": None, **options}
+    weights = open_artifact(chain.dvae) if weights is None else weights
+    images = open_images(str(data or chain.data))
+    return evaluate_dvae(weights, *images, out / "scores.json", EvaluateOptions(**options), MACHINE)
 
 
-def of_prior(chain, out, weights=None, captions=None, codes=None, **changes):
-    options = {"batch_size": 2, "device": "cpu", "dtype": "float32", "limit": None, "plot": None, "force": False}
+def of_prior(chain, out, weights=None, captions=None, codes=None, **options):
     weights = open_artifact(chain.prior) if weights is None else weights
-    inputs = (weights, captions or chain.captions, codes or chain.codes)
-    return judging.judge_prior(*inputs, out / "scores.json", **{**options, **changes})
+    inputs = (open_artifact(captions or chain.captions, "captions"), open_artifact(codes or chain.codes, "codes"))
+    return evaluate_prior(weights, *inputs, EvaluateOptions(**{"batch_size": 2, **options}), MACHINE)
 
 
 def rebuilt(chain):
     """All pictures of the chain's data set and their reconstructions, uint8, made here; and the ids."""
     data = open_dataset(str(chain.data), need_captions=False)
-    dvae = load.dvae(open_artifact(chain.dvae), CPU)
+    dvae = loading.dvae(open_artifact(chain.dvae), CPU)
     pixels = np.stack([center(data.read(i), 16).transpose(2, 0, 1) for i in range(len(data))])
     images = torch.from_numpy(pixels)
     return images, to_uint8(dvae.reconstruct(from_uint8(images))), list(data.ids)
@@ -69,7 +69,7 @@ def test_a_dvae_is_scored_by_what_decode_would_show(chain, tmp_path):
     assert told["psnr"] == pytest.approx(psnr(squared_error(images, shown)).mean().item(), abs=1e-9)
     assert told["ssim"] == pytest.approx(ssim(images, shown).mean().item(), abs=1e-9)
     assert (told["pictures"], told["skipped"]) == (24, 0)
-    codes = load.dvae(open_artifact(chain.dvae), CPU).encode(from_uint8(images))
+    codes = loading.dvae(open_artifact(chain.dvae), CPU).encode(from_uint8(images))
     share = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
     bits = -(share * np.log2(share)).sum()
     assert (told["n_vocab"], told["codes_used"]) == (20, len(share))
@@ -111,16 +111,16 @@ def test_broken_pictures_are_left_out_and_listed(chain, tmp_path):
     shutil.rmtree(data)
     data.mkdir()
     (data / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
-    with pytest.raises(DalleError, match="expected pictures that can be read, found none of 1"):
+    with pytest.raises(DalleError, match="expected images that can be read, found none of 1"):
         of_dvae(chain, tmp_path, data)
 
 
-def test_the_sheet_shows_the_worst_first_each_beside_its_original(chain, tmp_path):
+def test_the_grid_shows_the_worst_first_each_beside_its_original(chain, tmp_path):
     from dalle_cli.viz.grid import GAP, MARGIN, TITLE_LINE
 
     images, shown, _ = rebuilt(chain)
     worst = int(torch.argsort(psnr(squared_error(images, shown)), stable=True)[0])
-    of_dvae(chain, tmp_path, sheet=tmp_path / "worst.png")
+    of_dvae(chain, tmp_path, grid=tmp_path / "worst.png")
     drawn = np.asarray(Image.open(tmp_path / "worst.png"))
     top, side = MARGIN + TITLE_LINE + GAP, 112  # 16 pixels, enlarged seven times
     for place, pixels in enumerate((images[worst], shown[worst])):
@@ -129,13 +129,13 @@ def test_the_sheet_shows_the_worst_first_each_beside_its_original(chain, tmp_pat
         assert abs(middles - pixels.permute(1, 2, 0).numpy()).mean() < 3  # enlarging blends at edges
     (tmp_path / "notes.png").write_text("mine")
     with pytest.raises(DalleError, match="expected to write a PNG"):
-        of_dvae(chain, tmp_path, sheet=tmp_path / "notes.png")
+        of_dvae(chain, tmp_path, grid=tmp_path / "notes.png")
     assert (tmp_path / "notes.png").read_text() == "mine"
 
 
 def test_the_frechet_distance_is_between_originals_and_reconstructions(chain, tmp_path):
     images, shown, _ = rebuilt(chain)
-    clip = load.clip(open_artifact(chain.clip), CPU)
+    clip = loading.clip(open_artifact(chain.clip), CPU)
     sides = [clip.encode_image(from_uint8(pixels)).double().numpy() for pixels in (images, shown)]
     (mean_a, a), (mean_b, b) = ((rows.mean(0), np.cov(rows.T)) for rows in sides)
     linalg = pytest.importorskip("scipy.linalg")
@@ -144,7 +144,7 @@ def test_the_frechet_distance_is_between_originals_and_reconstructions(chain, tm
     assert told["value"] == pytest.approx(expected, rel=1e-4)
     assert told["value"] > 1e-3 * np.trace(a)  # the tiny dVAE rebuilds badly
     assert told["called"] == f"Frechet distance ({told['features']})"
-    with pytest.raises(DalleError, match=r"expected at least 17 pictures .* found 16"):
+    with pytest.raises(DalleError, match=r"expected at least 17 images .* found 16"):
         of_dvae(chain, tmp_path, features=str(chain.clip), limit=16)
 
 
@@ -242,7 +242,7 @@ def weights_of(chain, to, **train):
 def test_weights_that_held_nothing_out(chain, tmp_path, capsys):
     told = of_prior(chain, tmp_path, weights_of(chain, tmp_path / "p.safetensors", validation=0.0))
     assert (told["pairs"], told["held_out"]) == (24, False)
-    assert "all pairs are judged" in capsys.readouterr().err
+    assert "using all pairs" in capsys.readouterr().err
     with pytest.raises(DalleError, match="expected pairs that training held out, found none of 24"):
         of_prior(chain, tmp_path, weights_of(chain, tmp_path / "q.safetensors", validation=1e-9))
 
@@ -254,7 +254,7 @@ def test_the_heat_map(chain, tmp_path):
     assert Image.open(tmp_path / "a.png").size[0] > 1000
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     (tmp_path / "notes.png").write_text("mine")
-    with pytest.raises(DalleError, match="expected to write a picture"):
+    with pytest.raises(DalleError, match="expected to write an image"):
         of_prior(chain, tmp_path, plot=tmp_path / "notes.png")
 
 
@@ -293,7 +293,7 @@ def lacking(chain, tmp_path_factory):
     listed = folder / "gone.txt"
     listed.write_text("".join(f"{name}\n" for name in gone))
     for name in ("dvae", "prior"):
-        run_ok(*training(chain, name, folder / f"{name}.safetensors", "--without", listed))
+        run_ok(*training(chain, name, folder / f"{name}.safetensors", "--exclude", listed))
     return gone, listed, folder
 
 
@@ -314,33 +314,33 @@ def test_a_prior_trained_without_some_is_judged_on_what_it_held_out_of_the_other
     gone, listed, folder = lacking
     out, prior = tmp_path / "p.json", folder / "prior.safetensors"
     inputs = ("evaluate", prior, chain.captions, chain.codes, "--device", "cpu", "-o", out)
-    result = run_cli(*inputs, "--without", listed)
+    result = run_cli(*inputs, "--exclude", listed)
     assert result.status == 0, result.stderr
-    assert "5 of 24 pictures are left out, as gone.txt says" in result.stderr
+    assert "5 of 24 images are excluded by gone.txt" in result.stderr
     document = json.loads(out.read_text())
     told, last = document["scores"], [row["validation"] for row in rows(prior) if "validation" in row][-1]
     assert told["image_nats"] == pytest.approx(last["image_nats"], rel=1e-5)
     assert told["text_nats"] == pytest.approx(last["text_nats"], rel=1e-5)
     codes, mask, ids = grids(chain)
     left = np.array([name not in gone for name in ids])
-    assert (told["pairs"], told["without"], told["held_out"]) == ((mask & left).sum(), 5, True)
+    assert (told["pairs"], told["exclude"], told["held_out"]) == ((mask & left).sum(), 5, True)
     assert told["image_nats_unigram"] == pytest.approx(unigram(codes, ~mask & left, mask & left))
-    assert document["inputs"]["without"] == digest_file(listed)
+    assert document["inputs"]["exclude"] == digest_file(listed)
 
 
 def test_another_list_than_that_of_training_is_refused(chain, lacking, tmp_path):
     gone, listed, folder = lacking
     inputs = ("evaluate", folder / "prior.safetensors", chain.captions, chain.codes, "-o", tmp_path / "p.json")
-    digest = open_artifact(folder / "prior.safetensors").history[-1]["inputs"]["without"]
+    digest = open_artifact(folder / "prior.safetensors").history[-1]["inputs"]["exclude"]
     line = run_bad(*inputs)
     assert f"the ids that training left out (sha256 {digest[:12]}), found none; give that list" in line
     other = tmp_path / "other.txt"
     other.write_text("".join(f"{name}\n" for name in sorted(gone)[1:]))
-    assert "found 4 others (sha256 " in run_bad(*inputs, "--without", other)
+    assert "found 4 others (sha256 " in run_bad(*inputs, "--exclude", other)
     assert not (tmp_path / "p.json").exists()
     run_ok(*inputs, "--everything")
     assert json.loads((tmp_path / "p.json").read_text())["scores"]["pairs"] == 24
-    run_ok(*inputs, "--everything", "--without", listed)
+    run_ok(*inputs, "--everything", "--exclude", listed)
     assert json.loads((tmp_path / "p.json").read_text())["scores"]["pairs"] == 19
 
 
@@ -348,7 +348,7 @@ def test_ids_that_training_saw_are_left_out_of_what_is_judged_alone(chain, lacki
     gone, listed, _ = lacking
     codes, mask, ids = grids(chain)
     left = np.array([name not in gone for name in ids])
-    told = of_prior(chain, tmp_path, without=listed)
+    told = of_prior(chain, tmp_path, exclude=listed)
     assert told["pairs"] == (mask & left).sum() < mask.sum()
     assert told["image_nats_unigram"] == pytest.approx(unigram(codes, ~mask, mask & left))
 
@@ -358,18 +358,18 @@ def test_a_dvae_is_judged_without_them(chain, lacking, tmp_path, capsys):
     images, shown, ids = rebuilt(chain)
     left = torch.tensor([name not in gone for name in ids])
     mask = torch.tensor([held_out(name, SHARE) for name in ids])
-    told = of_dvae(chain, tmp_path, without=listed)
-    assert (told["pictures"], told["without"]) == (19, 5)
+    told = of_dvae(chain, tmp_path, exclude=listed)
+    assert (told["pictures"], told["exclude"]) == (19, 5)
     assert told["psnr"] == pytest.approx(psnr(squared_error(images[left], shown[left])).mean().item(), abs=1e-9)
     assert told["held_out"]["pictures"] == int((left & mask).sum()) < int(mask.sum())
     weights = open_artifact(folder / "dvae.safetensors")
     capsys.readouterr()
-    told = of_dvae(chain, tmp_path, weights=weights, without=listed)
+    told = of_dvae(chain, tmp_path, weights=weights, exclude=listed)
     assert told["held_out"]["pictures"] == int((left & mask).sum())
     assert "warning" not in capsys.readouterr().err
     told = of_dvae(chain, tmp_path, weights=weights)
     assert (told["pictures"], told["trained_on"], "held_out" in told) == (24, True, False)
-    assert "warning: expected --without with the ids that training left out" in capsys.readouterr().err
+    assert "warning: expected --exclude with the ids that training left out" in capsys.readouterr().err
 
 
 def test_pairs_that_were_all_held_out_are_said_to_be(chain, tmp_path):
@@ -403,7 +403,7 @@ def test_options_of_something_else_are_refused(chain, tmp_path):
     prior = ("evaluate", chain.prior, chain.captions, chain.codes, "-o", tmp_path / "s.json")
     for option in (("--blur", "0,1"), ("--scores", "clip"), ("-k", 3), ("--size", 8), ("--plot", "x.png")):
         assert "for a dVAE, found it; leave it out" in run_bad(*dvae, *option)
-    for option in (("--reference", chain.data), ("--features", chain.clip), ("--sheet", "x.png"), ("--blur", "1")):
+    for option in (("--reference", chain.data), ("--features", chain.clip), ("--grid", "x.png"), ("--blur", "1")):
         assert "for a prior, found it; leave it out" in run_bad(*prior, *option)
     assert "expected no --everything for a dVAE" in run_bad(*dvae, "--everything")
 

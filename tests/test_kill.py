@@ -11,7 +11,7 @@ from stage_runs import lasting_rows
 
 SETTINGS = (
     *("checkpoint_every=2", "log_every=1", "validate_every=20", "ema_every=3", "clip_norm=1.0"),
-    *("schedule=plateau", "plateau_patience=1", "plateau_figure=-image_nats"),
+    *("schedule=plateau", "plateau_patience=1", "plateau_metric=-image_nats"),
 )
 
 

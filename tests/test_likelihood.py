@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation import likelihood as module
-from dalle_cli.evaluation.likelihood import Counts, Judge, Mean, Trial, mean, nats, smoothed_nats, strangers
+from dalle_cli.evaluation.likelihood import Mean, PriorMetrics, Unigram, derangement, mean, smoothed_nats
 from dalle_cli.models.prior import Prior, PriorConfig
+from dalle_cli.pipelines import scoring as module
+from dalle_cli.pipelines.scoring import nats
 from reference import likelihood as reference
 
 SMALL = PriorConfig(n_layer=2, n_head=2, n_embd=8, n_text_vocab=7, n_text=4, n_image_vocab=5, grid=3, conv_kernel=3)
@@ -35,15 +36,14 @@ def batch(config=SMALL, lengths=LENGTHS, seed=2):
 
 def rolled(tokens, lengths, codes):
     """Each pair with the next one's caption."""
-    return Trial(tokens, lengths, codes, tokens.roll(-1, 0), lengths.roll(-1, 0))
+    return tokens, lengths, codes, tokens.roll(-1, 0), lengths.roll(-1, 0)
 
 
 def judged(model, trial, counts=None, at_once=2, shuffle=True):
-    judge = Judge(model, counts or Counts.none(model), shuffle)
-    fields = [getattr(trial, field.name) for field in dataclasses.fields(trial)]
-    for part in zip(*(x.split(at_once) for x in fields), strict=True):
-        judge.add(Trial(*part))
-    return judge.figures()
+    found = PriorMetrics(model, counts or Unigram.empty(model))
+    for tokens, lengths, codes, *other in zip(*(x.split(at_once) for x in trial), strict=True):
+        found.add((tokens, lengths), codes, tuple(other) if shuffle else None)
+    return found.metrics()
 
 
 # Of one pair
@@ -86,7 +86,7 @@ def test_pads_cost_nothing_and_what_stands_there_is_not_read():
 def test_few_logits_at_a_time(pairs, monkeypatch):
     model = build()
     expected = nats(model, *batch())
-    monkeypatch.setattr(module, "LOGITS", pairs * (4 * 7 + 9 * 5) + 1)
+    monkeypatch.setattr(module, "MAX_LOGITS", pairs * (4 * 7 + 9 * 5) + 1)
     seen = []
     model.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     for got, wanted in zip(nats(model, *batch()), expected, strict=True):
@@ -109,11 +109,11 @@ def test_all_figures_equal_the_slow_twin(at_once):
     model = build()
     trial = rolled(*batch())
     seen = batch(lengths=[2, 4, 1], seed=3)
-    counts = Counts.none(model)
+    counts = Unigram.empty(model)
     counts.add(*seen)
     told = judged(model, trial, counts, at_once)
-    pairs = list(zip(trial.tokens.tolist(), LENGTHS, trial.codes.tolist(), strict=True))
-    others = list(zip(trial.other_tokens.tolist(), trial.other_lengths.tolist(), strict=True))
+    pairs = list(zip(trial[0].tolist(), LENGTHS, trial[2].tolist(), strict=True))
+    others = list(zip(trial[3].tolist(), trial[4].tolist(), strict=True))
     counted = seen[2].flatten().tolist()
     expected = reference.judged(pairs, others, counted, model.state_dict(), dataclasses.asdict(SMALL))
     for name in ("image_nats", "text_nats", "image_nats_unigram", "gain_over_null", "gain_over_shuffled"):
@@ -207,7 +207,7 @@ def test_a_prior_deaf_to_captions_gains_nothing_and_one_that_reads_does():
 def test_a_prior_that_is_the_unigram_costs_what_the_unigram_does():
     model = build()
     model.image_head.weight.zero_()
-    counts = Counts(torch.tensor([3, 0, 9, 1, 4]), torch.zeros(7, dtype=torch.int64))
+    counts = Unigram(torch.tensor([3, 0, 9, 1, 4]), torch.zeros(7, dtype=torch.int64))
     model.image_head.bias.copy_(((counts.image.double() + 1) / 22).log())
     told = judged(model, rolled(*batch()), counts)
     assert told["image_nats"] == pytest.approx(told["image_nats_unigram"], abs=1e-12)
@@ -253,19 +253,19 @@ def test_a_rows_own_codes_are_left_out():
         assert found[i].tolist() == pytest.approx([n * c for n, c in zip(expected, counted[i].tolist(), strict=True)])
 
 
-def test_strangers_read_differently_and_are_the_same_each_time():
+def test_a_derangement_gives_other_captions_and_the_same_each_time():
     captions = ["a", "b", "a", "a", "c", "b", "a"]
-    found = strangers(captions, 0)
+    found = derangement(captions, 0)
     assert all(captions[i] != captions[j] for i, j in enumerate(found))
-    assert found == strangers(captions, 0)
-    assert any(found != strangers(captions, seed) for seed in range(1, 4))
-    assert strangers(["a", "a"], 0) is None
-    assert strangers([], 0) is None
-    assert strangers(["a", "b"], 0) == [1, 0]
+    assert found == derangement(captions, 0)
+    assert any(found != derangement(captions, seed) for seed in range(1, 4))
+    assert derangement(["a", "a"], 0) is None
+    assert derangement([], 0) is None
+    assert derangement(["a", "b"], 0) == [1, 0]
 
 
-def test_strangers_of_different_captions_are_a_shuffle():
+def test_a_derangement_of_different_captions_is_a_permutation():
     """Each caption is used once, none by its own pair."""
-    found = strangers(list(range(50)), 3)
+    found = derangement(list(range(50)), 3)
     assert sorted(found) == list(range(50))
     assert all(i != j for i, j in enumerate(found))

@@ -17,10 +17,8 @@ from PIL import Image
 from dalle_cli.artifacts import history, write_artifact
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.data.exclude import read_ids
-from dalle_cli.evaluation import similarity as likeness
-from dalle_cli.evaluation.neighbors import Nearest
-from dalle_cli.evaluation.overlap import Overlap, Pair, PixelEye
-from reference import likeness as slow_likeness
+from dalle_cli.evaluation import thumbnails
+from dalle_cli.evaluation.overlap import THRESHOLD, Nearest, Overlap, Pair
 from reference import neighbors as slow
 
 EMOJI = Path(__file__).parent.parent / "recipes" / "emoji" / "small.tar"
@@ -31,8 +29,7 @@ def photos(n, seed=0):
     """Smooth pictures with edges, (n, 3, S, S) in 0 to 255."""
     rng = np.random.default_rng(seed)
     small = torch.from_numpy(rng.uniform(0, 255, (n, 3, 7, 7))).float()
-    size = (likeness.SIDE, likeness.SIDE)
-    return torch.nn.functional.interpolate(small, size, mode="bicubic", align_corners=False).clamp(0, 255)
+    return torch.nn.functional.interpolate(small, (48, 48), mode="bicubic", align_corners=False).clamp(0, 255)
 
 
 # Nearest neighbours
@@ -40,7 +37,7 @@ def photos(n, seed=0):
 
 @pytest.mark.parametrize(("views", "most", "block"), [(1, 1, 7), (3, 4, 1), (2, 50, 13), (3, 5, 1000)])
 def test_the_nearest_are_those_of_brute_force(monkeypatch, views, most, block):
-    monkeypatch.setattr("dalle_cli.evaluation.neighbors.QUERIES", 4)
+    monkeypatch.setattr("dalle_cli.evaluation.overlap.QUERIES", 4)
     rng = np.random.default_rng(views)
     keys = torch.from_numpy(rng.normal(size=(40, 6)))
     keys[17] = keys[3]  # equals: the one that came first
@@ -50,11 +47,12 @@ def test_the_nearest_are_those_of_brute_force(monkeypatch, views, most, block):
     for start in range(0, 40, block):
         rows = np.arange(start, min(start + block, 40))
         nearest.offer(keys[rows], rows)
-    found = nearest.found()
     expected = slow.nearest(queries.tolist(), keys.tolist(), most)
-    flat = [(q, row, value) for q, held in enumerate(expected) for row, value in held]
-    assert list(zip(found.queries.tolist(), found.rows.tolist(), strict=True)) == [(q, row) for q, row, _ in flat]
-    np.testing.assert_allclose(found.similarities, [value for _, _, value in flat], rtol=1e-6)
+    held = nearest.rows >= 0
+    assert [row[own].tolist() for row, own in zip(nearest.rows, held, strict=True)] == [
+        [r for r, _ in x] for x in expected
+    ]
+    np.testing.assert_allclose(nearest.similarities[held], [value for x in expected for _, value in x], rtol=1e-6)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 5), st.integers(0, 99))
@@ -67,107 +65,85 @@ def test_how_keys_are_cut_into_blocks_changes_nothing(cuts, most, seed):
     ends = np.cumsum([0, *cuts])
     for start, stop in itertools.pairwise(ends.tolist()):
         parts.offer(keys[start:stop], np.arange(start, stop))
-    for mine, theirs in zip(parts.found(), whole.found(), strict=True):
-        assert np.array_equal(mine, theirs)
+    assert torch.equal(parts.rows, whole.rows)
+    assert torch.equal(parts.similarities, whole.similarities)
 
 
 # Pairs
 
 
-def test_a_window_is_that_of_the_slow_twin():
-    image = photos(1)[..., ::4, ::4].double()
-    cuts = (0.1, 0.02, 0.0, 0.07)
-    ours = likeness.window(image, torch.tensor([cuts], dtype=torch.double))[0]
-    np.testing.assert_allclose(ours, slow_likeness.window(image[0].numpy(), *cuts), atol=1e-9)
+@pytest.mark.parametrize("cuts", [(0.0, 0.0), (0.05, 0.02), (-0.0375, -0.0375)])
+@pytest.mark.parametrize("cells", [8, 16])
+def test_cells_are_means_of_their_pixels(cuts, cells):
+    """Against pixels that are split into a thousand parts; beyond the image, a cell is the mean of what lies within."""
+    row = torch.rand(48, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    fine = 1000 * 48
+    at = ((torch.arange(fine) + 0.5) / fine * (1 - sum(cuts)) + cuts[0]).double()
+    inside = (at >= 0) & (at < 1)
+    values = torch.where(inside, row[(at * 48).long().clamp(0, 47)], 0)
+    expected = values.view(cells, -1).sum(1) / inside.view(cells, -1).sum(1)
+    found = thumbnails._coverage(48, cells, *cuts).double() @ row
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
-def test_agreement_is_that_of_the_slow_twin():
-    a, b = photos(2).double()
-    b = 0.7 * a + 0.3 * b
-    constants = (likeness.BLOCK, likeness.STIFF, likeness.NOISE, likeness.OFF, likeness.RECOLORED)
-    expected = np.minimum(
-        slow_likeness.agreement(a.numpy(), b.numpy(), *constants),
-        slow_likeness.agreement(b.numpy(), a.numpy(), *constants),
-    )
-    still = torch.zeros(1, 4, dtype=torch.double)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(likeness, "aligned", lambda a, b: (a, likeness.window(b, still)))
-        ours = likeness.likeness(a[None], b[None])
-    decide = -(-expected.size // 10)
-    assert ours.item() == pytest.approx(np.sort(expected.ravel())[:decide].mean(), abs=1e-9)
+def test_similarity_is_the_best_cosine_of_any_window():
+    a, b = photos(2), photos(2, seed=1)
+
+    def vector(image, x, y):
+        rows, columns = (thumbnails._coverage(48, thumbnails.FINE, *cut) for cut in (y, x))
+        cells = rows @ image @ columns.T
+        cells = cells - cells.mean((1, 2), keepdim=True)
+        flat = torch.cat([cells.flatten(), torch.tensor([thumbnails.CONTRAST * cells.numel() ** 0.5])])
+        return flat / flat.norm()
+
+    whole = (0, 0)
+    for row in range(2):
+        ways = [
+            (vector(x, cut_x, cut_y) @ vector(y, whole, whole)).item()
+            for x, y in ((a[row], b[row]), (b[row], a[row]))
+            for cut_x in thumbnails.CUTS
+            for cut_y in thumbnails.CUTS
+        ]
+        assert thumbnails.similarity(a, b)[row].item() == pytest.approx(max(ways), abs=1e-5)
 
 
-@pytest.mark.parametrize("cuts", [(0, 0, 0, 0), (0.05, 0, 0.01, 0.04), (0.01, 0.09, 0.06, 0.0), (0.1, 0, 0, 0.1)])
+def crop(images, left, right, top, bottom):
+    n = images.shape[-1]
+    part = images[..., round(top * n) : round((1 - bottom) * n), round(left * n) : round((1 - right) * n)]
+    return torch.nn.functional.interpolate(part, (n, n), mode="bilinear", align_corners=False)
+
+
+@pytest.mark.parametrize("cuts", [(0, 0, 0, 0), (0.05, 0, 0.02, 0.03), (0, 0.1, 0.06, 0.04), (0.1, 0, 0, 0.1)])
 def test_a_crop_is_found_in_its_original_whichever_comes_first(cuts):
-    whole = photos(3)
-    part = likeness.window(whole, torch.tensor([cuts] * 3, dtype=torch.float))
-    part = part * 0.8 + 20  # darker, and paler
-    found, _ = likeness.search(likeness.gray(part), likeness.gray(whole))
-    found = likeness.refine(likeness.gray(part), likeness.gray(whole), found)
-    torch.testing.assert_close(found, torch.tensor([cuts] * 3, dtype=torch.float), atol=4e-3, rtol=0)
-    for pair in ((whole, part), (part, whole)):
-        assert likeness.likeness(*pair).min() > 0.8
-    if any(cuts):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(likeness, "aligned", lambda a, b: (a, b))
-            assert likeness.likeness(part, whole).max() < 0.8  # it is the alignment that finds it
+    whole = torch.nn.functional.interpolate(photos(3), (480, 480), mode="bicubic").clamp(0, 255)
+    part = crop(whole, *cuts) * 0.8 + 20  # darker, and paler
+    small = [torch.nn.functional.interpolate(x, (48, 48), mode="area") for x in (whole, part)]
+    for pair in (small, small[::-1]):
+        assert thumbnails.similarity(*pair).min() > THRESHOLD
+    found = (thumbnails.queries(small[1]) @ thumbnails.keys(small[0]).T).amax(1)
+    assert (found.argmax(1) == torch.arange(3)).all()  # and is a candidate
 
 
-def test_a_step_of_least_squares_makes_it_better():
-    whole = photos(3)
-    cuts = torch.tensor([[0.04, 0.015, 0.0, 0.045]] * 3)
-    part = likeness.gray(likeness.window(whole, cuts))
-    coarse, _ = likeness.search(part, likeness.gray(whole))
-    fine = likeness.refine(part, likeness.gray(whole), coarse)
-    assert ((fine - cuts).abs().amax(1) < (coarse - cuts).abs().amax(1) / 2).all()
-
-
-def test_equal_pictures_are_alike_and_others_are_not():
+def test_equal_images_are_alike_and_others_are_not():
     images = photos(6)
-    assert torch.allclose(likeness.likeness(images, images), torch.ones(6), atol=1e-4)
-    assert likeness.likeness(images, images.roll(1, 0)).max() < 0.3
-    flat = torch.full((2, 3, likeness.SIDE, likeness.SIDE), 90.0)
+    assert torch.allclose(thumbnails.similarity(images, images), torch.ones(6), atol=1e-4)
+    assert thumbnails.similarity(images, images.roll(1, 0)).max() < 0.8
+    flat = torch.full((2, 3, 48, 48), 90.0)
     flat[1] += 3
-    assert likeness.likeness(flat[:1], flat[1:]).item() > 0.9
-    assert likeness.likeness(flat[:1], 255 - flat[1:]).item() < 0.9
-    signatures = likeness.signature(flat)
-    assert (signatures[0] @ signatures[1]).item() == pytest.approx(1)
-
-
-def test_a_slight_change_of_color_is_forgiven_and_a_great_one_is_not():
-    image = photos(4)
-    assert likeness.likeness(image, (image * 0.9 + torch.tensor([8.0, 0, -8]).view(3, 1, 1)).clamp(0, 255)).min() > 0.75
-    assert likeness.likeness(image, image.flip(1)).max() < 0.5  # red and blue exchanged
-
-
-def test_one_part_that_differs_is_enough():
-    image = photos(4)
-    other = image.clone()
-    other[..., 8:24, 8:24] = photos(4, seed=9)[..., 8:24, 8:24]
-    assert likeness.likeness(image, other).max() < 0.5
-
-
-def test_nothing_is_like_a_pale_picture_but_itself():
-    """A map of colors could make a pale picture of any other by taking its contrast."""
-    pale = 200 + photos(4) / 20
-    bright = 165 + photos(4, seed=5) * 0.35
-    assert likeness.likeness(pale, bright).max() < 0.4
-    assert likeness.likeness(bright, pale).max() < 0.4
-    assert likeness.likeness(pale, pale + 1).min() > 0.95
+    assert thumbnails.similarity(flat[:1], flat[1:]).item() == pytest.approx(1)
+    tinted = (images * 0.9 + torch.tensor([8.0, 0, -8]).view(3, 1, 1)).clamp(0, 255)
+    assert thumbnails.similarity(images, tinted).min() > THRESHOLD
+    assert thumbnails.similarity(images, images.flip(1)).max() < 0.9  # red and blue exchanged
 
 
 def test_views_find_what_a_crop_was_taken_from():
     whole = photos(40)
-    part = likeness.window(whole, torch.tensor([(0.05, 0.05, 0.05, 0.05)] * 40))
-    keys = likeness.signature(whole)
-    plain = likeness.signature(part) @ keys.T
-    several = (likeness.views(part) @ keys.T).amax(1)
-    assert (several.argmax(1) == torch.arange(40)).all()
-    assert (several.diagonal() > plain.diagonal() + 0.02).float().mean() > 0.8
-    pictures = part.round().byte().numpy()
-    assert torch.equal(PixelEye(torch.device("cpu")).queries(pictures), likeness.views(part.round()))
-    back = likeness.views(whole) @ likeness.signature(part).T  # the other way round, too
-    assert (back.amax(1).diagonal() > plain.diagonal() + 0.02).float().mean() > 0.8
+    part = crop(whole, 0.05, 0.05, 0.05, 0.05)
+    plain = thumbnails.keys(part) @ thumbnails.keys(whole).T
+    for a, b in ((part, whole), (whole, part)):
+        several = (thumbnails.queries(a) @ thumbnails.keys(b).T).amax(1)
+        assert (several.argmax(1) == torch.arange(40)).all()
+        assert (several.diagonal() > plain.diagonal() + 0.01).float().mean() > 0.8
 
 
 # The stage
@@ -180,7 +156,7 @@ def hidden(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     train, test = planted.plant(EMOJI, folder, SOME)
     out = folder / "lists" / "overlap.txt"
-    printed = run_ok("overlap", train, test, "-o", out, "--sheet", folder / "closest.png")
+    printed = run_ok("overlap", train, test, "-o", out, "--grid", folder / "closest.png")
     assert printed == str(out)
     return train, test, out, json.loads(out.with_suffix(".json").read_text())
 
@@ -191,7 +167,8 @@ def hidden(tmp_path_factory):
 )
 def test_copies_are_found(hidden, kind, floor):
     _, test, _, told = hidden
-    recall, precision, right = planted.judge(told["pairs"], open_dataset(test, need_captions=False).ids, 0.5)[kind]
+    ids = open_dataset(test, need_captions=False).ids
+    recall, precision, right = planted.judge(told["pairs"], ids, THRESHOLD)[kind]
     assert recall >= floor
     assert precision >= 0.95
     assert right >= floor  # with the very picture that was copied
@@ -199,7 +176,7 @@ def test_copies_are_found(hidden, kind, floor):
 
 def test_the_list_is_of_the_pairs_from_the_threshold_on(hidden):
     train, test, out, told = hidden
-    above = [pair for pair in told["pairs"] if pair["similarity"] >= told["threshold"] == 0.5]
+    above = [pair for pair in told["pairs"] if pair["similarity"] >= told["threshold"] == THRESHOLD]
     assert told["of"] == "test"
     assert read_ids(out) == {pair["test"] for pair in above} == set(told["ids"]) == read_ids(out.with_suffix(".json"))
     assert {pair["test"] for pair in told["pairs"]} == set(open_dataset(test, need_captions=False).ids)
@@ -242,12 +219,12 @@ def overlap(small, tmp_path, *more):
 def test_of_train_and_threshold(small, tmp_path):
     assert overlap(small, tmp_path) == {"a1", "a2", "b"}
     first = (tmp_path / "o.txt").read_text()
-    assert first.splitlines()[0] == "# dalle overlap: 3 of 5 pictures of TEST, by pixels from 0.5 on"
+    assert first.splitlines()[0] == "# dalle overlap: 3 of 5 images of TEST, by pixels from 0.95 on"
     assert overlap(small, tmp_path, "--of", "train") == {"10", "30"}
-    assert "2 of 6 pictures of TRAIN" in (tmp_path / "o.txt").read_text()
+    assert "2 of 6 images of TRAIN" in (tmp_path / "o.txt").read_text()
     assert overlap(small, tmp_path, "--threshold", -1) == {"a1", "a2", "b", "75", "85"}
     assert overlap(small, tmp_path, "--threshold", -1, "--of", "train") == {f"{row:02d}" for row in range(0, 60, 10)}
-    assert overlap(small, tmp_path, "--threshold", 1) == set()
+    assert overlap(small, tmp_path, "--threshold", 1) == {"b"}  # resized: equal to all four digits
 
 
 def test_neighbors_limit_what_is_looked_at(small, tmp_path):
@@ -286,9 +263,9 @@ def test_features_of_a_network(chain, small, tmp_path):
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.data.loader import sequential
     from dalle_cli.models.pixels import from_uint8
-    from dalle_cli.pipelines import loading as load
+    from dalle_cli.pipelines import loading
 
-    clip = load.clip(open_artifact(chain.clip), torch.device("cpu"))
+    clip = loading.clip(open_artifact(chain.clip), torch.device("cpu"))
     embedded = {}
     for side in ("train", "test"):
         data = open_dataset(small / side, need_captions=False)
@@ -331,7 +308,7 @@ def test_faults_are_told_in_a_line(small, tmp_path):
     run_ok("overlap", *both, "-o", out, "--force")
     run_ok("overlap", *both, "-o", out)  # its own
     (tmp_path / "s.png").write_text("no picture")
-    assert "PNG" in run_bad("overlap", *both, "-o", out, "--sheet", tmp_path / "s.png")
+    assert "PNG" in run_bad("overlap", *both, "-o", out, "--grid", tmp_path / "s.png")
 
 
 def test_the_same_set_twice_is_warned_of(small, tmp_path):
@@ -359,6 +336,6 @@ def test_the_sheet_shows_the_closest_pairs_around_the_threshold():
     assert ([p.test for p in above], [p.test for p in below]) == ([99], list(range(98, 89, -1)))
     above, below = Overlap(Plain(100), Plain(100), pairs, 0.015).around(10)
     assert ([p.test for p in above], [p.test for p in below]) == (list(range(9, 1, -1)), [1, 0])
-    colors = {color[:3] for _, color in found.sheet().getcolors(1 << 20)}
+    colors = {color[:3] for _, color in found.grid().getcolors(1 << 20)}
     shown = {i for i in range(100) if (i, 0, 0) in colors}
     assert shown == set(range(48, 72))

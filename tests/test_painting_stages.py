@@ -21,10 +21,10 @@ from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.data.conditions import Conditions
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.errors import DalleError
-from dalle_cli.hub import bundles as bundle
+from dalle_cli.hub import bundles
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
-from dalle_cli.training.decoder import DecoderTask, DecoderTrain, astray
+from dalle_cli.training.decoder import DecoderTask, DecoderTrain, embedding_noise
 
 UNET = """
 width = 8
@@ -44,8 +44,8 @@ log_every = 2
 validate_every = 3
 checkpoint_every = 2
 validation = 0.2
-sheet_pictures = 3
-sheet_steps = 2
+grid_images = 3
+grid_steps = 2
 clip_norm = 10.0
 """
 RECIPE = f"""
@@ -227,7 +227,7 @@ def test_pictures_without_an_embedding(unclip, tmp_path):
     some = write_artifact(tmp_path / "some.safetensors", "embeddings", columns, table.config, [])
     config = ("--config", unclip.recipe, "--set", "decoder.train.steps=1", "-o", tmp_path / "x.safetensors")
     result = run_cli("train-decoder", unclip.data, some, *config)
-    assert "10 of 24 pictures have no embedding and are left out" in result.stderr
+    assert "10 of 24 images have no embedding and are left out" in result.stderr
     columns["ids"] = [f"other{i}" for i in range(14)]
     none = write_artifact(tmp_path / "none.safetensors", "embeddings", columns, table.config, [])
     assert "no id in common" in run_bad("train-decoder", unclip.data, none, *config)
@@ -236,7 +236,7 @@ def test_pictures_without_an_embedding(unclip, tmp_path):
 def test_arguments_that_do_not_go_together(unclip, tmp_path):
     config = ("--config", unclip.recipe, "-o", tmp_path / "x.safetensors")
     assert "EMBEDDINGS" in run_bad("train-decoder", unclip.data, *config)
-    assert "pictures alone" in run_bad("train-decoder", unclip.data, unclip.embeddings, "--upsampler", 1, *config)
+    assert "images alone" in run_bad("train-decoder", unclip.data, unclip.embeddings, "--upsampler", 1, *config)
     assert "expected embeddings, found captions" in run_bad("train-decoder", unclip.data, unclip.captions, *config)
     for setting, says in (
         ("upsampler_2.train.crop=32", "lower crop"),
@@ -251,7 +251,7 @@ def test_arguments_that_do_not_go_together(unclip, tmp_path):
         ("decoder.n_text=3", "as the inputs have it"),
         ("decoder.train.caption_dropout=2", "caption_dropout"),
         ("decoder.train.embedding_noise=-1", "embedding_noise"),
-        ("decoder.train.sheet_steps=0", "sheet_steps"),
+        ("decoder.train.grid_steps=0", "grid_steps"),
         ("decoder.prediction=magic", "prediction"),
         ("decoder.schedule=magic", "schedule"),
     ):
@@ -303,7 +303,7 @@ def test_a_batch_joins_by_id_and_drops(unclip):
     assert torch.equal(none[1], noise)
 
 
-def test_embeddings_go_astray_as_far_as_is_said_and_nothing_else_changes(unclip):
+def test_embeddings_go_embedding_noise_as_far_as_is_said_and_nothing_else_changes(unclip):
     plain, off = (batch_of(unclip, validation=0.0, embedding_noise=most)[1] for most in (0.0, 2.0))
     assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(plain, off, strict=True)) if i != 3)
     rms = plain[3].square().mean(1).sqrt()
@@ -312,12 +312,14 @@ def test_embeddings_go_astray_as_far_as_is_said_and_nothing_else_changes(unclip)
     assert float(far.min()) < 0.2
     assert 1.6 < float(far.max()) < 4
     z = torch.randn(4, 6)
-    whole = astray(z, 0.5, 3, 7, range(4))
-    parts = [astray(z[rows], 0.5, 3, 7, slots) for rows, slots in ((slice(2), range(2)), (slice(2, 4), range(2, 4)))]
+    whole = embedding_noise(z, 0.5, 3, 7, range(4))
+    parts = [
+        embedding_noise(z[rows], 0.5, 3, 7, slots) for rows, slots in ((slice(2), range(2)), (slice(2, 4), range(2, 4)))
+    ]
     assert torch.equal(torch.cat(parts), whole)  # as among two processes
-    torch.testing.assert_close(astray(100 * z, 0.5, 3, 7, range(4)), 100 * whole)
-    assert not torch.equal(astray(z, 0.5, 3, 8, range(4)), whole)
-    assert not torch.equal(astray(z, 0.5, 4, 7, range(4)), whole)
+    torch.testing.assert_close(embedding_noise(100 * z, 0.5, 3, 7, range(4)), 100 * whole)
+    assert not torch.equal(embedding_noise(z, 0.5, 3, 8, range(4)), whole)
+    assert not torch.equal(embedding_noise(z, 0.5, 4, 7, range(4)), whole)
 
 
 # Painting
@@ -365,7 +367,7 @@ def drawn(tmp_path_factory, unclip):
 
 
 def decode(source, model, out, *more):
-    run_ok("decode", source, "-m", model, "-o", out, "--steps", 3, *more)
+    run_ok("decode", source, "-m", model, "-o", out, "--decoder-steps", 3, *more)
     return array(out, "images").astype(int)
 
 
@@ -376,16 +378,28 @@ def test_decode_paints(model, drawn, tmp_path):
     assert strings(tmp_path / "a.safetensors", "ids") == ["0", "1", "2", "3", "4"]
     assert strings(tmp_path / "a.safetensors", "text")[1] == "a blue bar"
     last = found.history[-1]
-    expected = {"steps": 3, "sampler": "dpm++", "guidance": 1.0, "eta": 0.0, "seed": 0, "dtype": "float32"}
+    expected = {
+        "decoder_steps": 3,
+        "decoder_sampler": "dpm++",
+        "decoder_guidance": 1.0,
+        "eta": 0.0,
+        "seed": 0,
+        "dtype": "float32",
+    }
     assert last["options"] == expected
-    assert set(last["inputs"]) == {"embeddings", "model"}
+    assert set(last["inputs"]) == {"embeddings", "decoder"}
     one = decode(drawn, model, tmp_path / "b.safetensors", "--batch-size", 2)
     assert np.abs(one - whole).max() <= 1
     shards = decode(drawn, model, tmp_path / "folder", "--shard-size", 2)
     assert np.abs(shards - whole).max() <= 1
-    result = run_cli("decode", drawn, "-m", model, "-o", tmp_path / "folder", "--steps", 3, "--shard-size", 2)
+    result = run_cli("decode", drawn, "-m", model, "-o", tmp_path / "folder", "--decoder-steps", 3, "--shard-size", 2)
     assert "all there already" in result.stderr
-    for more in (("--seed", 1), ("--guidance", 3), ("--sampler", "ddpm"), ("--sampler", "ddim", "--eta", 1)):
+    for more in (
+        ("--seed", 1),
+        ("--decoder-guidance", 3),
+        ("--decoder-sampler", "ddpm"),
+        ("--decoder-sampler", "ddim", "--eta", 1),
+    ):
         other = decode(drawn, model, tmp_path / "c.safetensors", *more)
         assert np.abs(other - whole).max() > 3, more
     result = run_cli("decode", "-m", model, stdin=f"{drawn}\n")
@@ -414,13 +428,13 @@ def test_a_chain_of_upsamplers(model, large, drawn, tmp_path):
     assert pictures.shape == (5, 3, 64, 64)
     last = open_artifact(tmp_path / "a.safetensors").history[-1]
     assert last["options"]["upsampler_steps"] == 2
-    assert list(last["inputs"]) == ["embeddings", "model", "upsampler_1", "upsampler_2"]
+    assert list(last["inputs"]) == ["decoder", "embeddings", "upsampler_1", "upsampler_2"]
     assert last["inputs"]["upsampler_1"] == digest_file(large / "up16.safetensors")
     again = decode(drawn, large, tmp_path / "b.safetensors", "--upsampler-steps", 2, "--batch-size", 3)
     assert np.abs(again - pictures).max() <= 2
     other = decode(drawn, large, tmp_path / "c.safetensors", "--upsampler-steps", 3)
     assert np.abs(other - pictures).max() > 3
-    assert len(bundle.whole(list(large.glob("up*.safetensors")))) == 2
+    assert len(bundles.whole(list(large.glob("up*.safetensors")))) == 2
 
 
 def test_upsamplers_that_do_not_follow(unclip, chain, drawn, tmp_path):
@@ -429,18 +443,20 @@ def test_upsamplers_that_do_not_follow(unclip, chain, drawn, tmp_path):
     twice = planted(tmp_path / "twice", unclip, chain, [(8, 16), (8, 32)])
     assert "one upsampler from 8 pixels, found 2" in run_bad("decode", drawn, "-m", twice)
     with pytest.raises(DalleError, match=r"one file of weights\.upsampler"):
-        bundle.whole(list(twice.glob("up*.safetensors")))
+        bundles.whole(list(twice.glob("up*.safetensors")))
 
 
 def test_what_decode_refuses(chain, model, drawn, tmp_path):
-    assert "--guidance with embeddings alone" in run_bad("decode", chain.drawn, "-m", chain.model, "--guidance", 2)
+    assert "no --decoder-guidance for codes" in run_bad(
+        "decode", chain.drawn, "-m", chain.model, "--decoder-guidance", 2
+    )
     assert "expected weights.decoder" in run_bad("decode", drawn, "-m", chain.model)
     table = open_artifact(drawn)
     columns = {"embeddings": np.array(table.array("embeddings")), "ids": strings(drawn, "ids")}
     other = write_artifact(tmp_path / "other.safetensors", "embeddings", columns, {"encoder": "1" * 64}, [])
     assert "expected the CLIP" in run_bad("decode", other, "-m", model)
-    assert "sampler among" in run_bad("decode", drawn, "-m", model, "--sampler", "magic")
-    assert "1 to 40 steps" in run_bad("decode", drawn, "-m", model, "--steps", 41)
+    assert "sampler among" in run_bad("decode", drawn, "-m", model, "--decoder-sampler", "magic")
+    assert "1 to 40 steps" in run_bad("decode", drawn, "-m", model, "--decoder-steps", 41)
     lone = shutil.copy(model / "decoder.safetensors", tmp_path / "decoder.safetensors")
     assert "tokenizer" in run_bad("decode", drawn, "-m", lone)
 

@@ -15,9 +15,9 @@ from PIL import Image
 
 from dalle_cli import devices
 from dalle_cli.artifacts import digest_bytes, open_artifact, write_artifact
-from dalle_cli.commands.picture_prompt import touched
 from dalle_cli.errors import DalleError
 from dalle_cli.models.prior import Prior, PriorConfig
+from dalle_cli.pipelines.inpainting import white_cells
 from dalle_cli.sampling.autoregressive import draw, sample_codes, uniforms
 
 SMALL = PriorConfig(n_layer=3, n_head=2, n_embd=32, n_text_vocab=11, n_text=6, n_image_vocab=40, grid=5, conv_kernel=3)
@@ -160,12 +160,12 @@ def test_a_cell_is_drawn_anew_if_white_touches_it(side, more, tall, grid, data):
                 high = min(top + size, y + 1) - max(top, y)
                 wide = min(left + size, x + 1) - max(left, x)
                 expected[i, j] |= high > 0 and wide > 0
-    assert np.array_equal(touched(Image.fromarray(whole.T if tall else whole).convert("RGB"), grid), expected)
+    assert np.array_equal(white_cells(Image.fromarray(whole.T if tall else whole).convert("RGB"), grid), expected)
 
 
 def test_of_gray_the_brighter_half_is_white():
     mask = Image.fromarray(np.array([[[127] * 3, [128] * 3], [[255, 0, 0], [0, 255, 0]]], np.uint8))
-    assert touched(mask, 2).tolist() == [[False, True], [False, True]]
+    assert white_cells(mask, 2).tolist() == [[False, True], [False, True]]
 
 
 # ---- the commands
@@ -302,8 +302,8 @@ def test_rows_are_refused_without_their_picture(chain, tmp_path):
     assert f"sha256 {digest}), found" in refused("rows", "--image", chain.data / "05.png")
     other = write_mask(tmp_path / "other.png", (0, 0, 9, 16))
     assert "expected the mask" in refused("mask", "--image", picture, "--mask", other)
-    assert "was drawn without; leave it out" in refused("plain", "--image", picture)
-    assert "was drawn without; leave it out" in refused("rows", "--image", picture, "--mask", mask)
+    assert "was sampled without one; leave it out" in refused("plain", "--image", picture)
+    assert "was sampled without one; leave it out" in refused("rows", "--image", picture, "--mask", mask)
     assert "found both" in refused("mask", "--image", picture, "--mask", mask, "--keep-rows", 1)
     more = run_ok(
         *("sample", "--from", tmp_path / "rows", "-m", chain.model, "-o", tmp_path / "out"),

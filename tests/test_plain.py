@@ -2,7 +2,7 @@
 
 import pytest
 
-from dalle_cli.artifacts.text import check_ours, head_of, json_fact, write_text
+from dalle_cli.artifacts.text import check_overwrite, head_of, read_json_key, write_text
 from dalle_cli.errors import DalleError
 
 
@@ -18,20 +18,20 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path):
 
 def test_only_what_is_known_again_may_be_replaced(tmp_path):
     path = tmp_path / "a.txt"
-    check_ours(path, "a list", lambda _: False)  # nothing there
+    check_overwrite(path, "a list", lambda _: False)  # nothing there
     path.write_text("mine")
-    check_ours(path, "a list", lambda found: head_of(found) == "mine")
-    check_ours(path, "a list", lambda _: False, force=True)
+    check_overwrite(path, "a list", lambda found: head_of(found) == "mine")
+    check_overwrite(path, "a list", lambda _: False, force=True)
     with pytest.raises(DalleError, match=r"expected to write a list to .*a\.txt, found something else there"):
-        check_ours(path, "a list", lambda _: False)
+        check_overwrite(path, "a list", lambda _: False)
 
     def unreadable(_):
         raise PermissionError
 
     with pytest.raises(DalleError, match="found something else there"):
-        check_ours(path, "a list", unreadable)
+        check_overwrite(path, "a list", unreadable)
     with pytest.raises(DalleError, match="found a folder there"):
-        check_ours(tmp_path, "a list", lambda _: True, force=True)
+        check_overwrite(tmp_path, "a list", lambda _: True, force=True)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_only_what_is_known_again_may_be_replaced(tmp_path):
 )
 def test_a_fact_of_whatever_file_it_is(tmp_path, content, fact):
     (tmp_path / "a.json").write_bytes(content)
-    assert json_fact(tmp_path / "a.json", "a") == fact
+    assert read_json_key(tmp_path / "a.json", "a") == fact
 
 
 def test_the_head_is_no_more_than_asked_for(tmp_path):

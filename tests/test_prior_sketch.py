@@ -10,7 +10,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.models.cache import Prompt
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.sampling.autoregressive import sample_codes
-from dalle_cli.sampling.sketches import draw_sketches, redraw_sketches
+from dalle_cli.sampling.sketches import resample_sketches, sample_sketches
 from dalle_cli.training.prior import PriorTrain
 
 
@@ -146,20 +146,20 @@ def test_a_sketch_of_one_picture_is_that_picture():
 
     prior.sketch = Knows()
     for scale, steps in ((1.0, 30), (4.0, 30), (1.0, 5)):
-        drawn = draw_sketches(prior, TOKENS[:2], LENGTHS[:2], [0, 1], 0, guidance_scale=scale, steps=steps)
+        drawn = sample_sketches(prior, TOKENS[:2], LENGTHS[:2], [0, 1], 0, guidance_scale=scale, steps=steps)
         torch.testing.assert_close(drawn, true.expand(2, -1, -1, -1), atol=1e-3, rtol=1e-3)
 
 
 def test_a_sketch_belongs_to_its_candidate():
     prior = made()
-    together = draw_sketches(prior, TOKENS[[0, 1]], LENGTHS[[0, 1]], [5, 6], 3, guidance_scale=2.0)
-    alone = draw_sketches(prior, TOKENS[[1]], LENGTHS[[1]], [6], 3, guidance_scale=2.0)
+    together = sample_sketches(prior, TOKENS[[0, 1]], LENGTHS[[0, 1]], [5, 6], 3, guidance_scale=2.0)
+    alone = sample_sketches(prior, TOKENS[[1]], LENGTHS[[1]], [6], 3, guidance_scale=2.0)
     torch.testing.assert_close(together[1:], alone)
     for other in (
-        draw_sketches(prior, TOKENS[[1]], LENGTHS[[1]], [6], 4, guidance_scale=2.0),
-        draw_sketches(prior, TOKENS[[1]], LENGTHS[[1]], [7], 3, guidance_scale=2.0),
-        draw_sketches(prior, TOKENS[[1]], LENGTHS[[1]], [6], 3, guidance_scale=1.0),
-        draw_sketches(prior, TOKENS[[0]], LENGTHS[[0]], [6], 3, guidance_scale=2.0),
+        sample_sketches(prior, TOKENS[[1]], LENGTHS[[1]], [6], 4, guidance_scale=2.0),
+        sample_sketches(prior, TOKENS[[1]], LENGTHS[[1]], [7], 3, guidance_scale=2.0),
+        sample_sketches(prior, TOKENS[[1]], LENGTHS[[1]], [6], 3, guidance_scale=1.0),
+        sample_sketches(prior, TOKENS[[0]], LENGTHS[[0]], [6], 3, guidance_scale=2.0),
     ):
         assert (other - alone).abs().max() > 1e-3
 
@@ -185,7 +185,7 @@ def test_null_rows_see_the_sketch_and_no_caption(monkeypatch):
     monkeypatch.setattr(Prior, "step", lambda self, codes, cache: seen.append(step(self, codes, cache)) or seen[-1])
     drawn = sample_codes(prior, TOKENS[:1], LENGTHS[:1], [4, 5], 0, guidance_scale=3.0, sketch_guidance=2.0)
     numbers = [4, 5]
-    told = draw_sketches(prior, TOKENS[[0, 0]], LENGTHS[[0, 0]], numbers, 0, guidance_scale=2.0)
+    told = sample_sketches(prior, TOKENS[[0, 0]], LENGTHS[[0, 0]], numbers, 0, guidance_scale=2.0)
     sees = torch.ones(4, dtype=torch.bool)
     lengths = torch.tensor([3, 3, 0, 0])
     _, expected = prior(TOKENS[[0, 0, 0, 0]], lengths, drawn.repeat(2, 1, 1), (told.repeat(2, 1, 1, 1), sees))
@@ -199,8 +199,8 @@ def test_what_is_kept_of_a_picture_is_in_its_sketch():
     kept[:2] = True
     kept[2, :2] = True  # half a cell
     captions = (TOKENS[:2], LENGTHS[:2], [0, 1], 0)
-    free = draw_sketches(prior, *captions)
-    drawn = draw_sketches(prior, *captions, kept=(given, kept))
+    free = sample_sketches(prior, *captions)
+    drawn = sample_sketches(prior, *captions, kept=(given, kept))
     torch.testing.assert_close(drawn[:, :, 0], prior.sketch.of(given)[:, :, 0])
     assert (drawn[:, :, 1] - prior.sketch.of(given)[:, :, 1]).abs().amin((1, 2)).max() > 1e-3
     assert (drawn[:, :, 1] - free[:, :, 1]).abs().max() > 1e-3
@@ -215,9 +215,9 @@ def test_redrawn_from_all_noise_it_is_drawn_and_from_none_the_picture():
     captions = prior, TOKENS, LENGTHS
 
     def redrawn(*since, scale=2.0):
-        return redraw_sketches(*captions, true, torch.tensor(since), noise, guidance_scale=scale)
+        return resample_sketches(*captions, true, torch.tensor(since), noise, guidance_scale=scale)
 
-    drawn = draw_sketches(*captions, [5, 6, 7], 3, guidance_scale=2.0)
+    drawn = sample_sketches(*captions, [5, 6, 7], 3, guidance_scale=2.0)
     torch.testing.assert_close(redrawn(1000.0, 1000.0, 1000.0), drawn)
     assert torch.equal(redrawn(30.0, 0.0, 31.0), true)  # the last of 30 steps is from timestep 33
     mixed = redrawn(0.0, 400.0, 1000.0)
@@ -233,7 +233,7 @@ def test_redrawing_is_ddim_by_plain_loops():
     prior, true = made().double(), pictures(2).double()
     noise = torch.randn(true.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     captions, since = (TOKENS[:2], LENGTHS[:2]), torch.tensor([650.0, 270.0])
-    found = redraw_sketches(prior, *captions, true, since, noise, guidance_scale=3.0, steps=10)
+    found = resample_sketches(prior, *captions, true, since, noise, guidance_scale=3.0, steps=10)
 
     def kept(t):  # Nichol & Dhariwal 2021, eq. 17, without the limit on beta, which only the last timesteps reach
         def wave(u):
@@ -266,12 +266,12 @@ def test_settings_that_do_not_fit():
         PriorConfig(**SIZES, sketch=2, sketch_width=2)
     with pytest.raises(DalleError, match="sketch_batch"):
         PriorTrain(sketch_batch=0)
-    with pytest.raises(DalleError, match=r"expected sketch_redrawn in \[0, 1\], found 600"):
-        PriorTrain(sketch_redrawn=600)
-    with pytest.raises(DalleError, match="expected sketch_only or sketch_redrawn, found both"):
-        PriorTrain(sketch_redrawn=0.6, sketch_only=True)
+    with pytest.raises(DalleError, match=r"expected sketch_resampled in \[0, 1\], found 600"):
+        PriorTrain(sketch_resampled=600)
+    with pytest.raises(DalleError, match="expected sketch_only or sketch_resampled, found both"):
+        PriorTrain(sketch_resampled=0.6, sketch_only=True)
     plain = made(sketch=0)
     with pytest.raises(DalleError, match="found one with sketch 0"):
-        draw_sketches(plain, TOKENS, LENGTHS, [0, 1, 2], 0)
+        sample_sketches(plain, TOKENS, LENGTHS, [0, 1, 2], 0)
     with pytest.raises(DalleError, match="found one with sketch 0"):
         plain(TOKENS, LENGTHS, codes(3), (pictures(3), LENGTHS > 0))

@@ -372,11 +372,11 @@ def test_the_prior_of_the_full_set_is_finished_on_pictures_as_they_are(tmp_path,
     read = [words[3] for words in trained]
     assert read == ["codes.safetensors", *["still.safetensors"] * 4]
     assert ["--augment place" in encoded[name] for name in read[:2]] == [True, False]
-    assert all("--without" in words for words in trained)
+    assert all("--exclude" in words for words in trained)
     for told, place in (
         ("prior.sketch=16", 2),
         ("prior.train.sketch_only=true", 3),
-        ("prior.train.sketch_redrawn=0.6", 4),
+        ("prior.train.sketch_resampled=0.6", 4),
     ):
         assert [i for i, words in enumerate(trained) if told in words] == [place]
     assert len({words[words.index("--seed") + 1] for words in trained}) == 5

@@ -328,7 +328,7 @@ def test_lossy_webp_is_the_smallest_that_reaches_the_psnr():
 def test_bits_of_codes_are_the_priors_own(chain, tars, tmp_path, capsys):
     table = run(capsys, "bits", tars[0], "-m", chain.model, "--part", "withheld-style", "--limit", 8)
     assert table[0][0] == "8 pictures (withheld-style)"
-    grid = open_artifact(chain.codes).fact("grid", int)
+    grid = open_artifact(chain.codes).require("grid", int)
     plain, given, alone, caption, *files = table[2:]
     assert plain[0] == f"{grid**2} codes, written plainly ({math.log2(20):.2f} bits each)"
     assert float(plain[1].split(" ")[0]) == pytest.approx(grid**2 * math.log2(20), abs=0.5)

@@ -12,9 +12,9 @@ from conftest import run_ok
 
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.data.datasets import open_dataset
-from dalle_cli.evaluation.image_sets import open_side
+from dalle_cli.evaluation.image_sets import open_image_set
 from dalle_cli.models.pixels import from_uint8, to_uint8
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "emoji"
 sys.path.insert(0, str(FOLDER))
@@ -30,7 +30,7 @@ def prompts(chain, tmp_path_factory):
 
 
 def test_prompts_are_the_captions_of_the_pictures_that_a_limit_leaves(chain, prompts):
-    rows = open_side("reference", str(chain.data), COUNT).rows
+    rows = open_image_set("reference", str(chain.data), COUNT).rows
     texts = open_dataset(str(chain.data), need_captions=True).captions
     assert prompts.read_text().splitlines() == [texts[row][0] for row in rows]
 
@@ -39,7 +39,7 @@ def test_no_prompt_is_that_of_two_pictures(chain, tmp_path, capsys):
     for n, text in enumerate(("a cat\nmy cat", "a cat\nyour cat")):
         (tmp_path / f"{n}.png").write_bytes((chain.data / "00.png").read_bytes())
         (tmp_path / f"{n}.txt").write_text(text)
-    assert scores.titles(open_side("reference", str(tmp_path))) == {"0": "a cat", "1": "your cat"}
+    assert scores.titles(open_image_set("reference", str(tmp_path))) == {"0": "a cat", "1": "your cat"}
     (tmp_path / "1.txt").write_text("a cat")
     assert scores.main(["prompts", str(tmp_path), "2", str(tmp_path / "out.txt")]) == 1
     assert "scores: error: expected a caption of its own for each picture, found none for 1" in capsys.readouterr().err
@@ -48,12 +48,12 @@ def test_no_prompt_is_that_of_two_pictures(chain, tmp_path, capsys):
 def test_what_is_rebuilt_goes_by_its_own_caption(chain, tmp_path):
     out = tmp_path / "rebuilt.safetensors"
     assert scores.main(["rebuilt", str(chain.data), str(COUNT), str(out), "-m", str(chain.model)]) == 0
-    found, rows = open_artifact(out, "images"), open_side("reference", str(chain.data), COUNT).rows
+    found, rows = open_artifact(out, "images"), open_image_set("reference", str(chain.data), COUNT).rows
     data = open_dataset(str(chain.data), need_captions=True)
     assert list(found.strings("ids")) == [data.ids[row] for row in rows]
     assert list(found.strings("text")) == [data.captions[row][0] for row in rows]
     pixels = np.stack([np.asarray(data.read(row)).transpose(2, 0, 1) for row in rows])
-    dvae = load.dvae(open_artifact(chain.dvae), torch.device("cpu"))
+    dvae = loading.dvae(open_artifact(chain.dvae), torch.device("cpu"))
     shown = to_uint8(dvae.reconstruct(from_uint8(torch.from_numpy(pixels)))).numpy()
     np.testing.assert_array_equal(np.asarray(found.array("images")), shown)
 
@@ -62,8 +62,8 @@ def test_the_first_of_each_prompts_candidates_are_those_that_the_limit_leaves(ch
     codes = tmp_path / "captions.codes.safetensors"
     run_ok("sample", "--prompts", prompts, "-n", 3, "-m", chain.model, "-o", codes)
     images = run_ok("decode", codes, "-m", chain.model)
-    side = open_side("generated", images, COUNT)
-    assert [side.captions[side.pictures.ids[row]] for row in side.rows.tolist()] == [
+    side = open_image_set("generated", images, COUNT)
+    assert [side.captions[side.images.ids[row]] for row in side.rows.tolist()] == [
         (text,) for text in prompts.read_text().splitlines()
     ]
     assert side.rows.tolist() == list(range(0, 3 * COUNT, 3))
@@ -91,8 +91,9 @@ def test_the_table_has_a_row_for_each_file(chain, tmp_path, capsys):
     head, _, *lines = (
         [cell.strip() for cell in row.strip("|").split("|")] for row in capsys.readouterr().out.splitlines()
     )
-    assert head[:3] == ["pictures", "number", "kernel distance"]
-    assert {"CLIP score", "with others' captions", "retrieval R@1"} <= set(head)
+    assert head[:2] == ["pictures", "number"]
+    assert head[2].startswith("kernel distance (clip-")
+    assert {"CLIP score (100 x cosine, as torchmetrics)", "with others' captions", "retrieval R@1"} <= set(head)
     assert [line[:2] for line in lines] == [["real, so called", "20"], ["shown, so called", "20"]]
     assert lines[0][head.index("retrieval R@1")].startswith("1 (")
 

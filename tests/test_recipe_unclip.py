@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 
 from dalle_cli import config
-from dalle_cli.commands.embedding_priors import KINDS, chosen
 from dalle_cli.models.clip import CLIPConfig
 from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
-from dalle_cli.models.embedding_prior import EmbeddingPriorConfig
+from dalle_cli.models.embedding_prior import AutoregressivePriorConfig
 from dalle_cli.models.upsampler import UpsamplerConfig
 from dalle_cli.sampling.decoder import chained
 from dalle_cli.training.decoder import DecoderTrain
-from dalle_cli.training.embedding_prior import EmbeddingPriorTrain
+from dalle_cli.training.embedding_prior import KINDS, EmbeddingPriorTrain, chosen
 from dalle_cli.training.upsampler import UpsamplerTrain
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "shapes"
@@ -148,6 +147,13 @@ def test_other_numbers_call_what_reads_them(tmp_path):
     assert len(named(commands, "train-prior")) == 1
 
 
+def test_fresh_reaches_every_training_stage(tmp_path):
+    commands = Graph(tmp_path).make("unclip", "FRESH=--fresh")
+    fresh = [line.split()[0] for line in commands if "--fresh" in line.split()]
+    assert fresh == [line.split()[0] for line in commands if line.startswith("train-") and "tokenizer" not in line[:15]]
+    assert set(fresh) == {"train-dvae", "train-clip", "train-prior", "train-decoder"}
+
+
 def test_small_is_dalle_and_a_smaller_dalle_2(tmp_path):
     graph = Graph(tmp_path)
     commands = graph.make("small", "-j2")
@@ -169,7 +175,7 @@ def test_sweep_and_truth(built):
     assert len(both) == len(KINDS)
     painted = [line for line in named(commands, "decode") if "sweep/" in line and "embeddings" in line]
     assert len(painted) == len(KINDS) * len(guided)
-    assert all(line.count("--guidance") == 1 for line in painted)
+    assert all(line.count("--decoder-guidance") == 1 for line in painted)
     assert any(line.startswith("score.py unclip/truth.images.safetensors --captions") for line in commands)
     assert graph.make("sweep", "truth") == []
 
@@ -191,7 +197,7 @@ def test_numbers_are_of_models_that_exist(name):
     table, recipe = (config.read(folder / file) for file in ("unclip.toml", "recipe.toml"))
     clip, _ = config.section(recipe, "clip", CLIPConfig, train=_anything(recipe["clip"]["train"]))
     known = {"n_text_vocab": 512, "n_text": 16, "n_embedding": clip.n_proj}
-    for kind, cls in (("diffusion", DiffusionPriorConfig), ("autoregressive", EmbeddingPriorConfig)):
+    for kind, cls in (("diffusion", DiffusionPriorConfig), ("autoregressive", AutoregressivePriorConfig)):
         found, body = chosen({"embedding_prior": {**table["embedding_prior"], "kind": kind}})
         sizes = {"n_component": 16, **body} if kind == "autoregressive" else body
         config.section({"x": sizes}, "x", cls, {**known, "kind": found}, train=EmbeddingPriorTrain)
@@ -291,8 +297,12 @@ def test_the_emoji_run_it_too(tmp_path):
     assert len(outs) == len(set(outs))
     order = ("model/clip", "unclip/decoder", "unclip/diffusion-prompts.images", "unclip/diffusion-prompts.best")
     assert [name for name in outs if name.startswith(order)] == [f"{name}.safetensors" for name in order]
-    painted = [line.split(" -o ")[0].split("--sampler ")[1].split() for line in ran if "--sampler" in line]
-    assert painted == [["dpm++", "--steps", "20"], ["ddim", "--steps", "20"], ["ddim", "--steps", "100"]]
+    painted = [line.split(" -o ")[0].split("--decoder-sampler ")[1].split() for line in ran if "--decoder-sampler" in line]
+    assert painted == [
+        ["dpm++", "--decoder-steps", "20"],
+        ["ddim", "--decoder-steps", "20"],
+        ["ddim", "--decoder-steps", "100"],
+    ]
     explored = {"vary-fluent-1f622", "vary-noto-1f427", "interpolate", "diff", "reconstruct"}
     assert {name for name in outs if name.endswith(".png")} == {
         f"unclip/{name}.png" for name in {"sheet-diffusion", "sheet-autoregressive", *explored}

@@ -85,7 +85,7 @@ def test_ssim_falls_with_noise_and_is_negative_for_a_negative():
 def test_ssim_of_few_pictures_at_a_time_is_the_same(monkeypatch):
     images, shown = pictures(7)
     whole = ssim(images, shown)
-    monkeypatch.setattr(module, "AT_ONCE", 2 * 3 * 13 * 16)
+    monkeypatch.setattr(module, "MAX_VALUES", 2 * 3 * 13 * 16)
     torch.testing.assert_close(ssim(images, shown), whole, rtol=0, atol=1e-14)
 
 
@@ -127,7 +127,7 @@ def test_means_are_those_of_the_twin():
     scores, images, shown, codes = collected(4)
     of_each = [min(reference.psnr(a, b), 100) for a, b in zip(images.tolist(), shown.tolist(), strict=True)]
     alike = [reference.ssim(a, b) for a, b in zip(images.tolist(), shown.tolist(), strict=True)]
-    told = scores.pictures()
+    told = scores.image_metrics()
     assert told["psnr"] == pytest.approx(np.mean(of_each))
     assert told["psnr_error"] == pytest.approx(np.std(of_each, ddof=1) / math.sqrt(10))
     assert told["ssim"] == pytest.approx(np.mean(alike))
@@ -136,7 +136,7 @@ def test_means_are_those_of_the_twin():
     assert told["psnr_pooled"] == pytest.approx(10 * math.log10(255**2 / apart))
     assert (told["pictures"], told["identical"]) == (10, 1)
     used, perplexity, bits = reference.usage(codes.flatten().tolist())
-    assert scores.codes() == pytest.approx(
+    assert scores.code_metrics() == pytest.approx(
         {
             "bits_per_pixel": 3 * 8 / 256,  # log2(8) bits for each of 2 x 4 codes, over 16 x 16 pixels
             "bits_per_pixel_entropy": bits * 8 / 256,
@@ -149,8 +149,8 @@ def test_means_are_those_of_the_twin():
 
 def test_the_batch_size_changes_nothing():
     first, second = collected(1, 3)[0], collected(10, 3)[0]
-    assert first.pictures() == pytest.approx(second.pictures(), rel=1e-12)
-    assert first.codes() == second.codes()
+    assert first.image_metrics() == pytest.approx(second.image_metrics(), rel=1e-12)
+    assert first.code_metrics() == second.code_metrics()
     assert [seen.row for seen in first.worst] == [seen.row for seen in second.worst]
 
 
@@ -162,7 +162,7 @@ def test_the_worst_are_kept_worst_first(batch_size):
     assert [seen.row for seen in scores.worst] == expected
     for seen in scores.worst:
         assert torch.equal(seen.image, images[seen.row])
-        assert torch.equal(seen.shown, shown[seen.row])
+        assert torch.equal(seen.decoded, shown[seen.row])
         assert seen.psnr == values[seen.row].item()
         assert seen.ssim == pytest.approx(ssim(images, shown)[seen.row].item(), abs=1e-12)
         assert seen.image.untyped_storage().nbytes() == seen.image.numel()  # not the batch's
@@ -172,14 +172,14 @@ def test_a_mask_takes_a_part():
     scores, images, shown, _ = collected(4)
     mask = torch.zeros(10, dtype=torch.bool)
     mask[[2, 4, 7]] = True
-    part = scores.pictures(mask)
+    part = scores.image_metrics(mask)
     assert (part["pictures"], part["identical"]) == (3, 1)
     assert part["psnr"] == pytest.approx(decibels(images, shown)[mask].mean().item())
     assert part["ssim"] == pytest.approx(ssim(images, shown)[mask].mean().item())
-    assert scores.pictures(torch.zeros(10, dtype=torch.bool)) == {"pictures": 0}
+    assert scores.image_metrics(torch.zeros(10, dtype=torch.bool)) == {"pictures": 0}
 
 
 def test_small_pictures_have_no_ssim():
     scores, *_ = collected(4, 2, size=8)
-    assert not {"ssim", "ssim_error"} & set(scores.pictures())
+    assert not {"ssim", "ssim_error"} & set(scores.image_metrics())
     assert scores.worst[0].ssim is None

@@ -7,14 +7,19 @@ import torch
 from conftest import run_ok
 from interruptions import Crash, after_update
 from torch import nn
-from toy_task import WIDTH, Block, SplitToy, config, train_toy, trainer
+from toy_task import WIDTH, Block, LinearBlock, SplitToy, config, train_toy, trainer
 
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.errors import DalleError
+from dalle_cli.models.blocks import StackedBlock
 from dalle_cli.models.clip import CLIP, CLIPConfig
+from dalle_cli.models.decoder import Decoder, DecoderConfig
+from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig
+from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
 from dalle_cli.models.prior import Prior, PriorConfig
+from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
 from dalle_cli.training import scaling
 from dalle_cli.training.blocks import blocks
 from dalle_cli.training.scaling import BlockScales
@@ -113,12 +118,51 @@ def dvae(block):
     return model, lambda: model.loss(images, temperature=1.0, beta=1.0, generator=None)[0]
 
 
+STREAM = {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_text_vocab": 9, "n_text": 3, "n_embedding": 8}
+CAPTIONS = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 0], [1, 0, 0]]), torch.tensor([3, 3, 0, 1])
+
+
+def diffusion_prior(block):
+    model = DiffusionPrior(DiffusionPriorConfig(**STREAM, block=block))
+    x, z_t, x_start = torch.randn(3, 4, 8)
+    return model, lambda: model.loss(x, torch.tensor([3, 99, 500, 0]), *CAPTIONS, z_t, x_start)[0]
+
+
+def autoregressive_prior(block):
+    model = AutoregressivePrior(AutoregressivePriorConfig(**STREAM, n_component=4, n_bucket=5, n_dot=3, block=block))
+    z_t, dots, buckets = torch.randn(4, 8), torch.randint(0, 3, (4,)), torch.randint(0, 5, (4, 4))
+    return model, lambda: model.loss(*CAPTIONS, z_t, dots, buckets)[0]
+
+
+UNET = {"image_size": 16, "width": 16, "multipliers": (1, 2), "depth": 1, "groups": 4, "dropout": 0.0}
+
+
+def decoder(**more):
+    sizes = {"n_embedding": 8, "n_extra": 2, "context_width": 16, "n_text": 3, "n_text_vocab": 9, "text_layers": 2}
+    model = Decoder(DecoderConfig(**UNET, **sizes, text_heads=2, attention=(8,), head_width=8, **more))
+    x, z, given = torch.randn(4, 3, 16, 16), torch.randn(4, 8), torch.tensor([True, True, False, True])
+    return model, lambda: model.denoise(x, torch.tensor([3, 99, 500, 0]), z, given, *CAPTIONS).square().mean()
+
+
+def upsampler():
+    model = Upsampler(UpsamplerConfig(**UNET, low_size=8, low_noise=0.5))
+    x, low = torch.randn(2, 4, 3, 16, 16)
+    level = torch.tensor([-1, 5, 40, 0])
+    return model, lambda: model(x, torch.tensor([3, 99, 500, 0]), low, level).square().mean()
+
+
 MODELS = {
     "prior": prior,
     "modern prior": lambda: prior(block="modern"),
     "clip": clip,
     "dvae": lambda: dvae("residual"),
     "paper's dvae": lambda: dvae("bottleneck"),
+    "diffusion prior": lambda: diffusion_prior("paper"),
+    "modern diffusion prior": lambda: diffusion_prior("modern"),
+    "autoregressive prior": lambda: autoregressive_prior("paper"),
+    "decoder": decoder,
+    "decoder with shifts and convolutions between": lambda: decoder(scale_shift=False, resample_blocks=False),
+    "upsampler": upsampler,
 }
 
 
@@ -151,6 +195,44 @@ def test_every_model_keeps_gradients_that_float16_would_lose(name):
         assert (grads(model)[name].norm() / grad.norm()).item() == pytest.approx(1, abs=0.05)
 
 
+class TwoInputs(StackedBlock):
+    """A block with a second input, positional or by name, and one that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.time = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, time, places=None):
+        return x + self.inner(x) * self.time(time)
+
+
+def input_gradients(scaled, by_name=False, overflows=False):
+    torch.manual_seed(0)
+    model, x, time = nn.ModuleList([TwoInputs()]), *torch.randn(2, 4, WIDTH)
+    inputs = x.requires_grad_(), time.requires_grad_()
+    if scaled:
+        BlockScales(model).attach()
+    if overflows:
+        plant(model[0].inner)
+        plant(model[0].time)
+    y = model[0](x, time=time, places=3) if by_name else model[0](x, time, 3)
+    y.sum().backward()
+    return [t.grad for t in inputs]
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_gradient_of_every_input_of_a_block_is_unscaled(by_name):
+    exact, ours = input_gradients(False), input_gradients(True, by_name)
+    torch.testing.assert_close(ours, exact, rtol=5e-3, atol=5e-3)
+
+
+def test_a_block_that_overflows_gives_its_second_input_no_gradient():
+    first, second = input_gradients(True, overflows=True)
+    assert torch.equal(first, torch.ones_like(first))  # of the path around the block
+    assert not second.any()
+
+
 def test_only_the_blocks_are_in_float16(tmp_path):
     loop = trainer(tmp_path, config(), arithmetic=HALF)
     seen = {}
@@ -166,11 +248,9 @@ def test_only_the_blocks_are_in_float16(tmp_path):
 # Overflow
 
 
-def plant(block):
-    """Let the gradient within a block's branch be infinite, as an overflow would have it."""
-    return block.inner.register_full_backward_hook(
-        lambda m, grads_in, grads_out: (torch.full_like(grads_in[0], torch.inf),)
-    )
+def plant(branch):
+    """Let the gradient within a layer be infinite, as an overflow would have it."""
+    return branch.register_full_backward_hook(lambda m, grads_in, grads_out: (torch.full_like(grads_in[0], torch.inf),))
 
 
 class Past(Block):
@@ -192,7 +272,7 @@ def three_blocks(tmp_path, middle=Block):
 
 def test_an_overflow_stays_in_its_block(tmp_path):
     plain, hit, cut = (three_blocks(tmp_path, middle) for middle in (Block, Block, Past))
-    plant(hit.model.blocks[1])
+    plant(hit.model.blocks[1].inner)
     before = {name: p.clone() for name, p in hit.model.named_parameters()}
     batch = hit.task.batch(0)
     for loop in (plain, hit, cut):
@@ -213,7 +293,7 @@ def test_an_overflow_stays_in_its_block(tmp_path):
 
 def test_a_block_recovers(tmp_path):
     loop = three_blocks(tmp_path)
-    planted = plant(loop.model.blocks[1])
+    planted = plant(loop.model.blocks[1].inner)
     loop.update(loop.task.batch(0))
     planted.remove()
     before = loop.model.blocks[1].inner.weight.clone()
@@ -226,7 +306,7 @@ def test_a_block_recovers(tmp_path):
 
 def moved(monkeypatch, outcomes, start):
     """The logarithm of a scale after each of some updates, of which True were finite; and whether it was kept."""
-    model = nn.ModuleList([nn.Linear(1, 1)])
+    model = nn.ModuleList([LinearBlock(1, 1)])
     scales = BlockScales(model)
     scales.log2.fill_(start)
     seen = []
@@ -272,7 +352,7 @@ def test_a_run_in_float16_goes_on_as_the_very_same(tmp_path):
 
 
 def test_what_scales_remember(monkeypatch):
-    scales, again = (BlockScales(nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])) for _ in range(2))
+    scales, again = (BlockScales(nn.ModuleList([LinearBlock(1, 1), LinearBlock(1, 1)])) for _ in range(2))
     for planted in (torch.nan, 1.0, torch.nan):
         for block, value in zip(scales.blocks.values(), (1.0, planted), strict=True):
             block.weight.grad = torch.full((1, 1), value)

@@ -12,10 +12,9 @@ from conftest import run_bad, run_cli, run_ok
 from PIL import Image
 
 from dalle_cli.artifacts import open_artifact, write_artifact
-from dalle_cli.commands import scoring
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.models.pixels import from_uint8
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading, scoring
 from reference import likelihood as reference
 
 CPU = torch.device("cpu")
@@ -54,7 +53,7 @@ def planted(chain, tmp_path_factory):
 
 
 def encoded(chain, images):
-    dvae = load.dvae(open_artifact(chain.dvae), CPU)
+    dvae = loading.dvae(open_artifact(chain.dvae), CPU)
     return dvae.encode(from_uint8(torch.from_numpy(np.array(images)))).numpy()
 
 
@@ -75,7 +74,7 @@ def test_scores_of_a_planted_prior_are_known(chain, planted, drawn, pictures, tm
 
 
 def test_scores_are_those_of_a_slow_twin(chain, drawn, tmp_path):
-    prior = load.prior(open_artifact(chain.prior), CPU)
+    prior = loading.prior(open_artifact(chain.prior), CPU)
     weights = {name: value.double() for name, value in prior.state_dict().items()}
     tokens, lengths, _ = tokenizers.load(chain.tokenizer).encode_batch(list(PROMPTS), prior.config.n_text)
     made = score(chain, drawn, tmp_path / "a")

@@ -12,7 +12,7 @@ from dalle_cli.evaluation import bootstrap, classes, kernel, manifold
 from dalle_cli.evaluation import retrieval as matches
 from dalle_cli.evaluation.blur import gaussian_blur
 from dalle_cli.evaluation.frechet import Moments, between
-from dalle_cli.evaluation.store import Rows
+from dalle_cli.evaluation.store import FeatureRows
 from reference import evaluation as reference
 
 
@@ -22,7 +22,7 @@ def rng(seed):
 
 @pytest.fixture
 def stored(tmp_path):
-    """Rows as `Rows` reads them, from shards of 16."""
+    """Rows as `FeatureRows` reads them, from shards of 16."""
     made = []
 
     def write(rows, kept=None):
@@ -32,7 +32,7 @@ def stored(tmp_path):
             part = np.asarray(rows[low:high], np.float32)
             writer.write(i, {"embeddings": part, "ids": [str(k) for k in range(low, high)]})
         made.append(writer)
-        return Rows(open_artifact(writer.out), kept=kept)
+        return FeatureRows(open_artifact(writer.out), kept=kept)
 
     return write
 
@@ -178,6 +178,33 @@ def test_cosines_are_those_of_each_with_its_own(stored):
         for p, k in zip(pictures, own, strict=True)
     ]
     np.testing.assert_allclose(matches.cosines(stored(pictures), stored(captions), own), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_clip_score_is_that_of_torchmetrics(stored, sign):
+    """torchmetrics' own CLIPScore on a model that looks features up; a mean below 0 is 0."""
+    fidelity.importable()
+    pytest.importorskip("torchmetrics")
+    theirs = importlib.import_module("torchmetrics.functional.multimodal.clip_score").clip_score
+    images, captions = rng(9).standard_normal((6, 3)), rng(10).standard_normal((6, 3))
+    captions += 2 * sign * images
+
+    class Model:
+        config = None
+        to = eval = lambda self, *_: self
+        get_image_features = staticmethod(lambda pixels: torch.from_numpy(images)[pixels[:, 0, 0, 0].long()])
+        get_text_features = staticmethod(lambda numbers, _: torch.from_numpy(captions)[numbers])
+
+    def processor(images=None, text=None, **_):
+        if images is not None:
+            return {"pixel_values": torch.stack(images)}
+        return {"input_ids": torch.tensor([int(own) for own in text]), "attention_mask": torch.zeros(1, 1)}
+
+    pixels = [torch.full((3, 1, 1), float(i)) for i in range(6)]
+    expected = theirs(pixels, [str(i) for i in range(6)], lambda: (Model(), processor)).item()
+    found = matches.clip_score(matches.cosines(stored(images), stored(captions), np.arange(6)).mean())
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert (found > 0) == (sign > 0)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 8.0])

@@ -12,8 +12,8 @@ from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.data.pairs import Pairs
 from dalle_cli.models.prior import PriorConfig
-from dalle_cli.pipelines import loading as load
-from dalle_cli.sampling.sketches import PROCESS, draw_sketches, sketch_losses
+from dalle_cli.pipelines import loading
+from dalle_cli.sampling.sketches import PROCESS, sample_sketches, sketch_losses
 from dalle_cli.training.prior import PriorTask, PriorTrain, code_colors
 
 
@@ -48,7 +48,7 @@ def seen(chain):
 
 
 def test_colors_of_codes_make_small_what_is_decoded(chain):
-    dvae = load.dvae(open_artifact(chain.dvae), torch.device("cpu"))
+    dvae = loading.dvae(open_artifact(chain.dvae), torch.device("cpu"))
     grids = seen(chain)[2]
     side = grids.shape[-1] // 2
     small = torch.nn.functional.avg_pool2d(code_colors(dvae)[grids].movedim(-1, 1), 2)
@@ -59,10 +59,10 @@ def test_colors_of_codes_make_small_what_is_decoded(chain):
 
 def test_sketches_are_of_their_captions_and_codes_of_their_sketches(chain, trained):
     """What is drawn is nearer to a caption's own pictures than to others'; true sketches make the codes likelier."""
-    prior = load.prior(open_artifact(trained / "prior.safetensors"), torch.device("cpu"))
+    prior = loading.prior(open_artifact(trained / "prior.safetensors"), torch.device("cpu"))
     tokens, lengths, grids = seen(chain)
     true = prior.sketch.of(grids)
-    drawn = draw_sketches(prior, tokens, lengths, range(len(tokens)), 0, guidance_scale=2.0)
+    drawn = sample_sketches(prior, tokens, lengths, range(len(tokens)), 0, guidance_scale=2.0)
 
     def far(other):
         return (drawn - other).square().mean().item()
@@ -89,7 +89,7 @@ def test_the_whole_chain_draws_by_it(chain, trained, tmp_path):
     first, second = (np.array(open_artifact(path).array("codes")) for path in (tmp_path / "c.safetensors", again))
     assert np.array_equal(first, second)
     line = run_bad("sample", "a", "-m", chain.prior, "--sketch-guidance", 2, "-o", tmp_path / "e.safetensors")
-    assert "expected a prior that sketches for --sketch-guidance, found none" in line
+    assert "expected a prior with a sketch for --sketch-guidance, found none" in line
 
 
 def test_figures_tell_of_it(trained):
@@ -106,7 +106,7 @@ def test_it_goes_on_where_it_was_stopped(chain, trained, tmp_path, redrawn):
     (tmp_path / "dvae.safetensors").write_bytes(chain.dvae.read_bytes())
     steps = settings("train.checkpoint_every=4", "train.steps=8", "train.log_every=1")
     if redrawn:
-        steps += ("--init", trained, *settings("train.sketch_redrawn=0.6"))
+        steps += ("--init", trained, *settings("train.sketch_resampled=0.6"))
     whole = train(chain, tmp_path / "a.safetensors", *steps)
     again = tmp_path / "b.safetensors"
     (tmp_path / "b.run").mkdir()
@@ -124,7 +124,7 @@ def test_it_goes_on_where_it_was_stopped(chain, trained, tmp_path, redrawn):
 def test_a_prior_may_be_given_a_sketch_later_and_keeps_what_it_has(chain, trained, tmp_path):
     (tmp_path / "dvae.safetensors").write_bytes(chain.dvae.read_bytes())
     begun = train(chain, tmp_path / "a.safetensors", "--init", chain.prior, *settings("train.steps=1"))
-    one, plain = (load.prior(open_artifact(path), torch.device("cpu")) for path in (begun, chain.prior))
+    one, plain = (loading.prior(open_artifact(path), torch.device("cpu")) for path in (begun, chain.prior))
     assert (one.config.sketch, plain.config.sketch) == (4, 0)
     for name, tensor in plain.state_dict().items():
         assert (one.state_dict()[name] - tensor).abs().max() < 0.1  # one update away
@@ -158,7 +158,7 @@ def test_the_sketch_alone_may_be_trained_and_of_another_width_begins_anew(chain,
 def test_codes_may_follow_what_a_sketch_that_stays_draws(chain, trained, tmp_path):
     """Its own bytes stay; followed is what it makes of true ones."""
     (tmp_path / "dvae.safetensors").write_bytes(chain.dvae.read_bytes())
-    again = settings("train.sketch_redrawn=0.6", "train.steps=3", "train.log_every=1")
+    again = settings("train.sketch_resampled=0.6", "train.steps=3", "train.log_every=1")
     out = train(chain, tmp_path / "a.safetensors", "--init", trained, *again)
     before, after = (load_tensors(open_artifact(path)) for path in (trained / "prior.safetensors", out))
     for name, tensor in before.items():
@@ -166,8 +166,8 @@ def test_codes_may_follow_what_a_sketch_that_stays_draws(chain, trained, tmp_pat
     rows = [json.loads(line) for line in (tmp_path / "a.run/metrics.jsonl").read_text().splitlines()]
     assert all("image_nats" in row and "sketch" not in row for row in rows if "loss" in row)
     command = ("train-prior", chain.captions, chain.codes, "-t", chain.tokenizer, "--config", chain.recipe)
-    line = run_bad(*command, *settings("train.sketch_redrawn=0.6"), "-o", tmp_path / "b.safetensors")
-    assert "expected prior.sketch beside prior.train.sketch_redrawn, found none" in line
+    line = run_bad(*command, *settings("train.sketch_resampled=0.6"), "-o", tmp_path / "b.safetensors")
+    assert "expected prior.sketch beside prior.train.sketch_resampled, found none" in line
     for init in ((), ("--init", chain.prior), ("--init", trained, *settings("sketch_width=80"))):
         line = run_bad(*command, *STEPS, *again, *init, "-o", tmp_path / "c.safetensors")
         assert "expected --init with a sketch of width" in line
@@ -176,7 +176,7 @@ def test_codes_may_follow_what_a_sketch_that_stays_draws(chain, trained, tmp_pat
 def task_of(chain, **options):
     """In float64 and without dropout; everything has an effect."""
     pairs = Pairs(open_artifact(chain.captions), open_artifact(chain.codes))
-    sizes = {**open_artifact(chain.prior).fact("model", dict), "sketch": 4, "sketch_width": 15}
+    sizes = {**open_artifact(chain.prior).require("model", dict), "sketch": 4, "sketch_width": 15}
     train = PriorTrain(bpe_dropout=0.0, batch_size=4, sketch_batch=6, **options)
     task = PriorTask(PriorConfig(**sizes), train, pairs, None, 0, open_artifact(chain.dvae))
     task.model.double().eval()
@@ -188,7 +188,7 @@ def task_of(chain, **options):
 @pytest.mark.parametrize("redrawn", [0.0, 0.6])
 def test_only_what_is_redrawn_is_told_of_the_sketchs_weights(chain, redrawn):
     """That of a null caption as well, whose sketch is that of the caption when it is drawn for guidance."""
-    task = task_of(chain, sketch_redrawn=redrawn, caption_dropout=1.0)
+    task = task_of(chain, sketch_resampled=redrawn, caption_dropout=1.0)
     batch = task.batch(0)
 
     def nats():
@@ -200,20 +200,20 @@ def test_only_what_is_redrawn_is_told_of_the_sketchs_weights(chain, redrawn):
     assert (nats() != first) == bool(redrawn)
 
 
-@pytest.mark.parametrize("way", ["sketch_only=true", "sketch_redrawn=0.6"])
+@pytest.mark.parametrize("way", ["sketch_only=true", "sketch_resampled=0.6"])
 def test_doctor_looks_at_one_of_which_a_part_was_trained(chain, trained, tmp_path, way):
     (tmp_path / "dvae.safetensors").write_bytes(chain.dvae.read_bytes())
     out = train(chain, tmp_path / "prior.safetensors", "--init", trained, *settings(f"train.{way}"))
     rows = json.loads(run_ok("doctor", out, chain.captions, chain.codes, "--device", "cpu", "--json"))["findings"]
     assert all(np.isfinite(row["value"]) for row in rows)
-    (by_heart,) = (row for row in rows if "by heart" in row["question"])
+    (by_heart,) = (row for row in rows if "overfitted" in row["question"])
     assert by_heart["verdict"] == "ok"
 
 
 @pytest.mark.parametrize("redrawn", [0.0, 0.6])
 def test_parts_of_a_batch_teach_what_the_whole_does(chain, redrawn):
     """The sketch's own pairs, its noise and who sees what are cut with the rest."""
-    task = task_of(chain, sketch_redrawn=redrawn)
+    task = task_of(chain, sketch_resampled=redrawn)
     batch = task.batch(0)
 
     def gradients(parts):
@@ -250,7 +250,7 @@ def test_without_the_dvae_it_is_told(chain, tmp_path):
     assert "expected the dVAE beside -o or the codes for prior.sketch, found none" in line
 
 
-@pytest.mark.parametrize("told", ["accumulate = 1", "accumulate = 2", "sketch_only = true", "sketch_redrawn = 0.6"])
+@pytest.mark.parametrize("told", ["accumulate = 1", "accumulate = 2", "sketch_only = true", "sketch_resampled = 0.6"])
 def test_a_plan_knows_of_the_sketch(tmp_path, told):
     """It runs updates on tensors without memory; a larger sketch takes more."""
     sizes = {**SIZES, "sketch": 2}

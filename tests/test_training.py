@@ -1,5 +1,6 @@
 """Stages that train: a run that was stopped anywhere ends in the very bytes of one that was not."""
 
+import copy
 import itertools
 import math
 import os
@@ -13,11 +14,13 @@ from conftest import run_bad, run_cli, run_ok, write_pictures
 from interruptions import Crash, after_update
 from stage_runs import TRAINERS, checkpoints, rows, training
 
+from dalle_cli import config as recipes
+from dalle_cli import training as training_room
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
 from dalle_cli.models.dvae import DVAE
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 
 # What is written at the end
 
@@ -72,13 +75,13 @@ def test_scales_that_fit_nothing_are_refused(chain, tmp_path):
     ):
         path = tmp_path / "wrong.safetensors"
         save_tensors(path, whole.kind, {**tensors, **wrong}, whole.config, whole.history, force=True)
-        with pytest.raises(DalleError, match="expected rows of 8 bits beside their scales"):
-            load.prior(open_artifact(path), torch.device("cpu"))
+        with pytest.raises(DalleError, match="expected an 8-bit matrix beside its scales"):
+            loading.prior(open_artifact(path), torch.device("cpu"))
 
 
 def outputs(name, weights):
     """What a model makes of a fixed input, in float32 whatever its weights were stored in."""
-    model = getattr(load, name)(weights, torch.device("cpu"))
+    model = getattr(loading, name)(weights, torch.device("cpu"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     if name == "dvae":
         return model.decode(torch.arange(16).view(1, 4, 4))
@@ -116,7 +119,7 @@ def test_interrupted_and_gone_on(chain, tmp_path, name, sign):
         with after_update(step, lambda: os.kill(os.getpid(), sign)):
             result = run_cli(*training(chain, name, out))
         assert (result.status, result.stdout) == (130, "")
-        assert f"stopped after update {step}; the same command goes on from here" in result.stderr
+        assert f"stopped after update {step}; the same command resumes from here" in result.stderr
     assert run_ok(*training(chain, name, out)) == str(out)
     assert out.read_bytes() == getattr(chain, name).read_bytes()
 
@@ -200,12 +203,18 @@ def test_weights_from_before_a_setting_came_count_as_its_default(chain, tmp_path
     assert {info.dtype for info in open_artifact(out).headers[0].tensors.values()} == {"BF16"}
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_another_config(chain, tmp_path):
     out = copy_run(chain.dvae, tmp_path)
     other = ("--set", "dvae.train.lr=1e-3")
-    result = run_cli(*training(chain, "dvae", out, *other))
-    assert result.status == 0
-    assert "another config or other inputs than last time, so starting over" in result.stderr
+    before = contents(tmp_path)
+    refusal = run_bad(*training(chain, "dvae", out, *other))
+    assert "found a finished run of another config or other inputs; --fresh starts over" in refusal
+    assert contents(tmp_path) == before
+    run_ok(*training(chain, "dvae", out, *other, "--fresh"))
     assert out.read_bytes() != chain.dvae.read_bytes()
     run_ok(*training(chain, "dvae", tmp_path / "b.safetensors", *other))
     assert out.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -242,7 +251,10 @@ def test_other_inputs(chain, tmp_path):
     shutil.copy(more / "00.png", more / "99.png")
     shutil.copy(more / "00.txt", more / "99.txt")
     out = copy_run(chain.dvae, tmp_path)
-    run_ok("train-dvae", more, "--config", chain.recipe, "--dtype", "float32", "-o", out)
+    command = ("train-dvae", more, "--config", chain.recipe, "--dtype", "float32", "-o", out)
+    assert "--fresh" in run_bad(*command)
+    assert out.read_bytes() == chain.dvae.read_bytes()
+    run_ok(*command, "--fresh")
     assert out.read_bytes() != chain.dvae.read_bytes()
 
 
@@ -251,7 +263,7 @@ def test_seed_matters_and_workers_do_not(chain, tmp_path):
     for workers in (0, 5):
         run_ok(*training(chain, "dvae", out, "--workers", workers, "--fresh"))
         assert out.read_bytes() == chain.dvae.read_bytes()
-    run_ok(*training(chain, "dvae", out, "--seed", 1))
+    run_ok(*training(chain, "dvae", out, "--seed", 1, "--fresh"))
     ours, others = (load_tensors(open_artifact(path)) for path in (out, chain.dvae))
     assert not any(torch.equal(ours[name], others[name]) for name in ours if ours[name].ndim > 1)
 
@@ -345,3 +357,21 @@ def test_temperature_and_beta_are_functions_of_the_update_alone(chain, tmp_path,
         assert seen[step] == pytest.approx((0.0625 + 0.9375 * falling, 6.6 * rising))
     assert len(seen) == 12
     assert seen[7][0] > seen[8][0] == 0.0625  # the floor is reached at its step, not before
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_python_functions_write_what_the_commands_write(chain, tmp_path, name, capsys):
+    """By a recipe's tables in place of its file; nothing goes to stdout."""
+    out, table = tmp_path / f"{name}.safetensors", recipes.read(chain.recipe)
+    inputs = {
+        "dvae": (chain.data,), "clip": (chain.data, chain.tokenizer), "prior": (chain.captions, chain.codes),
+    }[name]  # fmt: skip
+    more = {"tokenizer": chain.tokenizer} if name == "prior" else {}
+    before = copy.deepcopy(table)
+    metrics = getattr(training_room, f"train_{name}")(*inputs, out, config=table, dtype="float32", **more)
+    assert out.read_bytes() == getattr(chain, name).read_bytes()
+    assert table == before
+    assert metrics == rows(out)[-1]["validation"]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(TypeError, match="no_such_option"):
+        getattr(training_room, f"train_{name}")(*inputs, out, no_such_option=1)

@@ -3,7 +3,7 @@
 import math
 import sys
 import types
-from dataclasses import fields
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,14 +20,23 @@ from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.training import run as runs
-from dalle_cli.training.blocks import blocks, recomputed, surround
-from dalle_cli.training.config import TrainConfig
+from dalle_cli.training.blocks import blocks, recompute, wrap_forward
+from dalle_cli.training.clip import CLIPTrain
+from dalle_cli.training.config import TrainConfig, affecting, deterministic
+from dalle_cli.training.decoder import DecoderTrain
+from dalle_cli.training.dvae import DVAETrain
 from dalle_cli.training.embedding_prior import EmbeddingPriorTrain
 from dalle_cli.training.loop import Trainer, mix
 from dalle_cli.training.prior import PriorTrain
 from dalle_cli.training.schedules import Plateau
+from dalle_cli.training.upsampler import UpsamplerTrain
 
 DOUBLE = torch.float64
+FIRST = {  # the training settings that the oldest weights name
+    "steps", "batch_size", "lr", "final_lr", "schedule", "warmup", "optimizer", "beta1", "beta2", "eps", "weight_decay",
+    "clip_norm", "ema", "ema_every", "log_every", "validate_every", "checkpoint_every", "keep", "validation",
+    "max_validation",
+}  # fmt: skip
 
 
 def gradients(loop, batch):
@@ -39,7 +48,7 @@ def gradients(loop, batch):
 
 SETTINGS = (
     {},
-    {"schedule": "plateau", "plateau_patience": 1, "plateau_figure": "nats"},
+    {"schedule": "plateau", "plateau_patience": 1, "plateau_metric": "nats"},
     {"schedule": "plateau", "plateau_patience": 1, "lr": 0.3},
     {"accumulate": 3},
     {"checkpoint_activations": True},
@@ -78,26 +87,49 @@ def test_a_checkpoint_of_before_the_loop_remembered_anything(tmp_path):
     found = open_artifact(last)
     old = {k: v for k, v in load_tensors(found).items() if k.split("/")[0] in ("model", "ema", "optimizer")}
     assert len(old) < len(load_tensors(found))
-    train = {k: v for k, v in found.config["train"].items() if k not in runs.LATER}
+    train = {k: v for k, v in found.config["train"].items() if k in FIRST}
     save_tensors(last, "checkpoint", old, {**found.config, "train": train}, found.history)
     assert train_toy(tmp_path / "cut", c) == whole
 
 
-LATER_OF_CODES = (
-    "code_noise", "guidance", "temperature", "sketch_batch", "sketch_guidance", "sketch_only", "sketch_redrawn"
+def test_a_setting_that_came_later_counts_as_its_default(tmp_path):
+    """Weights of before there was a field are those of its default, and what changes nothing is not compared."""
+    c = config()
+    train_toy(tmp_path, c)
+    out = run_of(tmp_path, c).out
+    found = open_artifact(out)
+    train = {name: value for name, value in found.config["train"].items() if name in FIRST}
+    save_tensors(out, found.kind, load_tensors(found), {**found.config, "train": train}, found.history)
+    assert run_of(tmp_path, c).finished()
+    assert run_of(tmp_path, config(tensorboard=True, parallel="shard", timeout=9)).finished()
+    for more in ({"accumulate": 2}, {"save_dtype": "bfloat16"}, {"lr": 0.03}):
+        assert not run_of(tmp_path, config(**more)).finished()
+
+
+def test_what_settings_affect():
+    assert affecting(TrainConfig, "nothing") == {"tensorboard", "parallel", "timeout"}
+    assert affecting(TrainConfig, "end") == {"save_dtype"}
+    assert affecting(PriorTrain, "end") == {"save_dtype", "guidance", "temperature", "sketch_guidance"}
+    assert affecting(EmbeddingPriorTrain, "end") == {"save_dtype", "guidance"}
+    assert affecting(UpsamplerTrain, "end") == {"save_dtype", "low_noise"}
+    assert affecting(DVAETrain, "end") == {"save_dtype"}  # its temperature is of training
+
+
+@pytest.mark.parametrize(
+    ("train", "quiet"),
+    [
+        (DVAETrain, {"augment": "center", "flip": False}),
+        (CLIPTrain, {"augment": "center", "flip": False}),
+        (PriorTrain, {"bpe_dropout": 0, "caption_dropout": 0, "sketch_batch": 8, "code_noise": 0}),
+        (EmbeddingPriorTrain, {"caption_dropout": 0}),
+        (DecoderTrain, {"augment": "center", "flip": False, "caption_dropout": 0, "embedding_dropout": 0}),
+        (UpsamplerTrain, {"augment": "center", "flip": False, "corruption": "none"}),
+    ],
 )  # fmt: skip
-
-
-def test_a_setting_that_came_later_counts_as_its_default():
-    """Fields that the first release's weights named; every other one must be known as later, those of a model too."""
-    first = (
-        "steps batch_size lr final_lr schedule warmup optimizer beta1 beta2 eps weight_decay clip_norm ema ema_every"
-    )
-    first += " log_every validate_every checkpoint_every keep validation max_validation"
-    later = {f.name: f.default for f in fields(TrainConfig) if f.name not in first.split()}
-    assert EmbeddingPriorTrain().guidance == PriorTrain().guidance
-    of_codes = {name: getattr(PriorTrain(), name) for name in LATER_OF_CODES}
-    assert later | of_codes == runs.LATER
+def test_deterministic_settings(train, quiet):
+    usual = train(batch_size=32, accumulate=4)
+    sizes = {"batch_size": 8, "max_validation": 8, "accumulate": 1, "validation": 0.0}
+    assert deterministic(usual, 8) == replace(usual, **sizes, **quiet)
 
 
 # Plateau
@@ -118,13 +150,13 @@ def test_the_rate_is_halved_when_a_figure_stands_still():
         assert plateau.best == better
     rising = Plateau("-psnr", 1, 0.5, 0.2)
     assert [rising.see({"psnr": x}) for x in (10.0, 11.0, 11.0, 12.0)] == [False, False, True, False]
-    with pytest.raises(DalleError, match="plateau_figure among loss, nats, found 'image'"):
+    with pytest.raises(DalleError, match="plateau_metric among loss, nats, found 'image'"):
         Plateau("image", 1, 0.5, 0.2).see({"loss": 1.0, "nats": 1.0})
 
 
 def test_plateau_in_a_run(tmp_path, capsys):
     """Validations after updates 4, 8, 12, ..., of which the one within the warm-up does not count."""
-    c = config(steps=24, warmup=4, schedule="plateau", plateau_patience=1, plateau_figure="nats", log_every=1)
+    c = config(steps=24, warmup=4, schedule="plateau", plateau_patience=1, plateau_metric="nats", log_every=1)
     train_toy(tmp_path, c, held_out={4: 0.0, 8: 3.0, 12: 4.0, 16: 3.0, 20: 3.5, 24: 0.5})
     rates = [row["lr"] / c.lr for row in log_of(tmp_path) if "lr" in row]
     expected = [0.25, 0.5, 0.75, 1.0] + [1.0] * 4 + [1.0] * 4 + [0.5] * 4 + [0.25] * 4 + [0.125] * 4
@@ -147,7 +179,7 @@ def test_a_plateau_of_the_training_loss(tmp_path):
 
 
 def test_a_figure_that_is_none_is_told_before_the_first_update(tmp_path):
-    task = SplitToy(c := config(schedule="plateau", plateau_figure="image_nats"))
+    task = SplitToy(c := config(schedule="plateau", plateau_metric="image_nats"))
     with pytest.raises(DalleError, match="among loss, nats, found 'image_nats'"):
         Trainer(task, c, run_of(tmp_path, c), trainer(tmp_path, c).machine, 0).train()
     assert task.parts == []
@@ -176,7 +208,7 @@ def test_parts_have_the_gradients_of_the_whole(tmp_path, parts):
 
 
 def test_parts_draw_their_own_dropout(tmp_path):
-    """Else k parts would be k times the same noise; and one part has the noise that a whole batch always had."""
+    """Else k parts would be k times the same noise. The task's own noise is independent of the dropout's."""
     seen = []
 
     class Spy(SplitToy):
@@ -187,9 +219,9 @@ def test_parts_draw_their_own_dropout(tmp_path):
     for parts in (3, 1):
         loop = trainer(tmp_path, config(accumulate=parts), Spy)
         loop._gradients(loop.task.batch(0))
-    assert len(set(seen)) == 4
-    noise = torch.rand(1, generator=torch.Generator().manual_seed(mix(0, 0))).item()
-    assert seen[-1] == (noise, noise)
+    assert len({noise for both in seen for noise in both}) == 8
+    seeds = mix(0, 0, "global"), mix(0, 0)
+    assert seen[-1] == tuple(torch.rand(1, generator=torch.Generator().manual_seed(seed)).item() for seed in seeds)
 
 
 def test_a_loss_of_the_whole_batch_is_not_taken_apart(tmp_path, chain):
@@ -256,7 +288,7 @@ def test_recomputed_blocks_of_the_prior(kind):
         prior.loss(*batch)[0].backward()
         found.append({name: p.grad.clone() for name, p in prior.named_parameters() if p.grad is not None})
         for block in blocks(prior).values():
-            surround(block, recomputed)
+            wrap_forward(block, recompute)
     assert_equal(found[1], found[0], rtol=0, atol=0)
 
 

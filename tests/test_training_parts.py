@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toy_task import LinearBlock
 
 from dalle_cli.data.order import Order
 from dalle_cli.data.split import split
 from dalle_cli.errors import DalleError
+from dalle_cli.models.decoder import Decoder, DecoderConfig
+from dalle_cli.models.dvae import DVAE, DVAEConfig
+from dalle_cli.training.blocks import blocks
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.dvae import DVAETrain
 from dalle_cli.training.loop import mix
@@ -87,13 +91,33 @@ def test_weight_decay_is_for_matrices():
 
 
 def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest():
-    model = nn.ModuleDict(
-        {"blocks": nn.ModuleList([nn.Linear(4, 4)]), "head": nn.Linear(4, 9), "token": nn.Embedding(3, 4)}
-    )
+    """Digits in a name make no block: a head may be a sequence of layers."""
+    model = nn.ModuleDict({
+        "blocks": nn.ModuleList([LinearBlock(4, 4)]),
+        "head": nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 9)),
+        "token": nn.Embedding(3, 4),
+    })  # fmt: skip
     adamw, muon = optimizers(model, TrainConfig(optimizer="muon", weight_decay=0.5))
     assert decays(muon) == {0.5: {id(model["blocks"][0].weight)}}
-    assert decays(adamw)[0.5] == {id(model["head"].weight)}
+    assert decays(adamw)[0.5] == {id(layer.weight) for layer in model["head"]}
     assert sum(map(len, (*decays(adamw).values(), *decays(muon).values()))) == len(list(model.parameters()))
+
+
+def test_the_decoders_low_resolution_head_is_no_block():
+    sizes = {"image_size": 8, "width": 8, "multipliers": (1,), "depth": 1, "groups": 4, "attention": ()}
+    text = {"n_embedding": 4, "context_width": 8, "n_text": 3, "n_text_vocab": 9, "text_layers": 1, "text_heads": 2}
+    model = Decoder(DecoderConfig(**sizes, **text, sketch=2))
+    _, muon = optimizers(model, TrainConfig(optimizer="muon"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    taken = {names[id(p)].split(".")[0] for group in muon.param_groups for p in group["params"]}
+    assert taken == {name.split(".")[0] for name in blocks(model)} == {"unet", "text"}
+
+
+@pytest.mark.parametrize("block", ["bottleneck", "residual"])
+def test_muon_is_refused_where_it_would_take_nothing(block):
+    model = DVAE(DVAEConfig(n_hid=16, n_init=16, n_vocab=9, block=block))
+    with pytest.raises(DalleError, match=r"^expected .* linear layers .*found none in DVAE; set optimizer = 'adamw'$"):
+        optimizers(model, TrainConfig(optimizer="muon"))
 
 
 def test_ema_against_its_formula():
@@ -109,9 +133,11 @@ def test_ema_against_its_formula():
         assert ema.model.weight.item() == pytest.approx(value, rel=1e-6)
 
 
-def test_mix_is_a_function_of_all_its_numbers():
+def test_mix_is_a_function_of_all_its_parts():
     seeds = {mix(a, b) for a in range(-3, 30) for b in range(-3, 30)}
     assert len(seeds) == 33**2
+    seeds |= {mix(a, b, name) for a in range(30) for b in range(30) for name in ("global", "task")}
+    assert len(seeds) == 33**2 + 2 * 30**2
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 

@@ -7,6 +7,7 @@ from stage_runs import lasting_rows
 from torch import nn
 
 from dalle_cli.devices import Arithmetic
+from dalle_cli.models.blocks import StackedBlock
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.loop import Trainer, mix, train
 from dalle_cli.training.run import Run
@@ -14,7 +15,7 @@ from dalle_cli.training.run import Run
 WIDTH, LENGTH = 8, 5
 
 
-class Block(nn.Module):
+class Block(StackedBlock):
     """x + branch(x), as every model's blocks are; `gain` makes a branch's activations larger or smaller."""
 
     def __init__(self, dropout=0.0, gain=1.0):
@@ -29,6 +30,10 @@ class Block(nn.Module):
     def forward(self, x):
         self.calls += 1
         return x + self.gain * self.dropout(self.outer(torch.tanh(self.inner(self.norm(x)))))
+
+
+class LinearBlock(StackedBlock, nn.Linear):
+    """The smallest block: a linear layer."""
 
 
 class Toy(nn.Module):
@@ -81,8 +86,8 @@ class ToyTask:
     def validate(self, model, device):
         return {"nats": self.held_out.get(self.done, 0.0)}
 
-    def sheet(self, model, device, path):
-        pass
+    def samples(self, model, device):
+        return None
 
 
 class SplitToy(ToyTask):

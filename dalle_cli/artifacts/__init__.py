@@ -1,4 +1,4 @@
-"""Artifacts: a safetensors file, or a folder of shards, that says what it is and how it was made."""
+"""Artifacts: safetensors files, or folders of shards, that say what they are and how they were made."""
 
 from dalle_cli.artifacts.artifact import Artifact, open_artifact
 from dalle_cli.artifacts.container import digest_bytes, digest_file, write_artifact

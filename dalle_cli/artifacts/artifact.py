@@ -1,4 +1,4 @@
-"""Reading artifacts: one file, or a folder of shards read as one, by memory map."""
+"""Read artifacts, one file or a folder of shards, by memory map."""
 
 import bisect
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from dalle_cli.errors import DalleError
 F = TypeVar("F", str, int, dict[str, Any])
 
 
-class Rows:
-    """The rows of one column over several shards, copied only where asked for.
+class ShardedRows:
+    """The rows of one column over several shards; indexing copies the rows asked for.
 
-    Indexed, along the rows alone, by an int, a slice, or an array of ints or bools.
+    Index it along the rows by an int, a slice, or an array of ints or bools.
     """
 
     def __init__(self, parts: list[npt.NDArray[Any]]):
@@ -43,13 +43,11 @@ class Rows:
         if wanted.ndim == 0:
             row: npt.NDArray[Any] = self[wanted[None]][0]
             return row
-        if isinstance(index, tuple) or wanted.ndim > 1 or (wanted.size and wanted.dtype.kind not in "iub"):
-            raise IndexError(f"rows are asked for by int, slice or array of ints, not by {index!r}")
-        if wanted.dtype == bool:
-            if len(wanted) != len(self):
-                raise IndexError(f"a mask of {len(wanted)} for {len(self)} rows")
+        if wanted.dtype == bool and wanted.shape == (len(self),):
             wanted = np.flatnonzero(wanted)
-        if len(wanted) and not (-len(self) <= wanted.min() and wanted.max() < len(self)):
+        if isinstance(index, tuple) or wanted.ndim > 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+            raise IndexError(f"expected an int, a slice, or an array of ints or of {len(self)} bools, found {index!r}")
+        if wanted.size and not (-len(self) <= wanted.min() and wanted.max() < len(self)):
             raise IndexError(f"row out of {len(self)}")
         wanted = wanted.astype(np.int64) % max(len(self), 1)
         out = np.empty((len(wanted), *self.shape[1:]), dtype=self.dtype)
@@ -60,7 +58,7 @@ class Rows:
         return out
 
 
-class ChainedStrings(StringColumn):
+class ShardedStrings(StringColumn):
     """A string column over several shards."""
 
     def __init__(self, parts: list[Strings]):
@@ -71,7 +69,7 @@ class ChainedStrings(StringColumn):
         return self.starts[-1]
 
     def row(self, i: int) -> str:
-        """The string at `i`, of the shard that it lies in."""
+        """The string at `i`, found in its shard."""
         shard = bisect.bisect_right(self.starts, i) - 1
         return self.parts[shard][i - self.starts[shard]]
 
@@ -79,12 +77,12 @@ class ChainedStrings(StringColumn):
 def _strings(header: Header, name: str) -> Strings:
     data, offsets = header.map(f"{name}.bytes"), header.map(f"{name}.offsets")
     if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(data) or np.any(offsets[1:] < offsets[:-1]):
-        raise DalleError(f"expected a string column, found offsets that lie in {name} of {header.path}; make it again")
+        raise DalleError(f"expected a string column, found wrong offsets of {name} in {header.path}; make it again")
     return Strings(data, offsets)
 
 
 class Artifact:
-    """An artifact opened for reading; `headers` has one entry a shard."""
+    """An artifact opened for reading; `headers` has one entry per shard."""
 
     def __init__(self, path: Path, headers: list[Header]):
         self.path = path
@@ -96,11 +94,11 @@ class Artifact:
     def __len__(self) -> int:
         return sum(map(len, self.headers))
 
-    def fact(self, name: str, type_: type[F]) -> F:
-        """What the config says of `name`.
+    def require(self, name: str, type_: type[F]) -> F:
+        """The value of `name` in the config.
 
         Raises:
-            DalleError: nothing, or something of another type, as may be in a file that another program wrote.
+            DalleError: it is missing or of another type, as it may be in a file that another program wrote.
         """
         value = self.config.get(name)
         if not isinstance(value, type_) or isinstance(value, bool):
@@ -111,7 +109,7 @@ class Artifact:
         return value
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is such a column, of numbers or of strings."""
+        """Whether the artifact has this column, of numbers or of strings."""
         tensors = self.headers[0].tensors
         return name in tensors or f"{name}.offsets" in tensors
 
@@ -122,14 +120,14 @@ class Artifact:
         return [n for n in self.headers[0].tensors if n.rpartition(".")[0] not in stems]
 
     def array(self, name: str) -> Any:
-        """A column of numbers as a read-only memory map (one file) or as `Rows` (shards)."""
+        """A column of numbers as a read-only memory map (one file) or as `ShardedRows` (shards)."""
         parts = [header.map(name) for header in self.headers]
-        return parts[0] if len(parts) == 1 else Rows(parts)
+        return parts[0] if len(parts) == 1 else ShardedRows(parts)
 
     def strings(self, name: str) -> Sequence[str]:
-        """A column of strings; nothing is decoded before it is asked for."""
+        """A column of strings, each decoded when it is read."""
         parts = [_strings(header, name) for header in self.headers]
-        return parts[0] if len(parts) == 1 else ChainedStrings(parts)
+        return parts[0] if len(parts) == 1 else ShardedStrings(parts)
 
     @cached_property
     def digest(self) -> str:
@@ -139,7 +137,7 @@ class Artifact:
 
 
 def _layout(header: Header) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name, dtype and shape beyond the rows of each tensor."""
+    """The dtype of each tensor, and its shape without the rows."""
     return {name: (info.dtype, info.shape[1:]) for name, info in header.tensors.items()}
 
 
@@ -155,15 +153,15 @@ def _open_shards(path: Path) -> list[Header]:
         if (header.kind, header.config, header.history) != (first.kind, first.config, first.history):
             raise DalleError(f"expected shards of one run, found {header.path} from another; make {path} again")
         if _layout(header) != _layout(first):
-            raise DalleError(f"expected shards alike, found other columns in {header.path}; make {path} again")
+            raise DalleError(f"expected equal columns in all shards, found others in {header.path}; make {path} again")
     return headers
 
 
 def open_artifact(path: Path | str, *kinds: str) -> Artifact:
-    """Open a file or a folder of shards, of one of `kinds` (any kind where none is named).
+    """Open a file or a folder of shards of one of `kinds`, or of any kind if none is given.
 
     Raises:
-        DalleError: nothing there, not an artifact, broken, incomplete, or of another kind.
+        DalleError: no such file, not an artifact, broken, incomplete, or of another kind.
     """
     path = Path(path)
     headers = _open_shards(path) if path.is_dir() else [read_header(path)]

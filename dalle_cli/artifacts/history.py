@@ -1,4 +1,4 @@
-"""The history of an artifact: each stage that led to it, oldest first; no paths, no times: same work, same bytes."""
+"""The history of an artifact: the stages that led to it, oldest first. No paths and no times: same work, same bytes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +7,9 @@ from dalle_cli.artifacts.artifact import Artifact
 
 
 def history(stage: str, options: Mapping[str, Any], **inputs: Artifact | str) -> list[dict[str, Any]]:
-    """The histories of the inputs, each stage once, and then this stage with its options and its inputs' SHA-256.
+    """The histories of the inputs, each stage once, then this stage with its options and its inputs' SHA-256.
 
-    An input that is no artifact (a data set, a tokenizer) is given by its digest.
+    Give an input that is not an artifact (a data set, a tokenizer) by its digest.
     """
     merged: list[dict[str, Any]] = []
     for source in inputs.values():

@@ -1,7 +1,7 @@
-"""The table of artifact kinds: which tensors a file of each kind holds.
+"""The table of artifact kinds: the tensors that a file of each kind holds.
 
-Shapes: N rows, T caption length, H W code grid or pixels, D embedding width. A name ending in `.*` is a string
-column (`NAME.bytes`, `NAME.offsets`). A row's first dimension is N for every column but the strings' two tensors.
+The first dimension of every column is the number of rows. A string column is two tensors, `NAME.bytes` and
+`NAME.offsets`.
 """
 
 from dataclasses import dataclass, field
@@ -11,9 +11,9 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Column:
-    """A tensor that a kind holds: allowed dtypes (safetensors' names), number of dimensions, whether it must be there.
+    """A column of numbers: its allowed dtypes, by safetensors' names, and its number of dimensions.
 
-    `channels` is the size of the dimension after the rows, where the kind fixes it.
+    `channels` is the size of the dimension after the rows, if the kind fixes it.
     """
 
     dtypes: tuple[str, ...]
@@ -24,7 +24,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file of this kind holds; `rows` is False for weights and checkpoints, whose tensors are free."""
+    """What a file of this kind holds: columns, and string columns with whether they are required.
+
+    Weights and checkpoints have no rows: any tensor may be in them.
+    """
 
     name: str
     about: str
@@ -42,53 +45,32 @@ class Kind:
 
 
 _INDEX = ("U16", "I32")
+_FLOAT = ("F16", "F32")
+_SAMPLED = {
+    "prompt": Column(("I32",), 1, required=False),  # the number of the prompt
+    "seed": Column(("I64",), 1, required=False),
+}
+_SCORE = {"score": Column(("F32",), 1, required=False)}
+_IDS, _IDS_AND_TEXT = {"ids": True, "text": False}, {"ids": True, "text": True}
+_CAPTIONS = {
+    "tokens": Column(_INDEX, 2),
+    "lengths": Column(("U16",), 1),
+    "embeddings": Column(_FLOAT, 2, required=False),
+}
 
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind(
-            "captions",
-            "tokenized captions",
-            {
-                "tokens": Column(_INDEX, 2),
-                "lengths": Column(("U16",), 1),
-                "embeddings": Column(("F16", "F32"), 2, required=False),
-            },
-            {"ids": True, "text": True},
-        ),
-        Kind(
-            "codes",
-            "dVAE codes of pictures",
-            {
-                "codes": Column(_INDEX, 3),
-                "prompt": Column(("I32",), 1, required=False),
-                "seed": Column(("I64",), 1, required=False),
-                "score": Column(("F32",), 1, required=False),
-            },
-            {"ids": True, "text": False},
-        ),
-        Kind(
-            "embeddings",
-            "CLIP embeddings",
-            {
-                "embeddings": Column(("F16", "F32"), 2),
-                "prompt": Column(("I32",), 1, required=False),
-                "seed": Column(("I64",), 1, required=False),
-            },
-            {"ids": True, "text": False},
-        ),
-        Kind(
-            "images",
-            "pictures",
-            {"images": Column(("U8",), 4, channels=3), "score": Column(("F32",), 1, required=False)},
-            {"ids": True, "text": False},
-        ),
+        Kind("captions", "tokenized captions", _CAPTIONS, _IDS_AND_TEXT),
+        Kind("codes", "dVAE codes of images", {"codes": Column(_INDEX, 3), **_SAMPLED, **_SCORE}, _IDS),
+        Kind("embeddings", "CLIP embeddings", {"embeddings": Column(_FLOAT, 2), **_SAMPLED}, _IDS),
+        Kind("images", "images", {"images": Column(("U8",), 4, channels=3), **_SCORE}, _IDS),
         Kind("weights.dvae", "weights of a dVAE"),
         Kind("weights.prior.codes", "weights of a prior over codes"),
         Kind("weights.prior.embeddings", "weights of a prior over embeddings"),
         Kind("weights.clip", "weights of a CLIP"),
         Kind("weights.decoder", "weights of a diffusion decoder"),
         Kind("weights.upsampler", "weights of an upsampler"),
-        Kind("checkpoint", "a training run's state"),
+        Kind("checkpoint", "the state of a training run"),
     )
 }

@@ -1,4 +1,4 @@
-"""Writing rows as one file or as a folder of shards; a stage that was stopped writes only the missing shards."""
+"""Write rows as one file or as a folder of shards; a stage that was stopped writes only the missing shards."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ MAX_SHARDS = 99_999
 
 
 def _check_folder(out: Path, kind: str) -> None:
-    """Raises: DalleError if `out` is a folder of something else, or holds a shard of another kind."""
+    """Raises: DalleError if `out` is a folder of something else or has a shard of another kind."""
     shards = sorted(out.glob(SHARDS))
     for path in shards:
         check_replaceable(path, kind)
@@ -23,12 +23,12 @@ def _check_folder(out: Path, kind: str) -> None:
 
 
 class ShardWriter:
-    """Writes `rows` rows to OUT: one file if OUT ends in `.safetensors`, else a folder of `0000i.safetensors`.
+    """Writes `rows` rows to `out`: one file if `out` ends in `.safetensors`, else a folder of `0000i.safetensors`.
 
-    Shard i covers the rows of `bounds(i)`; it may hold fewer, where pictures were broken.
+    Shard i covers the rows of `bounds(i)`; it holds fewer if some images cannot be read.
 
     Raises:
-        DalleError: something else lies at OUT, or there would be too many shards.
+        DalleError: there is something else at `out`, or there would be too many shards.
     """
 
     def __init__(
@@ -55,20 +55,18 @@ class ShardWriter:
             _check_folder(out, kind)
         self.config = dict(config) if self.single else {**config, "shards": self.total}
         self.history = list(history)
-        self.wrote = False  # whether any shard had to be written
+        self.wrote = False  # whether any shard was written
 
     def path(self, i: int) -> Path:
         """The file of shard i."""
         return self.out if self.single else self.out / f"{i:05d}.safetensors"
 
     def bounds(self, i: int) -> tuple[int, int]:
-        """First row of shard i, and the row after its last."""
+        """The first row of shard i, and the row after its last."""
         return i * self.size, min((i + 1) * self.size, self.rows)
 
     def has(self, i: int) -> bool:
-        """Whether shard i is there, whole, from the same options and inputs."""
-        if not self.path(i).exists():
-            return False
+        """Whether shard i exists and was made from the same options and inputs."""
         try:
             header = read_header(self.path(i))
         except DalleError:
@@ -76,16 +74,16 @@ class ShardWriter:
         return (header.kind, header.config, header.history) == (self.kind, self.config, self.history)
 
     def missing(self) -> Iterator[int]:
-        """The shards to write; what a run of other options or inputs left is removed first."""
+        """The shards to write; shards that were made from other options or inputs are removed first."""
         if not self.single and self.out.is_dir():
             for cut in self.out.glob(f".{SHARDS}.*.part"):
-                cut.unlink()  # a shard in the making when a run was killed
+                cut.unlink()  # left by a run that was killed
             for stale in self.out.glob(SHARDS):
                 if int(stale.stem) >= self.total or not self.has(int(stale.stem)):
                     stale.unlink()
         for i in range(self.total):
             if self.has(i):
-                os.utime(self.path(i))  # as good as new, which Make goes by
+                os.utime(self.path(i))  # up to date, as Make sees it
             else:
                 yield i
 

@@ -1,4 +1,4 @@
-"""String columns, stored as Arrow does: all bytes in one tensor, and where each string begins."""
+"""String columns as Arrow stores them: all bytes in one tensor, the offset of each string in another."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 class StringColumn(Sequence[str]):
-    """Rows by number, from the end too, and by slice; what a column is made of says which string is the i-th."""
+    """A sequence of strings indexed by int or slice; a subclass implements `row`."""
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -25,11 +25,11 @@ class StringColumn(Sequence[str]):
 
     @abstractmethod
     def row(self, i: int) -> str:
-        """The string at `i`, from 0 and below the length."""
+        """The string at `i`, with 0 <= i < length."""
 
 
 class Strings(StringColumn):
-    """N UTF-8 strings over `data` (n_bytes,) uint8 and `offsets` (N+1,) int64, decoded only when asked for."""
+    """N UTF-8 strings over `data` (n_bytes,) uint8 and `offsets` (N+1,) int64, each decoded when it is read."""
 
     def __init__(self, data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]):
         self.data = data
@@ -37,7 +37,7 @@ class Strings(StringColumn):
 
     @classmethod
     def pack(cls, strings: Sequence[str]) -> "Strings":
-        """A column of these strings; half a surrogate pair, which UTF-8 cannot hold, becomes "?"."""
+        """A column of these strings; a lone surrogate, which UTF-8 cannot hold, becomes "?"."""
         if isinstance(strings, Strings):
             return strings
         encoded = [s.encode("utf-8", "replace") for s in strings]
@@ -60,8 +60,8 @@ class Strings(StringColumn):
             return np.array_equal(self.offsets, other.offsets) and np.array_equal(self.data, other.data)
         return list(self) == other if isinstance(other, list) else NotImplemented
 
-    __hash__ = None  # type: ignore[assignment]  # a mutable view of a file is no key
+    __hash__ = None  # type: ignore[assignment]
 
     def take(self, rows: Sequence[int] | npt.NDArray[Any]) -> "Strings":
-        """The strings of these rows, as a column of their own."""
+        """The strings of these rows as a new column."""
         return Strings.pack([self[int(i)] for i in rows])

@@ -1,4 +1,4 @@
-"""Pages, lists and JSON, which are no artifacts: written whole or not at all, and only over what is one's own."""
+"""Files that are no artifacts (pages, lists, JSON): written atomically, and never over a file of another kind."""
 
 import json
 from collections.abc import Callable
@@ -18,8 +18,8 @@ def write_text(path: Path, text: str) -> None:
     replace_file(path, lambda part: part.write_text(text, encoding="utf-8", errors="replace"))
 
 
-def check_ours(path: Path, wanted: str, is_ours: Callable[[Path], bool], force: bool = False) -> None:
-    """Refuse to replace anything but a file that `is_ours` knows again, unless forced; never a folder by a file.
+def check_overwrite(path: Path, wanted: str, is_ours: Callable[[Path], bool], force: bool = False) -> None:
+    """Refuse to replace a file that `is_ours` does not recognize, unless forced, and any folder.
 
     Raises:
         DalleError: something else lies at `path`.
@@ -42,10 +42,10 @@ def head_of(path: Path, characters: int = 2000) -> str:
         return file.read(characters)
 
 
-def json_fact(path: Path, key: str) -> Any:
-    """What a file that holds a JSON object says of `key`; None where it holds something else."""
+def read_json_key(path: Path, key: str) -> Any:
+    """The value of `key` in a file that holds a JSON object; None if it holds something else."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return None
-    return told.get(key) if isinstance(told, dict) else None
+    return value.get(key) if isinstance(value, dict) else None

@@ -1,4 +1,4 @@
-"""Weights and checkpoints as artifacts. The only module of this room that needs torch."""
+"""Weights and checkpoints as artifacts. Only this module of the package needs torch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ def save_tensors(
     """Write a state dict (any dtype, bfloat16 too) as one artifact file, atomically.
 
     Raises:
-        DalleError: something that is not a `kind` lies there, or the disk is full.
+        DalleError: there is something other than a `kind` at `path`, or the disk is full.
     """
     from safetensors.torch import save_file
 
@@ -34,17 +34,17 @@ def save_tensors(
 
 
 def stored_as(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """The tensors with all floating ones in `dtype`, by torch's name for it; in int8 matrices alone."""
+    """The tensors with floating-point ones cast to `dtype`, torch's name of it; "int8" converts matrices only."""
     if dtype == "int8":
-        return _in_eight_bits(tensors)
+        return _quantize(tensors)
     kind: torch.dtype = getattr(torch, dtype)
     return {name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def _in_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Floating tensors of rows (two dimensions or more) as int8, and beside each `NAME:scale` (rows,) float32.
+def _quantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Floating-point tensors of two or more dimensions as int8, each with `NAME:scale` (rows,) float32.
 
-    A row is scaled by its largest number, which is 127; what is no row of numbers stays as it is.
+    Each row is scaled so that its largest absolute value is 127. Other tensors stay as they are.
     """
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -58,8 +58,8 @@ def _in_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
-def _of_eight_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `_in_eight_bits`, but for the rounding, in float32."""
+def _dequantize(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `_quantize` in float32, up to rounding."""
     whole = {name: t for name, t in tensors.items() if not name.endswith(SCALE)}
     for name in tensors.keys() - whole.keys():
         rows = whole[name.removesuffix(SCALE)]
@@ -69,19 +69,15 @@ def _of_eight_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_tensors(artifact: Artifact, device: str = "cpu") -> dict[str, Tensor]:
-    """Every tensor of a one-file artifact, on `device`; what was stored in 8 bits in float32.
+    """Every tensor of a one-file artifact, on `device`; 8-bit matrices become float32.
 
     Raises:
-        DalleError: the safetensors library does not agree that it is whole, or scales do not fit what they scale.
+        DalleError: a scale does not fit its 8-bit matrix.
     """
-    _check_scales(artifact)
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        return _of_eight_bits(load_file(str(artifact.headers[0].path), device=device))
-    except SafetensorError as error:
-        raise DalleError(f"expected whole tensors, found {error} in {artifact.path}; make it again") from None
+    _check_scales(artifact)
+    return _dequantize(load_file(str(artifact.headers[0].path), device=device))
 
 
 def _check_scales(artifact: Artifact) -> None:
@@ -92,11 +88,11 @@ def _check_scales(artifact: Artifact) -> None:
         scaled = stored.get(name.removesuffix(SCALE))
         if scaled is None or scaled.dtype != "I8" or stored[name].shape != scaled.shape[:1]:
             found = f"none for {name}" if scaled is None else f"{scaled.dtype} of {list(scaled.shape)} for {name}"
-            raise DalleError(f"expected rows of 8 bits beside their scales, found {found} in {artifact.path}")
+            raise DalleError(f"expected an 8-bit matrix beside its scales, found {found} in {artifact.path}")
 
 
 def load_into(module: torch.nn.Module, artifact: Artifact) -> None:
-    """Copy the weights into a module built from the artifact's config, whatever dtype they were stored in.
+    """Copy the weights into a module built from the artifact's config, casting them to its dtypes.
 
     Raises:
         DalleError: a tensor is missing, unknown, or of another shape.
@@ -106,17 +102,17 @@ def load_into(module: torch.nn.Module, artifact: Artifact) -> None:
 
 
 def check_fit(module: torch.nn.Module, artifact: Artifact) -> None:
-    """Compare names and shapes by the header alone; the module may be on the meta device.
+    """Compare names and shapes with the header only; the module may be on the meta device.
 
     Raises:
         DalleError: a tensor is missing, unknown, or of another shape.
     """
-    own = module.state_dict()
-    stored = {name: info for name, info in artifact.headers[0].tensors.items() if not name.endswith(SCALE)}
-    for name in sorted(own.keys() ^ stored.keys()):
-        found = f"{name} {'missing' if name in own else 'that is unknown'}"
-        raise DalleError(f"expected the weights that the header tells of, found {found} in {artifact.path}")
-    for name, info in stored.items():
-        if info.shape != tuple(own[name].shape):
-            found = f"{name} of {list(info.shape)} where {list(own[name].shape)} is due"
-            raise DalleError(f"expected the weights that the header tells of, found {found} in {artifact.path}")
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    stored = {name: info.shape for name, info in artifact.headers[0].tensors.items() if not name.endswith(SCALE)}
+    for name in sorted(own.keys() | stored.keys()):
+        wanted, shape = own.get(name), stored.get(name)
+        if wanted != shape:
+            found = "nothing" if shape is None else list(shape)
+            due = "no such tensor" if wanted is None else list(wanted)
+            where = f"{found} for {name} instead of {due} in {artifact.path}"
+            raise DalleError(f"expected the weights that the header describes, found {where}")

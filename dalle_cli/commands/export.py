@@ -14,11 +14,11 @@ def run(
     images: ImagesArg = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FOLDER", help="Where to write; named after the input if left out."),
+        typer.Option("-o", "--output", metavar="FOLDER", help="Where to write; by default named after the input."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write even among files of something else.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder with other files.")] = False,
 ) -> None:
-    """Write pictures as PNG files with a manifest, which is again a data set."""
+    """Write images as PNG files with a manifest, which is a data set again."""
     import json
 
     from PIL import Image
@@ -26,12 +26,13 @@ def run(
     from dalle_cli import console
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.artifacts.container import replace_file
+    from dalle_cli.artifacts.text import write_text
     from dalle_cli.data.manifest import IN_FOLDER
     from dalle_cli.errors import DalleError
     from dalle_cli.paths import beside, given_or_piped
 
     source = given_or_piped(images)
-    pictures = open_artifact(source, "images")
+    rows = open_artifact(source, "images")
     folder = out or beside(source, "")
     if folder.exists() and not folder.is_dir():
         raise DalleError(f"expected a folder to write to, found a file: {folder}; choose another -o")
@@ -39,12 +40,12 @@ def run(
     before = _earlier(manifest)
     if folder.is_dir() and any(folder.iterdir()) and not before and not force:
         raise DalleError(f"expected an empty folder or an earlier export, found {folder}; choose another or --force")
-    ids = pictures.strings("ids")
-    texts = pictures.strings("text") if "text" in pictures else None
-    scores = pictures.array("score") if "score" in pictures else None
+    ids = rows.strings("ids")
+    texts = rows.strings("text") if "text" in rows else None
+    scores = rows.array("score") if "score" in rows else None
     lines = []
-    with console.progress("export", len(pictures), unit="pictures") as advance:
-        for row, pixels in enumerate(pictures.array("images")):
+    with console.progress("export", len(rows), unit="images") as advance:
+        for row, pixels in enumerate(rows.array("images")):
             name = f"{row:06d}.png"
             image = Image.fromarray(pixels.transpose(1, 2, 0).copy())
             replace_file(folder / name, lambda part, image=image: image.save(part, format="PNG"))  # type: ignore[misc]
@@ -53,15 +54,14 @@ def run(
             line |= {} if scores is None else {"score": round(float(scores[row]), 6)}
             lines.append(json.dumps(line, ensure_ascii=False))
             advance()
-    text = "".join(f"{line}\n" for line in lines)
-    replace_file(manifest, lambda part: part.write_text(text, encoding="utf-8"))
+    write_text(manifest, "".join(f"{line}\n" for line in lines))
     for name in before[len(lines) :]:
-        (folder / name).unlink(missing_ok=True)  # of an earlier export, which had more
-    console.result(folder, pictures=len(lines))
+        (folder / name).unlink(missing_ok=True)  # of an earlier export with more images
+    console.result(folder, images=len(lines))
 
 
 def _earlier(manifest: Path) -> list[str]:
-    """The pictures of an earlier export, as its manifest names them in order; none where it is another's manifest."""
+    """The images of an earlier export, in the order of its manifest; none if the manifest is another's."""
     import json
 
     try:

@@ -1,4 +1,4 @@
-"""`dalle info`: reads headers only, without torch."""
+"""`dalle info`: it reads headers only, without torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,21 +21,20 @@ def run(
     as_json: Json = False,
     history: Annotated[bool, typer.Option("--history", help="Only the stages that led here, oldest first.")] = False,
 ) -> None:
-    """Say what an artifact is and how it was made; of a bundle, each of its weights."""
+    """Describe an artifact and how it was made; of a bundle, each of its weights."""
     from dalle_cli import console
     from dalle_cli.artifacts import open_artifact
 
     artifacts = [open_artifact(file) for file in _files(path)]
     if as_json:
-        told = [{"history": a.history} if history else _describe(a) for a in artifacts]
-        names = [a.path.name for a in artifacts]
-        console.emit_json(told[0] if len(told) == 1 else dict(zip(names, told, strict=True)))
+        found = {a.path.name: {"history": a.history} if history else _describe(a) for a in artifacts}
+        console.emit_json(found if len(artifacts) > 1 else next(iter(found.values())))
     else:
         console.emit("\n\n".join(_stages(a, len(artifacts)) if history else _text(_describe(a)) for a in artifacts))
 
 
 def _files(path: Path) -> list[Path]:
-    """What is to be described: the path itself, or the weights of the bundle that it is or names."""
+    """The path itself, or the weights of the bundle at the path or of that name."""
     from dalle_cli.artifacts.container import SHARDS
 
     if not path.exists():
@@ -46,53 +45,47 @@ def _files(path: Path) -> list[Path]:
     return (sorted(path.glob("*.safetensors")) if bundle else []) or [path]
 
 
-def _stages(artifact: "Artifact", among: int) -> str:
+def _stages(artifact: "Artifact", of: int) -> str:
     lines = [_stage(entry) for entry in artifact.history] or ["no history"]
-    return "\n".join([f"{artifact.path}:"] * (among > 1) + lines)
+    return "\n".join([f"{artifact.path}:"] * (of > 1) + lines)
 
 
 def _describe(artifact: "Artifact") -> dict[str, Any]:
-    tensors = {
-        name: {"dtype": info.dtype, "shape": [sum(h.tensors[name].shape[0] for h in artifact.headers), *info.shape[1:]]}
-        if info.shape and artifact.headers[0].table.rows and not name.endswith(".offsets")
-        else {"dtype": info.dtype, "shape": list(info.shape)}
-        for name, info in artifact.headers[0].tensors.items()
-    }
+    first = artifact.headers[0]
+    shapes = {name: list(info.shape) for name, info in first.tensors.items()}
+    for name in shapes if first.table.rows else ():
+        if not name.endswith(".offsets"):
+            shapes[name][0] = sum(header.tensors[name].shape[0] for header in artifact.headers)
+    tensors = {name: {"dtype": info.dtype, "shape": shapes[name]} for name, info in first.tensors.items()}
     return {
         "path": str(artifact.path),
         "kind": artifact.kind,
-        "about": artifact.headers[0].table.about,
-        "version": artifact.headers[0].version,
-        "rows": len(artifact) if artifact.headers[0].table.rows else None,
+        "about": first.table.about,
+        "version": first.version,
+        "rows": len(artifact) if first.table.rows else None,
         "shards": len(artifact.headers),
         "bytes": sum(header.path.stat().st_size for header in artifact.headers),
-        "parameters": _parameters(artifact),
+        "parameters": first.n_parameters if artifact.kind.startswith("weights.") else None,
         "config": artifact.config,
         "tensors": tensors,
         "history": artifact.history,
     }
 
 
-def _parameters(artifact: "Artifact") -> int | None:
-    if not artifact.kind.startswith("weights."):
-        return None
-    return artifact.headers[0].n_parameters
-
-
 def _text(about: dict[str, Any]) -> str:
-    lines = [f"{about['path']}: {about['about']} ({about['kind']}, version {about['version']})"]
-    if about["rows"] is not None:
-        shards = f" in {about['shards']} shards" if about["shards"] > 1 else ""
-        lines.append(f"  {about['rows']:,} rows{shards}, {about['bytes']:,} bytes")
-    else:
-        count = f"{about['parameters']:,} parameters, " if about["parameters"] is not None else ""
-        lines.append(f"  {count}{about['bytes']:,} bytes")
+    shards = f" in {about['shards']} shards" if about["shards"] > 1 else ""
+    counts = [f"{about['rows']:,} rows{shards}"] if about["rows"] is not None else []
+    counts += [f"{about['parameters']:,} parameters"] if about["parameters"] is not None else []
+    lines = [
+        f"{about['path']}: {about['about']} ({about['kind']}, version {about['version']})",
+        f"  {', '.join([*counts, format(about['bytes'], ',')])} bytes",
+    ]
     lines += [f"  {key} = {_short(value)}" for key, value in _flat(about["config"])]
     tensors = about["tensors"]
     shown = list(tensors.items())[:12]
     lines += [f"  {name}: {t['dtype']} {'x'.join(map(str, t['shape'])) or 'scalar'}" for name, t in shown]
     if len(tensors) > len(shown):
-        lines.append(f"  ... and {len(tensors) - len(shown)} tensors more (--json names them all)")
+        lines.append(f"  ... and {len(tensors) - len(shown)} more tensors (--json lists all)")
     if about["history"]:
         lines.append("  made by " + " > ".join(entry["stage"] for entry in about["history"]))
     return "\n".join(lines)

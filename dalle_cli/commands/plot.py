@@ -1,4 +1,4 @@
-"""`dalle plot`."""
+"""`dalle plot`: training curves as a chart."""
 
 from enum import Enum
 from pathlib import Path
@@ -12,7 +12,7 @@ EXAMPLE = "dalle plot model/prior.safetensors wider/prior.safetensors --keys ima
 
 
 class Axis(str, Enum):
-    """What runs along a picture of curves."""
+    """The horizontal axis of a chart."""
 
     updates = "updates"
     seconds = "seconds"
@@ -29,23 +29,23 @@ def run(
     out: Out = None,
     x: Annotated[Axis, typer.Option("--x", metavar="NAME", help="updates or seconds.")] = Axis.updates,
     keys: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Which figures of the log, as image_nats,lr; else all that vary.")
+        str, typer.Option(metavar="NAME,...", help="Metrics of the log, as image_nats,lr; else all that vary.")
     ] = "",
-    title: Annotated[str | None, typer.Option(metavar="TEXT", help="A line above the picture.")] = None,
+    title: Annotated[str | None, typer.Option(metavar="TEXT", help="A title above the chart.")] = None,
     force: Force = False,
 ) -> None:
-    """Draw the curves of training runs, several in one picture."""
+    """Plot the metrics of training runs, several in one chart."""
     from dalle_cli import console
     from dalle_cli.artifacts.container import replace_file
     from dalle_cli.paths import given_or_piped
     from dalle_cli.viz import charts, curves
 
     paths = runs or [given_or_piped(None)]
-    along = "step" if x is Axis.updates else "seconds"
-    found = curves.read(paths, along)
+    axis = "step" if x is Axis.updates else "seconds"
+    found = curves.read(paths, axis)
     chosen = curves.choose(found, [key.strip() for key in keys.split(",") if key.strip()])
     target = out or curves.target(paths[0])
     charts.check(target, force)
-    picture = charts.draw(found, chosen, along, title)
-    replace_file(target, lambda part: charts.save(picture, part, target.suffix))
-    console.result(target, runs=len(found), figures=len(chosen))
+    figure = charts.draw(found, chosen, axis, title)
+    replace_file(target, lambda part: charts.save(figure, part, target.suffix))
+    console.result(target, runs=len(found), metrics=len(chosen))

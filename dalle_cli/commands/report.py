@@ -1,4 +1,4 @@
-"""`dalle report`: shows what is there, says what is not; of many pictures it takes some, so that the page is small."""
+"""`dalle report`: one page of a run, which also says what is missing."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,19 +29,23 @@ def run(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Write one HTML page of a run: curves, pictures, scores, and the history of every artifact."""
+    """Write one HTML page about a run: charts, images, metrics, and each artifact's history."""
     from dalle_cli import console
+    from dalle_cli.artifacts.container import SHARDS
     from dalle_cli.artifacts.text import write_text
     from dalle_cli.paths import given_or_piped
-    from dalle_cli.report import html
-    from dalle_cli.report import page as report
-    from dalle_cli.report import scan as findings
+    from dalle_cli.report import html, page
+    from dalle_cli.report.scan import scan
 
     source = given_or_piped(path)
-    target = out or _target(source)
-    html.check_page(target, report.GENERATOR, force)
-    found = findings.look(source)
-    write_text(target, report.page(found, title))
+    if source.is_dir() and source.resolve().suffix != ".run" and not any(source.glob(SHARDS)):
+        target = out or source / "report.html"
+    else:
+        stem = source.name.removesuffix(".safetensors").removesuffix(".run")
+        target = out or source.with_name(f"{stem}.report.html")
+    html.check_page(target, page.GENERATOR, force)
+    found = scan(source)
+    write_text(target, page.page(found, title))
     console.result(
         target,
         artifacts=len(found.items),
@@ -50,13 +54,3 @@ def run(
         left_out=len(found.notes) or None,
         megabytes=target.stat().st_size / 1e6,
     )
-
-
-def _target(source: Path) -> Path:
-    """Where the page goes without -o."""
-    from dalle_cli.artifacts.container import SHARDS
-
-    if source.is_dir() and source.resolve().suffix != ".run" and not any(source.glob(SHARDS)):
-        return source / "report.html"
-    stem = source.name.removesuffix(".safetensors").removesuffix(".run")
-    return source.with_name(f"{stem}.report.html")

@@ -1,6 +1,5 @@
 """`dalle show`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,35 +8,33 @@ from dalle_cli.options import Columns, Force, ImagesArg, Out, Terminal
 
 EXAMPLE = "dalle show radish.best.safetensors -o radish.png --terminal"
 
+Most = Annotated[int, typer.Option("--most", min=1, metavar="N", help="Show at most N images.")]
+Title = Annotated[str | None, typer.Option(metavar="TEXT", help="A line above the grid.")]
+
 
 def run(
     images: ImagesArg = None,
     out: Out = None,
     columns: Columns = 0,
-    most: Annotated[int, typer.Option("--most", min=1, metavar="N", help="Draw at most so many pictures.")] = 256,
-    n: Annotated[
-        int | None, typer.Option("-n", min=1, metavar="N", hidden=True, help="The former name of --most, for recipes.")
-    ] = None,
-    title: Annotated[str | None, typer.Option(metavar="TEXT", help="A line above the sheet.")] = None,
-    terminal: Terminal = False,
+    most: Most = 256,
+    title: Title = None,
+    terminal: Terminal = None,
     force: Force = False,
 ) -> None:
-    """Draw a contact sheet of pictures."""
-    from dalle_cli import console
+    """Show images as an image grid."""
+    from dalle_cli import console, paths
     from dalle_cli.artifacts import open_artifact
-    from dalle_cli.commands import drawing
     from dalle_cli.errors import DalleError
-    from dalle_cli.paths import beside, given_or_piped
+    from dalle_cli.pipelines import output
 
-    source = given_or_piped(images)
-    pictures = open_artifact(source, "images")
-    if not len(pictures):
+    source = paths.given_or_piped(images)
+    rows = open_artifact(source, "images")
+    if not len(rows):
         raise DalleError(f"expected images to show, found none in {source}")
-    count = min(n or most, len(pictures))
-    pixels = list(pictures.array("images")[:count])
-    texts = list(pictures.strings("text" if "text" in pictures else "ids")[:count])
-    scores = [float(s) for s in pictures.array("score")[:count]] if "score" in pictures else None
-    target = drawing.save_sheet(out or beside(Path(source), ".png"), pixels, texts, scores, columns, title, force)
+    target, n = out or paths.beside(source, ".png"), min(most, len(rows))
+    pixels, texts = list(rows.array("images")[:n]), list(rows.strings("text" if "text" in rows else "ids")[:n])
+    scores = [float(s) for s in rows.array("score")[:n]] if "score" in rows else None
+    output.write_grid(target, pixels, texts, scores, columns=columns, title=title, force=force)
     if terminal:
-        drawing.preview(pixels, columns)
-    console.result(target, pictures=count, of=len(pictures) if count < len(pictures) else None)
+        console.preview(output.terminal_preview(pixels, columns))
+    console.result(target, images=n, of=len(rows) if n < len(rows) else None)

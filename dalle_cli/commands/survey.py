@@ -1,9 +1,10 @@
-"""`dalle survey`.
+"""`dalle survey`: a blind comparison of two sets of images by people.
 
-The page is blind: sides and order are random and differ from rater to rater. It needs no network, goes on where one
-stopped, and saves a rater's votes as a file.
+Sides and order are random and differ between raters. The page needs no network, resumes where a rater stopped, and
+saves the votes as a file.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ def run(
         list[Path] | None,
         typer.Argument(
             metavar="A B | VOTES...",
-            help="Two images artifacts to compare, joined by prompt, of which the first of several pictures is shown; "
+            help="Two images artifacts to compare by prompt, by the first image of each; "
             "with --tally, files that the page saved.",
         ),
     ] = None,
@@ -31,14 +32,14 @@ def run(
             "-o",
             "--output",
             metavar="FILE",
-            help="Where to write; else survey.html beside A, and a tally's figures on stdout.",
+            help="Where to write; else survey.html beside A, and the results of a tally on stdout.",
         ),
     ] = None,
     prompts: PromptFile = None,
     votes: Annotated[
         int,
         typer.Option(
-            min=1, metavar="N", help="Votes wanted for a caption (the paper: 5): give the page to so many people."
+            min=1, metavar="N", help="Votes wanted per caption (the paper: 5): give the page to so many people."
         ),
     ] = 5,
     tally: Annotated[bool, typer.Option("--tally", help="Count votes instead of making a page.")] = False,
@@ -46,7 +47,7 @@ def run(
     as_json: Json = False,
     force: Force = False,
 ) -> None:
-    """Let people judge two sets of pictures: one HTML page, and the tally of their votes."""
+    """Let people compare two sets of images: one HTML page, and the tally of their votes."""
     given = files or []
     if tally:
         if prompts is not None:
@@ -64,13 +65,13 @@ def _page(a: Path, b: Path, out: Path | None, prompts: Path | None, votes: int, 
     from dalle_cli import console
     from dalle_cli.artifacts import open_artifact
     from dalle_cli.artifacts.text import write_text
-    from dalle_cli.commands import drawing
+    from dalle_cli.pipelines.prompts import read_prompts
     from dalle_cli.report import html, survey
 
     target = out or a.with_name("survey.html")
     html.check_page(target, survey.GENERATOR, force)
     left, right = open_artifact(a, "images"), open_artifact(b, "images")
-    texts = None if prompts is None else drawing.read_prompts(None, prompts)
+    texts = None if prompts is None else read_prompts(None, prompts)
     pairs = survey.pair(left, right, texts)
     write_text(target, survey.page(left, right, pairs, votes, seed))
     console.result(target, captions=len(pairs), raters_wanted=votes, megabytes=target.stat().st_size / 1e6)
@@ -78,6 +79,7 @@ def _page(a: Path, b: Path, out: Path | None, prompts: Path | None, votes: int, 
 
 def _tally(files: list[Path], out: Path | None, seed: int, as_json: bool, force: bool) -> None:
     from dalle_cli import console
+    from dalle_cli.artifacts.text import write_text
     from dalle_cli.report import survey
 
     if not files:
@@ -87,9 +89,9 @@ def _tally(files: list[Path], out: Path | None, seed: int, as_json: bool, force:
     found = survey.tally([survey.read_ballot(file) for file in files], seed)
     if short := found["captions_short"]:
         wanted = f"{found['votes_wanted']} votes"
-        console.warn(f"{short} of {found['captions']} captions have fewer than {wanted}; let more people judge")
+        console.warn(f"{short} of {found['captions']} captions have fewer than {wanted}; let more people vote")
     if out is not None:
-        survey.save_tally(out, found)
+        write_text(out, json.dumps(found, ensure_ascii=False, indent=2) + "\n")
     if as_json:
         console.emit_json(found)
     elif out is None:
@@ -100,6 +102,7 @@ def _tally(files: list[Path], out: Path | None, seed: int, as_json: bool, force:
 
 
 def _text(found: dict[str, Any]) -> str:
+    """The results as plain text."""
     raters, judged, captions = len(found["raters"]), len(found["by_caption"]), found["captions"]
     people = f"{raters} rater{'' if raters == 1 else 's'}"
     lines = [f"survey {found['survey'][:12]}: {judged} of {captions} captions judged by {people}"]
@@ -112,7 +115,7 @@ def _text(found: dict[str, Any]) -> str:
         if about["agreement"] is not None:
             alpha = "" if about["alpha"] is None else f", Krippendorff's alpha {about['alpha']:.2f}"
             lines.append(f"  raters agree   {about['agreement']:.1%}{alpha}")
-    lines.append(f"the picture that lay left or on top got {found['first_share']:.1%} of the votes")
+    lines.append(f"the image on the left or on top got {found['first_share']:.1%} of the votes")
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
-"""The papers' augmentations (Ramesh et al. 2021, app. A.2 listing 1 and app. B.1 listing 2), for any target size.
+"""The paper's augmentations (Ramesh et al. 2021, app. A.2 listing 1 and app. B.1 listing 2), for any target size.
 
-Shapes: S target size, s short side of the picture, t the size it is resized to. All results are (S, S, 3) uint8.
-The papers give numbers for S = 256: t in [256, 288] for the prior, up to 384 for the dVAE; here 9/8 S and 3/2 S.
-A picture smaller than S, which the papers do not have, is enlarged to S.
+Shapes: S target size, s short side of the image, t the size it is resized to. All results are (S, S, 3) uint8.
+The paper gives numbers for S = 256: t in [256, 288] for the prior, up to 384 for the dVAE; here 9/8 S and 3/2 S.
+Images smaller than S, which the paper does not have, are enlarged to S.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Augment = Callable[[Image.Image, int, np.random.Generator], Pixels]
 
 
 def dvae(image: Image.Image, size: int, rng: np.random.Generator, flip: bool = True) -> Pixels:
-    """Crop the short side's square anywhere, resize to U[min(s, 9S/8), min(s, 3S/2)], crop S anywhere, flip or not."""
+    """Crop a random s x s square, resize to U[min(s, 9S/8), min(s, 3S/2)], crop S at random, flip at random."""
     s = min(image.size)
     left, top = (_uniform(rng, 0, side - s) for side in image.size)
     t = _uniform(rng, min(s, round(9 / 8 * size)), min(s, round(12 / 8 * size)))
@@ -30,7 +30,7 @@ def dvae(image: Image.Image, size: int, rng: np.random.Generator, flip: bool = T
 
 
 def prior(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
-    """Crop the short side's square at 3/8 to 5/8 of the slack, resize to U[S, min(s, 9S/8)], crop S anywhere.
+    """Crop an s x s square at 3/8 to 5/8 of the slack, resize to U[S, min(s, 9S/8)], crop S at random.
 
     Never flipped: a flip makes "left of" untrue.
     """
@@ -43,10 +43,10 @@ def prior(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
 
 
 def place(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
-    """The middle square shrunk to U[15S/16, S] and put anywhere; the rest is its border's median color.
+    """Shrink the center square to U[15S/16, S], place it at random, fill the rest with its border's median color.
 
-    For pictures on plain ground that fill their frame, as emoji do: nothing is cut off, nothing flipped. Not in the
-    papers.
+    For images that fill their frame on a plain background, such as emoji: nothing is cut off or flipped. Not in the
+    paper.
     """
     pixels = center(image, _uniform(rng, -(-15 * size // 16), size))
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
@@ -58,7 +58,7 @@ def place(image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
 
 
 def center(image: Image.Image, size: int, rng: np.random.Generator | None = None) -> Pixels:
-    """The middle square, resized to S: nothing is random."""
+    """Crop the center square and resize it to S; not random."""
     s = min(image.size)
     width, height = image.size
     return _resize(_square(image, (width - s) // 2, (height - s) // 2, s), size)
@@ -68,18 +68,18 @@ AUGMENTATIONS: dict[str, Augment] = {"dvae": dvae, "prior": prior, "place": plac
 
 
 def by_name(name: str, flip: bool = True) -> Augment:
-    """The augmentation of a recipe; `flip` is heeded by "dvae" alone.
+    """The augmentation of this name; only "dvae" uses `flip`.
 
     Raises:
-        DalleError: No such name.
+        DalleError: no such name.
     """
     if name not in AUGMENTATIONS:
-        raise DalleError(f"expected an augmentation of {', '.join(AUGMENTATIONS)}, found {name}; mend the recipe")
+        raise DalleError(f"expected an augmentation of {', '.join(AUGMENTATIONS)}, found {name}; correct the recipe")
     return partial(dvae, flip=flip) if name == "dvae" else AUGMENTATIONS[name]
 
 
 def _uniform(rng: np.random.Generator, low: int, high: int) -> int:
-    """A whole number in [low, high]; nothing is drawn where there is no choice."""
+    """A random integer in [low, high]; uses no random numbers if there is no choice."""
     return int(rng.integers(low, high + 1)) if high > low else low
 
 
@@ -96,16 +96,16 @@ def _crop(pixels: Pixels, size: int, rng: np.random.Generator) -> Pixels:
 
 
 def _resize(pixels: Pixels, t: int) -> Pixels:
-    """(s, s, 3) -> (t, t, 3): area average downwards, bicubic upwards."""
+    """Resize (s, s, 3) to (t, t, 3): area average to reduce, bicubic to enlarge."""
     if pixels.shape[0] < t:
         return np.asarray(Image.fromarray(pixels).resize((t, t), Image.Resampling.BICUBIC))
     return area(pixels, t) if pixels.shape[0] > t else pixels
 
 
 def area(pixels: Pixels, t: int) -> Pixels:
-    """(s, s, 3) -> (t, t, 3): each new pixel is the average of the area it covers, with the fractions at its edges.
+    """Reduce (s, s, 3) to (t, t, 3): each new pixel is the average of the area it covers, fractions of pixels included.
 
-    PIL's BOX takes or leaves whole pixels, so that for 1 < s/t < 2 some new pixels average two and others copy one.
+    PIL's BOX uses whole pixels only: for 1 < s/t < 2 some new pixels average two and others copy one.
     """
     index, weight = _coverage(pixels.shape[0], t)
     rows = np.zeros((t, *pixels.shape[1:]), np.float32)
@@ -119,7 +119,7 @@ def area(pixels: Pixels, t: int) -> Pixels:
 
 @lru_cache(maxsize=1024)
 def _coverage(s: int, t: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Which old pixels each of t new ones covers, and how much of it they are: (K, t) and (K, t), columns sum to 1."""
+    """The old pixels that each of t new ones covers, and their weights: (K, t) and (K, t), columns sum to 1."""
     edges = np.arange(t + 1) * s / t
     first = np.floor(edges[:-1]).astype(np.intp)
     index = first + np.arange(int(np.ceil(s / t)) + 1)[:, None]

@@ -1,18 +1,16 @@
-"""Captions as found in the wild -> clean text."""
+"""Captions as data sets hold them -> clean text."""
 
 from dalle_cli.data.skips import BadSample
 
-MAX_BYTES = 1 << 20  # a larger caption file is no caption; 10,000 words are 60 kB
-NAMES = ("caption", "text", "title")  # of the column, or of the key in JSON, in order of preference
+MAX_BYTES = 1 << 20  # 10,000 words are 60 kB
+NAMES = ("caption", "text", "title")  # columns, or keys in JSON, in order of preference
 
 
 def decode(data: bytes) -> str:
-    """UTF-8 (with or without a mark) -> text.
-
-    Anything else is refused, not guessed: Latin-1 read as another code page becomes wrong words that nobody notices.
+    """Decode UTF-8, with or without a byte-order mark; other encodings are not guessed.
 
     Raises:
-        BadSample: Not UTF-8, or over a mebibyte.
+        BadSample: not UTF-8, or over 1 MiB.
     """
     if len(data) > MAX_BYTES:
         raise BadSample("caption too long: over 1 MiB")
@@ -23,10 +21,10 @@ def decode(data: bytes) -> str:
 
 
 def clean(text: str) -> str:
-    """Drop NULs and byte-order marks; make every run of white space, also of lines, one blank.
+    """Drop NULs and byte-order marks; replace each run of white space by one blank.
 
     Raises:
-        BadSample: Half of a surrogate pair, which no UTF-8 file can hold.
+        BadSample: a lone surrogate, which UTF-8 cannot hold.
     """
     text = " ".join(text.replace("\0", "").replace("\ufeff", "").split())
     try:
@@ -37,16 +35,16 @@ def clean(text: str) -> str:
 
 
 def from_text(data: bytes, all_lines: bool) -> tuple[str, ...]:
-    """The content of a .txt file -> its first line with text on it, or every such line as an alternative."""
+    """The first line of a .txt file that is not empty, or every such line as an alternative caption."""
     lines = tuple(line for line in map(clean, decode(data).splitlines()) if line)
     return lines if all_lines else lines[:1]
 
 
 def from_value(value: object) -> tuple[str, ...]:
-    """A value from a manifest or JSON (text, a list of texts, or nothing) -> the captions that are not empty.
+    """The captions in a value from a manifest or JSON: a text, a list of texts, or None.
 
     Raises:
-        BadSample: A number, an object, or a list that holds one.
+        BadSample: anything else.
     """
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     texts = []

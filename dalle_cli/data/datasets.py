@@ -1,8 +1,4 @@
-"""One way to open every kind of data set: an index of samples, and no pixels held.
-
-`digest` identifies the data without reading pixels: it is over ids, byte sizes and captions. So a picture replaced by
-another of the very same size goes unnoticed.
-"""
+"""Open any kind of data set as an index of samples; images are read one at a time."""
 
 import hashlib
 import json
@@ -14,32 +10,32 @@ from PIL import Image
 
 from dalle_cli.data import files, folder, images, manifest, webdataset
 from dalle_cli.data.filters import Filters
-from dalle_cli.data.samples import Plan, Sample, unique
+from dalle_cli.data.samples import IndexOptions, Sample, unique
 from dalle_cli.data.skips import BadSample, SkipLog
 from dalle_cli.errors import DalleError
 
-_KINDS = "a folder of pictures, a manifest (.jsonl .csv .tsv .parquet) or tars ({00000..00099}.tar)"
+_KINDS = "a folder of images, a manifest (.jsonl .csv .tsv .parquet) or tars ({00000..00099}.tar)"
 
 
 class Dataset:
-    """Samples sorted by id; pictures are read one at a time, from any thread."""
+    """Samples sorted by id; any thread may read images."""
 
     def __init__(self, samples: Sequence[Sample], filters: Filters, skipped: SkipLog) -> None:
         self._samples = samples
         self._filters = filters
         self.skipped = skipped
         self.ids: Sequence[str] = [sample.id for sample in samples]
-        # For each sample one caption or several alternatives; empty where the set was opened without captions.
+        # One caption or several alternatives per sample; empty if the data set was opened without captions.
         self.captions: Sequence[tuple[str, ...]] = [sample.captions for sample in samples]
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def read(self, i: int) -> Image.Image:
-        """Picture i in mode RGB: EXIF orientation applied, alpha composited on white, the first frame if animated.
+        """Image i in mode RGB.
 
         Raises:
-            BadSample: It cannot be used; the caller counts it.
+            BadSample: it cannot be used; the caller counts it.
         """
         sample = self._samples[i]
         try:
@@ -50,13 +46,13 @@ class Dataset:
             raise BadSample(f"unreadable: {len(data)} of {sample.size} bytes")
         return images.decode(data, self._filters)
 
-    def without(self, ids: frozenset[str]) -> "Dataset":
-        """The samples of all other ids."""
+    def exclude(self, ids: frozenset[str]) -> "Dataset":
+        """The data set without these ids."""
         return Dataset([s for s in self._samples if s.id not in ids], self._filters, self.skipped) if ids else self
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) over the listing of (id, size in bytes, captions)."""
+        """SHA-256 in hex over (id, size in bytes, captions) of each sample; pixels are not read."""
         sha = hashlib.sha256()
         for sample in self._samples:
             line = json.dumps([sample.id, sample.size, *sample.captions], ensure_ascii=False)
@@ -67,50 +63,48 @@ class Dataset:
 def open_dataset(
     source: str | Path, *, need_captions: bool, filters: Filters | None = None, all_lines: bool = False
 ) -> Dataset:
-    """Index a folder, a manifest, or WebDataset tars, here or at any fsspec URL.
+    """Index a folder, a manifest, or WebDataset tars, local or at any fsspec URL.
 
-    A folder that holds `manifest.jsonl` at its top, as an exported one does, is read through it, captions or not: the
-    ids must be the same for every stage.
-
-    Captions are read only if they are needed; with `all_lines` each line of a .txt is an alternative caption.
+    A folder with a `manifest.jsonl`, as `export` writes it, is always read through it, so that the ids are the same
+    for every stage. Captions are read only if they are needed; with `all_lines` each line of a .txt is an alternative.
 
     Raises:
-        DalleError: Nothing there, or nothing in it that can be used.
+        DalleError: no such data set, or no sample in it that can be used.
     """
     source = str(source)
-    plan = Plan(need_captions, all_lines, filters or Filters(), SkipLog())
+    options = IndexOptions(need_captions, all_lines, filters or Filters(), SkipLog())
     try:
-        samples = unique(_index(source, plan), plan.skipped)
+        samples = unique(_index(source, options), options.skipped)
     except OSError as error:
         reason = " ".join(str(error.strerror or error).split())
         raise DalleError(f"expected to read {source}, found {reason}; check the path and your access") from None
     if not samples:
-        wanted = "pictures with captions" if need_captions else "pictures"
-        found = plan.skipped.summary() or "none"
+        wanted = "images with captions" if need_captions else "images"
+        found = options.skipped.summary() or "none"
         raise DalleError(f"expected {wanted} in {source}, found {found}; give {_KINDS}")
-    return Dataset(samples, plan.filters, plan.skipped)
+    return Dataset(samples, options.filters, options.skipped)
 
 
-def _index(source: str, plan: Plan) -> list[Sample]:
+def _index(source: str, options: IndexOptions) -> list[Sample]:
     suffix = os.path.splitext(source)[1].lower()
     what = files.kind(source)
     if what == "" and suffix == ".tar" and "{" in source:
-        return webdataset.index(webdataset.expand(source), plan)
+        return webdataset.index(webdataset.expand(source), options)
     if what == "":
         raise DalleError(f"expected a data set, found no such file or folder: {source}; give {_KINDS}")
     if what == "folder":
         table = files.join(source, manifest.IN_FOLDER)
-        return manifest.index(table, plan) if files.kind(table) == "file" else _index_folder(source, plan)
+        return manifest.index(table, options) if files.kind(table) == "file" else _index_folder(source, options)
     if suffix == ".tar":
-        return webdataset.index([source], plan)
+        return webdataset.index([source], options)
     if suffix in manifest.SUFFIXES:
-        return manifest.index(source, plan)
+        return manifest.index(source, options)
     raise DalleError(f"expected a data set, found the file {source}; give {_KINDS}")
 
 
-def _index_folder(source: str, plan: Plan) -> list[Sample]:
-    found = files.listing(source, plan.skipped.add)
+def _index_folder(source: str, options: IndexOptions) -> list[Sample]:
+    found = files.listing(source, options.skipped.add)
     tars = [f.path for f in found if f.name.lower().endswith(".tar")]
     if any(f.name.lower().endswith(images.SUFFIXES) for f in found):
-        return folder.index(source, found, plan)
-    return webdataset.index(tars, plan) if tars else []
+        return folder.index(source, found, options)
+    return webdataset.index(tars, options) if tars else []

@@ -1,8 +1,8 @@
-"""The small picture that an upsampler is trained on: reduced and corrupted, so that it minds no flaws of a decoder.
+"""Reduce and corrupt the conditioning image of an upsampler, to make it robust to a decoder's flaws.
 
-The first upsampler's is blurred, the second's has been through a chain of flaws in random order, BSR (Ramesh et al.
-2022, sec. 2.1; Zhang et al. 2021, arXiv 2103.14006). Shapes: S side of the large picture, s side of the small one;
-all are (side, side, 3) uint8. Whatever is random comes from the generator given.
+The paper blurs for the first upsampler and uses BSR, a chain of corruptions in random order, for the second (Ramesh et
+al. 2022, sec. 2.1; Zhang et al. 2021, arXiv 2103.14006). Shapes: S side of the large image, s side of the small one;
+all are (side, side, 3) uint8.
 """
 
 import io
@@ -29,10 +29,10 @@ RESIZES = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling
 
 
 def by_name(name: str, sigma: float = 0.6, strength: float = 1.0) -> Degrade:
-    """The corruption of a recipe: "none", "blur" of a standard deviation in pixels, "bsr" of a strength in (0, 1].
+    """The corruption "none", "blur" with a standard deviation in pixels, or "bsr" with a strength in (0, 1].
 
     Raises:
-        DalleError: no such name, or a number out of its range.
+        DalleError: no such name, or a number out of range.
     """
     if not (sigma > 0 and 0 < strength <= 1):
         raise DalleError(f"expected blur_sigma above 0 and corruption_strength in (0, 1], found {sigma}, {strength}")
@@ -40,12 +40,12 @@ def by_name(name: str, sigma: float = 0.6, strength: float = 1.0) -> Degrade:
         "none": none, "blur": partial(blur, sigma=sigma), "bsr": partial(bsr, strength=strength),
     }  # fmt: skip
     if name not in known:
-        raise DalleError(f"expected a corruption of {', '.join(known)}, found {name}; mend the recipe")
+        raise DalleError(f"expected a corruption of {', '.join(known)}, found {name}; correct the recipe")
     return known[name]
 
 
 def crops(augment: Augment, whole: int) -> Augment:
-    """An augmentation that makes pictures of side `whole`, and then cuts a square of the side asked for anywhere."""
+    """An augmentation to images of side `whole`, followed by a random crop to the target size."""
 
     def cut(image: Image.Image, size: int, rng: Rng) -> Pixels:
         pixels = augment(image, whole, rng)
@@ -56,25 +56,25 @@ def crops(augment: Augment, whole: int) -> Augment:
 
 
 def none(pixels: Pixels, small: int, rng: Rng) -> Pixels:
-    """Reduced by averages alone: (S, S, 3) -> (s, s, 3)."""
+    """Reduce by area averages: (S, S, 3) -> (s, s, 3)."""
     return area(pixels, small)
 
 
 def blur(pixels: Pixels, small: int, rng: Rng, sigma: float = 0.6) -> Pixels:
-    """Reduced, then blurred by a Gaussian of 3 x 3 pixels: (S, S, 3) -> (s, s, 3)."""
+    """Reduce, then blur by a Gaussian of 3 x 3 pixels: (S, S, 3) -> (s, s, 3)."""
     return filtered(area(pixels, small), gaussian(BLUR_SIZE, sigma, sigma, 0.0))
 
 
 def bsr(pixels: Pixels, small: int, rng: Rng, strength: float = 1.0) -> Pixels:
     """Two blurs, a reduction, noise and JPEG in random order, then JPEG again: (S, S, 3) -> (s, s, 3).
 
-    As Zhang et al. 2021, sec. 3.4, without the noise of a camera's sensor, which needs a model of its raw files. A
-    strength below 1 takes as much of the ranges of blur, noise and loss by JPEG.
+    As Zhang et al. 2021, sec. 3.4, without camera sensor noise. A strength below 1 scales the ranges of blur, noise
+    and JPEG loss.
     """
     factor = pixels.shape[0] / small
     flaws: list[Flaw] = [
-        lambda x, r: _blurred(x, r, strength, factor, alike=True),
-        lambda x, r: _blurred(x, r, strength, factor, alike=False),
+        lambda x, r: _blurred(x, r, strength, factor, isotropic=True),
+        lambda x, r: _blurred(x, r, strength, factor, isotropic=False),
         lambda x, r: _reduced(x, small, r),
         lambda x, r: _noised(x, r, strength),
         lambda x, r: _compressed(x, r, strength) if r.random() < JPEG_SHARE else x,
@@ -85,7 +85,7 @@ def bsr(pixels: Pixels, small: int, rng: Rng, strength: float = 1.0) -> Pixels:
 
 
 def gaussian(size: int, along: float, across: float, angle: float) -> NDArray[np.float64]:
-    """A kernel (size, size) whose sum is 1: standard deviations along a direction, in radians, and across it."""
+    """A kernel (size, size) of sum 1 with standard deviations along and across a direction in radians."""
     span = np.arange(size) - (size - 1) / 2
     y, x = np.meshgrid(span, span, indexing="ij")
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -95,12 +95,12 @@ def gaussian(size: int, along: float, across: float, angle: float) -> NDArray[np
 
 
 def filtered(pixels: Pixels, kernel: NDArray[np.float64]) -> Pixels:
-    """Convolved with a kernel (k, k), k odd, the picture being mirrored at its edges."""
+    """Convolve with a kernel (k, k), k odd; the image is mirrored at its edges."""
     reach, (height, width) = kernel.shape[0] // 2, pixels.shape[:2]
     padded = np.pad(pixels.astype(np.float64), ((reach, reach), (reach, reach), (0, 0)), mode="symmetric")
     shape = padded.shape[:2]
     spectrum = np.fft.rfft2(padded, axes=(0, 1)) * np.fft.rfft2(kernel, shape)[..., None]
-    whole = np.fft.irfft2(spectrum, shape, axes=(0, 1))  # what wraps round falls on what is cut off
+    whole = np.fft.irfft2(spectrum, shape, axes=(0, 1))  # wrapped values are cut off below
     return _stored(whole[2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width])
 
 
@@ -108,12 +108,12 @@ def _stored(values: NDArray[np.float64]) -> Pixels:
     return np.rint(values).clip(0, 255).astype(np.uint8)
 
 
-def _blurred(pixels: Pixels, rng: Rng, strength: float, factor: float, alike: bool) -> Pixels:
-    """By a random Gaussian, alike in all directions or not (sec. 3.1); for other factors than 4 in proportion."""
-    low, high = ISOTROPIC if alike else ANISOTROPIC
+def _blurred(pixels: Pixels, rng: Rng, strength: float, factor: float, isotropic: bool) -> Pixels:
+    """Blur by a random Gaussian, isotropic or not (sec. 3.1), scaled in proportion for factors other than 4."""
+    low, high = ISOTROPIC if isotropic else ANISOTROPIC
     high = max(low, high * strength * factor / 4)
     along, across = rng.uniform(low, high, 2).tolist()
-    kernel = gaussian(int(rng.choice(KERNEL_SIZES)), along, along if alike else across, rng.uniform(0, np.pi))
+    kernel = gaussian(int(rng.choice(KERNEL_SIZES)), along, along if isotropic else across, rng.uniform(0, np.pi))
     return filtered(pixels, kernel)
 
 
@@ -123,14 +123,14 @@ def _resize(pixels: Pixels, side: int, rng: Rng) -> Pixels:
 
 
 def _reduced(pixels: Pixels, small: int, rng: Rng) -> Pixels:
-    """To the small side, straight or by way of a side between (sec. 3.2), each by a random kind of interpolation."""
+    """Resize to the small side, directly or through a size between (sec. 3.2), by random interpolations."""
     if rng.random() < 0.5:
         pixels = _resize(pixels, int(rng.integers(small, pixels.shape[0] + 1)), rng)
     return _resize(pixels, small, rng)
 
 
 def _noised(pixels: Pixels, rng: Rng, strength: float) -> Pixels:
-    """Gaussian noise: gray, of three colors on their own, or of colors that go together (sec. 3.3)."""
+    """Add Gaussian noise: gray, independent per channel, or correlated between channels (sec. 3.3)."""
     low, high = NOISE
     level = 255 * rng.uniform(low, max(low, high * strength))
     kind = rng.random()
@@ -145,7 +145,7 @@ def _noised(pixels: Pixels, rng: Rng, strength: float) -> Pixels:
 
 
 def _compressed(pixels: Pixels, rng: Rng, strength: float) -> Pixels:
-    """Through JPEG of a random quality."""
+    """Encode and decode as JPEG of a random quality."""
     low, high = QUALITY
     least = min(high, round(100 - (100 - low) * strength))
     file = io.BytesIO()

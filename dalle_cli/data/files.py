@@ -1,4 +1,4 @@
-"""Files here or at a URL, by one set of functions; fsspec is imported only for a path that holds "://"."""
+"""Local files and files at URLs by the same functions; fsspec is imported only for a path with "://"."""
 
 import importlib
 import os
@@ -10,7 +10,7 @@ from dalle_cli.errors import DalleError
 
 
 class File(NamedTuple):
-    """A file found below a folder; `name` is relative to it, with posix separators."""
+    """A file below a folder; `name` is relative to the folder, with posix separators."""
 
     name: str
     path: str
@@ -38,7 +38,7 @@ def _remote(path: str) -> tuple[Any, str]:
 
 
 def _tried(path: str, call: Callable[[], Any]) -> Any:
-    """A remote driver raises whatever its client library does; here it becomes an OSError, as for a local file."""
+    """Call a remote driver, which may raise any error of its library, and raise an OSError as for a local file."""
     try:
         return call()
     except OSError:
@@ -48,7 +48,7 @@ def _tried(path: str, call: Callable[[], Any]) -> Any:
 
 
 def kind(path: str) -> str:
-    """ "file", "folder", or "" where there is neither."""
+    """ "file", "folder", or "" if there is neither."""
     if is_remote(path):
         fs, inner = _remote(path)
         if _tried(path, lambda: fs.isfile(inner)):
@@ -58,10 +58,10 @@ def kind(path: str) -> str:
 
 
 def size(path: str) -> int:
-    """Bytes in a file, -1 where the server does not say.
+    """The size of a file in bytes, -1 if the server does not say.
 
     Raises:
-        OSError: No such file.
+        OSError: no such file.
     """
     if not is_remote(path):
         return os.stat(path).st_size
@@ -71,7 +71,7 @@ def size(path: str) -> int:
 
 
 def open_binary(path: str) -> BinaryIO:
-    """A seekable file."""
+    """Open a seekable file for reading."""
     if is_remote(path):
         fs, inner = _remote(path)
         return cast(BinaryIO, _tried(path, lambda: fs.open(inner, "rb")))
@@ -79,9 +79,9 @@ def open_binary(path: str) -> BinaryIO:
 
 
 def read(path: str, start: int = 0, length: int = -1) -> bytes:
-    """The bytes [start, start + length), to the end where length is negative; fewer where the file ends before.
+    """The bytes [start, start + length), or to the end if length is negative; fewer if the file ends before.
 
-    A file is opened for each read: that costs 10 us and leaves no handle to share between threads or to run out of.
+    Each read opens the file: that costs 10 us, and threads share no handles.
     """
     if is_remote(path):
         fs, inner = _remote(path)
@@ -94,21 +94,26 @@ def read(path: str, start: int = 0, length: int = -1) -> bytes:
 
 
 def join(folder: str, name: str) -> str:
-    """A name relative to a folder -> a path; an absolute name or a URL stays as it is."""
+    """The path of a name relative to a folder; an absolute name or a URL stays as it is."""
     if is_remote(name):
         return name
     return posixpath.join(folder, name) if is_remote(folder) else os.path.join(folder, name)
 
 
 def parent(path: str) -> str:
-    """The folder that a file lies in."""
+    """The folder of a file."""
     return path.rpartition("/")[0] if is_remote(path) else os.path.dirname(path)
 
 
-def listing(folder: str, failed: Callable[[str, str], None]) -> list[File]:
-    """All files below a folder, sorted by name; hidden ones (".x", macOS "._x.png", __MACOSX) are left out.
+def readers(source: str) -> int:
+    """How many threads read small files: a request to an object store waits some 50 ms, a local file needs one."""
+    return 16 if is_remote(source) else 1
 
-    `failed(name, reason)` is told of what cannot be listed.
+
+def listing(folder: str, failed: Callable[[str, str], None]) -> list[File]:
+    """All files below a folder, sorted by name, without hidden ones (".x", macOS "._x.png", __MACOSX).
+
+    `failed(name, reason)` is called for each file or folder that cannot be listed.
     """
     found = _remote_listing(folder) if is_remote(folder) else _local_listing(folder, failed)
     return sorted(f for f in found if not any(p.startswith(".") or p == "__MACOSX" for p in f.name.split("/")))
@@ -132,7 +137,7 @@ def _local_listing(folder: str, failed: Callable[[str, str], None]) -> list[File
         failed(name_of(str(error.filename)), f"unreadable folder: {error.strerror}")
 
     files = []
-    seen = set()  # folders by inode, as links may lead round in a circle
+    seen = set()  # folders by inode, because links may form a circle
     for top, folders, names in os.walk(folder, onerror=cannot_list, followlinks=True):
         status = os.stat(top)
         if (status.st_dev, status.st_ino) in seen:

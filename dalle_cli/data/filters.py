@@ -1,7 +1,6 @@
-"""The paper's data filters (Ramesh et al. 2021, app. C) as settings; all but `max_pixels` are off by default.
+"""The paper's data filters (Ramesh et al. 2021, app. C); all but `max_pixels` are off by default.
 
-Language identification is not included: the paper drops captions that are not English with a trained classifier,
-of which `min_latin` is no more than the part that the script alone tells.
+The paper drops captions that are not English with a trained classifier; `min_latin` looks at the script only.
 """
 
 import re
@@ -29,32 +28,32 @@ _BOILERPLATE = re.compile(rf"\b(?:{_PHRASE}\s+)?(?:on\s+)?(?:{_DATE})(?:,?\s+(?:
 
 
 def is_boilerplate(caption: str) -> bool:
-    """Whether dates, and phrases such as "photographed on 12 May 2014", make up half of the caption or more."""
+    """Whether dates and phrases such as "photographed on 12 May 2014" are at least half of the caption."""
     rest = _BOILERPLATE.sub("", caption)
     return rest != caption and 2 * len(rest.strip()) <= len(caption)
 
 
 def latin_share(caption: str) -> float:
-    """The part of a caption's letters that are Latin, in [0, 1]; 1 where there are no letters."""
+    """The share of a caption's letters that are Latin, in [0, 1]; 1 if it has no letters."""
     letters = [c for c in caption if c.isalpha()]
     return sum(c < "\u0250" or "\u1e00" <= c < "\u1f00" for c in letters) / len(letters) if letters else 1.0
 
 
 @dataclass(frozen=True)
 class Filters:
-    """Which samples to leave out; every one left out is counted with its reason."""
+    """Which samples to skip; each is counted with its reason."""
 
-    min_caption_chars: int = 0  # the paper drops "very short" captions and gives no number
+    min_caption_chars: int = 0  # the paper drops "very short" captions, without a number
     drop_boilerplate: bool = False  # captions that are mostly a date, see is_boilerplate
     min_latin: float = 0.0  # least share of Latin letters in a caption
     max_aspect: float = 0.0  # longer side over shorter; 0 = off; the paper keeps [1/2, 2], so 2.0
     max_pixels: int = 64_000_000  # width x height, read from the header before any pixel is decoded
 
     def captions(self, captions: tuple[str, ...]) -> tuple[str, ...]:
-        """The alternatives that pass.
+        """The captions that pass.
 
         Raises:
-            BadSample: None passes, or there was none.
+            BadSample: none passes, or there is none.
         """
         if not captions:
             raise BadSample("without caption")
@@ -74,10 +73,10 @@ class Filters:
         return ""
 
     def size(self, width: int, height: int) -> None:
-        """Check a picture's size as its header gives it.
+        """Check an image's size in pixels, as its header gives it.
 
         Raises:
-            BadSample: Too many pixels, or too long and thin.
+            BadSample: too many pixels, or filtered by its aspect ratio.
         """
         if width * height > self.max_pixels:
             raise BadSample(f"oversized: {width}x{height}")

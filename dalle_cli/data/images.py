@@ -1,9 +1,9 @@
-"""Picture files -> RGB, or a BadSample that says why not.
+"""Image files -> RGB.
 
-The decoders are opened by the file's first bytes rather than through `Image.open`: that keeps the rarely used and
-risky formats out, and PIL's decompression-bomb check, which prints a warning and is set for the whole process, too.
-Size is checked in the header before any pixel is decoded. Of an animated picture the first frame is read. EXIF
-orientation is applied, alpha is composited on white, 16-bit gray is divided by 257; color profiles are not applied.
+The file's first bytes choose the decoder, not `Image.open`: rarely used formats stay out, and so does PIL's
+process-wide decompression-bomb warning. The size is checked in the header before any pixel is decoded. The first frame
+of an animation is read, EXIF orientation applied, alpha composited on white, 16-bit gray divided by 257; color profiles
+are ignored.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from dalle_cli.errors import DalleError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-# Broken EXIF makes PIL warn once for each picture; what can be read of such a picture is read.
+# PIL warns of each image with broken EXIF, which is read all the same.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _NO_ALPHA = ("RGB", "L", "1", "P", "CMYK", "YCbCr", "RGBX")
@@ -43,10 +43,10 @@ def _decoder(data: bytes) -> Callable[[io.BytesIO], Image.Image]:
 
 
 def decode(data: bytes, filters: Filters) -> Image.Image:
-    """The bytes of a picture file -> an image in mode RGB.
+    """Decode the bytes of an image file to mode RGB.
 
     Raises:
-        BadSample: Not a picture, broken, truncated, oversized, or of an aspect ratio that is filtered out.
+        BadSample: not an image, broken, truncated, oversized, or filtered by its aspect ratio.
     """
     decoder = _decoder(data)
     try:
@@ -80,10 +80,10 @@ def read_image(source: str | os.PathLike[str] | bytes, option: str = "the path")
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; tags too broken to be read count as none."""
+    """Apply the EXIF orientation; ignore it if the tags are broken."""
     if not any(key in image.info for key in _ORIENTATION):
         return image
-    with contextlib.suppress(Exception):  # as many kinds of them as there are ways to break EXIF
+    with contextlib.suppress(Exception):  # broken EXIF raises many kinds of errors
         return ImageOps.exif_transpose(image)
     return image
 
@@ -100,7 +100,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
-    """16-bit gray -> RGB; PIL's own conversion would clip at 255."""
+    """Convert 16-bit gray to RGB; PIL's own conversion would clip at 255."""
     deep = np.asarray(image)
     if deep.dtype.kind not in "iu" or deep.min() < 0 or deep.max() > 65535:
         raise BadSample(f"unreadable: pixels of type {image.mode}")

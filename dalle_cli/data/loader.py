@@ -1,7 +1,7 @@
-"""Pictures by the batch: decoded and augmented ahead by threads (PIL and numpy let go of the interpreter's lock).
+"""Batches of images, decoded and augmented ahead by threads (PIL and numpy release the interpreter's lock).
 
-Shapes: B batch, S size. Whatever is random is a function of (seed, position in the data), so that neither the number
-of workers nor where a run was resumed changes a batch.
+Shapes: B batch, S image side. Everything random is a function of (seed, position in the data), so neither the number of
+workers nor the update at which a run resumes changes a batch.
 """
 
 import itertools
@@ -21,8 +21,8 @@ from dalle_cli.data.order import Order
 from dalle_cli.data.skips import BadSample, SkipLog
 from dalle_cli.errors import DalleError
 
-READ_AHEAD = 2  # batches in the making, besides the one handed out
-# The last word of a seed: SeedSequence pads with zeros, so that (a, b), a permutation's, and (a, b, 0, 0) are one.
+READ_AHEAD = 2  # batches in preparation, besides the one in use
+# The last word of a seed: SeedSequence pads with zeros, so (a, b), a permutation's, and (a, b, 0, 0) are the same.
 _AUGMENT, _CROP = 1, 2
 
 _Position = tuple[int, int, int]
@@ -39,26 +39,35 @@ class Pictures(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> Image.Image:
-        """Picture i, or BadSample."""
+        """Image i, or BadSample."""
         ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's pictures (B, 3, S, S) uint8, and the row of the data set that each came from, (B,) int64."""
+    """One update's images (B, 3, S, S) uint8, and the data set's row (B,) and the epoch (B,) of each, int64."""
 
     step: int
     images: Pixels
     rows: NDArray[np.int64]
-    epochs: NDArray[np.int64]  # (B,) for whatever else is drawn anew in each epoch, such as one caption of several
+    epochs: NDArray[np.int64]
+
+
+def prefetch(make: Callable[[int], T], start: int) -> Generator[T]:
+    """make(start), make(start + 1), ... without end, each made by a thread while the ones before are in use."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = deque(pool.submit(make, start + i) for i in range(READ_AHEAD))
+        for step in itertools.count(start + READ_AHEAD):
+            ready = ahead.popleft().result()
+            ahead.append(pool.submit(make, step))
+            yield ready
 
 
 class Loader:
-    """Endless shuffled, augmented batches; `batch(step)` is a pure function of (seed, step).
+    """Endless shuffled, augmented batches; `batch(step)` is a function of (seed, step) alone.
 
-    A bad sample is counted, and the next row of the epoch's permutation stands in for it.
-    `rows` limits it to a part of the data set, such as all but the held-out pictures. Of `world` processes number
-    `rank` gets its part of batches of `batch_size * world`.
+    A sample that cannot be read is counted, and replaced by the next row of the epoch's permutation. `rows` limits the
+    loader to a part of the data set. Process `rank` of `world` gets its part of batches of `batch_size * world`.
     """
 
     def __init__(
@@ -77,21 +86,21 @@ class Loader:
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self._rows = np.arange(len(dataset), dtype=np.int64) if rows is None else rows
         self._order = Order(len(self._rows), batch_size * world, seed)
-        self._lock = threading.Lock()  # an Order keeps the permutations it made
+        self._lock = threading.Lock()  # an Order caches permutations
         self._part = slice(rank * batch_size, (rank + 1) * batch_size)
 
     def batch(self, step: int) -> Batch:
         """The batch of one step, made in the calling thread."""
         return next(self._batches(range(step, step + 1), 0))
 
-    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
-        """Batches from a step on, for ever; closing the iterator stops the threads."""
+    def batches(self, start: int = 0) -> Generator[Batch]:
+        """Batches from a step on, without end; closing the iterator stops the threads."""
         return self._batches(itertools.count(start), self.workers)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def _batches(self, steps: Iterable[int], workers: int) -> Generator[Batch, None, None]:
+    def _batches(self, steps: Iterable[int], workers: int) -> Generator[Batch]:
         numbers, ahead = itertools.tee(steps)
         made = _made(map(self._positions, ahead), self._load, self.size, workers)
         try:
@@ -102,7 +111,7 @@ class Loader:
             made.close()
 
     def _positions(self, step: int) -> list[_Position]:
-        """Where each picture of a step stands: its epoch, its slot in that epoch's permutation, and the slot's row."""
+        """Of each image of a step: its epoch, its slot in that epoch's permutation, and the slot's row."""
         with self._lock:
             epochs, places = self._order.batch(step)
         slots = np.arange(step * len(epochs), (step + 1) * len(epochs)) % self._order.n
@@ -119,7 +128,7 @@ class Loader:
                 permutation = self._order.permutation(epoch)
             row = int(self._rows[permutation[(slot + k) % self._order.n]])
         n = self._order.n
-        raise DalleError(f"expected pictures, found none of {n:,} that can be read; see the list of skipped samples")
+        raise DalleError(f"expected images, found none of {n:,} that can be read; see the list of skipped samples")
 
 
 def sequential(
@@ -131,11 +140,11 @@ def sequential(
     augment: Augment = center,
     seed: int = 0,
     draw: int = 0,
-) -> Generator[tuple[NDArray[np.int64], Pixels], None, None]:
-    """Given rows in order: (rows kept (b,) int64, images (b, 3, S, S) uint8), b <= B.
+) -> Generator[tuple[NDArray[np.int64], Pixels]]:
+    """Given rows in order: (readable rows (b,) int64, images (b, 3, S, S) uint8), b <= B.
 
-    Bad samples are counted and left out; a batch without any good one is not yielded. An `augment` that is random is a
-    function of (seed, row, draw): draws 0, 1, 2 ... of one row are crops of their own.
+    Samples that cannot be read are counted and left out; a batch without any is not yielded. A random `augment` is a
+    function of (seed, row, draw): draws 0, 1, 2 ... of one row give different crops.
     """
 
     def load(row: int) -> tuple[int, Pixels] | None:
@@ -149,10 +158,8 @@ def sequential(
     try:
         for images, kept in made:
             good = kept >= 0
-            if good.all():
-                yield kept, images
-            elif good.any():
-                yield kept[good], images[good]
+            if good.any():
+                yield (kept, images) if good.all() else (kept[good], images[good])
     finally:
         made.close()
 
@@ -167,7 +174,7 @@ def _read(dataset: Pictures, row: int) -> Image.Image | None:
 
 def _made(
     lots: Iterable[Sequence[T]], load: Callable[[T], tuple[int, Pixels] | None], size: int, workers: int
-) -> Generator[tuple[Pixels, NDArray[np.int64]], None, None]:
+) -> Generator[tuple[Pixels, NDArray[np.int64]]]:
     """For each lot the images (B, 3, S, S) and rows (B,), -1 where `load` gave none; in order, some lots ahead."""
     if workers < 1:
         for lot in lots:
@@ -183,7 +190,7 @@ def _made(
         while True:
             for lot in itertools.islice(source, READ_AHEAD + 1 - len(pending)):
                 images, rows = _empty(len(lot), size)
-                part = -(-len(lot) // workers)  # one task a worker: a task for each small picture would cost as much
+                part = -(-len(lot) // workers)  # one task per worker: a task per small image would cost as much
                 cuts = [slice(i, i + part) for i in range(0, len(lot), part)]
                 tasks = [pool.submit(_fill, images[c], rows[c], lot[c], load, stop) for c in cuts]
                 pending.append((images, rows, tasks))

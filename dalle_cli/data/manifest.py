@@ -1,6 +1,6 @@
-"""A table of pictures and captions: .jsonl, .csv, .tsv or .parquet, with paths relative to the table.
+"""A table of images and captions: .jsonl, .csv, .tsv or .parquet, with paths relative to the table.
 
-Several rows for one picture, as COCO has them, are one sample with several captions.
+Several rows of one image, as in COCO, are one sample with several captions.
 """
 
 import csv
@@ -14,99 +14,93 @@ from typing import Any, BinaryIO
 
 from dalle_cli.data import files
 from dalle_cli.data.captions import NAMES, from_value
-from dalle_cli.data.samples import Plan, Sample, id_of
+from dalle_cli.data.samples import IndexOptions, Sample, id_of
 from dalle_cli.data.skips import BadSample
 from dalle_cli.errors import DalleError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-IN_FOLDER = "manifest.jsonl"  # a folder with a table of this name at its top, as `export` writes it, is read through it
+IN_FOLDER = "manifest.jsonl"  # a folder with this table at its top, as `export` writes it, is read through it
 IMAGE_NAMES = ("image", "file", "file_name", "path")
 
 Row = dict[str, Any]
 
 
-def index(source: str, plan: Plan) -> list[Sample]:
-    """All rows whose picture exists (and whose caption can be used, where captions are needed)."""
-    merged: dict[str, tuple[str, list[str]]] = {}  # id -> picture's path, captions
-    for where, row in _rows(source, plan):
+def index(source: str, options: IndexOptions) -> list[Sample]:
+    """All rows whose image exists and, if captions are needed, whose caption can be used."""
+    merged: dict[str, tuple[str, list[str]]] = {}  # id -> path of the image, captions
+    for where, row in _rows(source, options):
+        image = next((row[name] for name in IMAGE_NAMES if row.get(name)), None)
+        sample_id = _id(row, image)
         try:
-            _add(merged, source, row, plan)
+            if not isinstance(image, str):
+                raise BadSample("no image in row")
+            path = files.join(files.parent(source), image.replace("\0", ""))
+            texts = from_value(next((row[n] for n in NAMES if row.get(n)), None)) if options.need_captions else ()
+            known_path, known_texts = merged.setdefault(sample_id, (path, []))
+            if known_path != path:
+                raise BadSample(f"duplicate id: {image}")
+            known_texts.extend(texts)
         except BadSample as reason:
-            plan.skipped.add(_name(row) or where, str(reason))
-    # One thread reads sizes fast enough here, but each takes a round trip on a remote store.
-    with ThreadPoolExecutor(16 if files.is_remote(source) else 1) as pool:
-        items = [(sample_id, path, texts) for sample_id, (path, texts) in merged.items()]
-        return [s for s in pool.map(lambda item: _sample(item[0], item[1], item[2], plan), items) if s]
+            options.skipped.add(sample_id or where, str(reason))
+    with ThreadPoolExecutor(files.readers(source)) as pool:
+        found = pool.map(lambda item: _sample(item[0], item[1][0], item[1][1], options), merged.items())
+        return [sample for sample in found if sample]
 
 
-def _add(merged: dict[str, tuple[str, list[str]]], source: str, row: Row, plan: Plan) -> None:
-    image = next((row[name] for name in IMAGE_NAMES if row.get(name)), None)
-    if not isinstance(image, str):
-        raise BadSample("no image in row")
-    path = files.join(files.parent(source), image.replace("\0", ""))
-    texts = from_value(next((row[n] for n in NAMES if row.get(n)), None)) if plan.need_captions else ()
-    sample_id = _name(row)
-    known_path, known_texts = merged.setdefault(sample_id, (path, []))
-    if known_path != path:
-        raise BadSample(f"duplicate id: {image}")
-    known_texts.extend(texts)
-
-
-def _name(row: Row) -> str:
-    """The id of a row: the `id` column, or the picture's path without suffix; "" where there is neither."""
+def _id(row: Row, image: object) -> str:
+    """The id of a row: the `id` column, or the image's path without suffix; "" if it has neither."""
     if (given := row.get("id")) not in (None, ""):
         return " ".join(str(given).split())
-    image = next((row[name] for name in IMAGE_NAMES if row.get(name)), None)
     return id_of(image) if isinstance(image, str) else ""
 
 
-def _sample(sample_id: str, path: str, texts: list[str], plan: Plan) -> Sample | None:
+def _sample(sample_id: str, path: str, texts: list[str], options: IndexOptions) -> Sample | None:
     try:
-        kept = plan.filters.captions(tuple(texts)) if plan.need_captions else ()
+        kept = options.filters.captions(tuple(texts)) if options.need_captions else ()
         return Sample(sample_id, path, 0, files.size(path), kept)
     except BadSample as reason:
-        plan.skipped.add(sample_id, str(reason))
+        options.skipped.add(sample_id, str(reason))
     except FileNotFoundError:
-        plan.skipped.add(sample_id, "missing")
-    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
-        plan.skipped.add(sample_id, f"unreadable: {error}")
+        options.skipped.add(sample_id, "missing")
+    except (OSError, ValueError) as error:  # ValueError: an impossible path
+        options.skipped.add(sample_id, f"unreadable: {error}")
     return None
 
 
-def _rows(source: str, plan: Plan) -> Iterator[tuple[str, Row]]:
-    """("line 12", row) for each row that can be parsed; the others are counted."""
+def _rows(source: str, options: IndexOptions) -> Iterator[tuple[str, Row]]:
+    """Yield ("line 12", row) for each row that can be parsed; count the others."""
     suffix = os.path.splitext(source)[1].lower()
     try:
         with files.open_binary(source) as file:
             if suffix == ".jsonl":
-                yield from _json_rows(file, plan)
+                yield from _json_rows(file, options)
             elif suffix == ".parquet":
                 yield from _parquet_rows(file, source)
             else:
-                yield from _csv_rows(file, source, "excel-tab" if suffix == ".tsv" else "excel", plan)
+                yield from _csv_rows(file, source, "excel-tab" if suffix == ".tsv" else "excel", options)
     except OSError as error:
         raise DalleError(f"expected to read {source}, found {error.strerror or error}; check the file") from None
 
 
-def _json_rows(file: BinaryIO, plan: Plan) -> Iterator[tuple[str, Row]]:
+def _json_rows(file: BinaryIO, options: IndexOptions) -> Iterator[tuple[str, Row]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
-            plan.skipped.add(f"line {number}", "caption is not UTF-8")
+            options.skipped.add(f"line {number}", "caption is not UTF-8")
             continue
         except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):
             yield f"line {number}", row
         else:
-            plan.skipped.add(f"line {number}", "malformed row")
+            options.skipped.add(f"line {number}", "malformed row")
 
 
-def _csv_rows(file: BinaryIO, source: str, dialect: str, plan: Plan) -> Iterator[tuple[str, Row]]:
-    # Bytes that are no UTF-8 become lone surrogates, which captions.clean refuses: one bad row costs one row.
+def _csv_rows(file: BinaryIO, source: str, dialect: str, options: IndexOptions) -> Iterator[tuple[str, Row]]:
+    # Bytes that are not UTF-8 become lone surrogates, which captions.clean refuses: one bad row costs one row.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader((line.replace("\0", "") for line in text), dialect)
     header: list[str] | None = None
@@ -116,7 +110,7 @@ def _csv_rows(file: BinaryIO, source: str, dialect: str, plan: Plan) -> Iterator
         except StopIteration:
             return
         except csv.Error:
-            plan.skipped.add(f"line {reader.line_num}", "malformed row")
+            options.skipped.add(f"line {reader.line_num}", "malformed row")
             continue
         if header is None:
             header = [name.strip().lower() for name in values]

@@ -1,4 +1,4 @@
-"""The order in which training meets its samples: a permutation per epoch, every batch a function of its number."""
+"""The order of training samples: one permutation per epoch, every batch a function of its number."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ class Order:
     """Places 0..n-1 in batches of B; the permutation of epoch e depends on (seed, e) alone.
 
     Raises:
-        DalleError: there is nothing to order.
+        DalleError: there are no samples.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int):
@@ -22,14 +22,14 @@ class Order:
         self._epochs: dict[int, Ints] = {}
 
     def permutation(self, epoch: int) -> Ints:
-        """The order of an epoch, (n,); the last two epochs asked for are kept."""
+        """The order of an epoch, (n,); the last two are cached."""
         if epoch not in self._epochs:
             self._epochs = {e: p for e, p in self._epochs.items() if e >= epoch - 1}
             self._epochs[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.n)
         return self._epochs[epoch]
 
     def batch(self, step: int) -> tuple[Ints, Ints]:
-        """Epoch and place of each sample of batch `step`, (B,) and (B,); epochs follow without a gap."""
+        """Epoch and place of each sample of batch `step`, (B,) and (B,); a batch may span two epochs."""
         at = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs = at // self.n
         places = np.empty_like(at)

@@ -1,7 +1,7 @@
 """Captions and latents joined by id: what a prior is trained on.
 
 Shapes: B batch, T caption length, H W code grid, D embedding width. Both artifacts are memory maps; only a batch is
-ever copied.
+copied.
 """
 
 from collections.abc import Sequence
@@ -17,120 +17,120 @@ from dalle_cli.errors import DalleError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Uniform = npt.NDArray[np.float64]
 
 
-def _rows_by_id(ids: Sequence[str], place: dict[str, int]) -> tuple[Ints, Ints]:
-    """For each place its rows, as one array, and where each place's rows begin in it (n+1)."""
-    places = np.array([place.get(name, -1) for name in ids], dtype=np.int64)
-    known = np.flatnonzero(places >= 0)
-    rows = known[np.argsort(places[known], kind="stable")]
-    starts = np.zeros(len(place) + 1, dtype=np.int64)
-    np.cumsum(np.bincount(places[known], minlength=len(place)), out=starts[1:])
-    return rows, starts
+class RowsById:
+    """The rows of each id in an artifact. Ids are addressed by their place in `names`; an id may have several rows."""
 
+    def __init__(self, ids: Sequence[str], names: Sequence[str]):
+        place = {name: i for i, name in enumerate(names)}
+        places = np.array([place.get(name, -1) for name in ids], dtype=np.int64)
+        known = np.flatnonzero(places >= 0)
+        self.rows = known[np.argsort(places[known], kind="stable")]  # of place 0, of place 1, ...
+        self.counts = np.bincount(places[known], minlength=len(place))
+        self.starts = np.cumsum(self.counts) - self.counts
 
-def _of_places(table: tuple[Ints, Ints], places: Ints) -> tuple[Ints, Ints]:
-    """What `_rows_by_id` gives, for these places alone."""
-    rows, starts = table
-    parts = [rows[starts[place] : starts[place + 1]] for place in places.tolist()]
-    return np.concatenate([rows[:0], *parts]), np.cumsum([0, *map(len, parts)])
+    def at(self, places: Ints) -> "RowsById":
+        """The same rows for a subset of the places, renumbered from 0."""
+        subset = copy(self)
+        subset.counts, subset.starts = self.counts[places], self.starts[places]
+        return subset
+
+    def pick(self, places: Ints, uniform: Uniform) -> Ints:
+        """One row for each place; a number in [0, 1) chooses among several: (B,), (B,) -> (B,)."""
+        return np.asarray(self.rows[self.starts[places] + (uniform * self.counts[places]).astype(np.int64)])
 
 
 class Pairs:
-    """The ids that have both a caption and a latent; each may have several of both, of which training draws one anew.
+    """The ids that have both a caption and a latent. Each may have several of both.
 
     Raises:
-        DalleError: no id in common.
+        DalleError: no id in common, or columns that do not fit the header.
     """
 
     def __init__(self, captions: Artifact, latents: Artifact):
         self.captions, self.latents = captions, latents
-        latent_ids = list(latents.strings("ids"))
-        caption_ids = list(captions.strings("ids"))
+        latent_ids, caption_ids = list(latents.strings("ids")), list(captions.strings("ids"))
         self.ids = sorted(set(latent_ids) & set(caption_ids))
         if not self.ids:
             example = f"{caption_ids[0]!r} and {latent_ids[0]!r}" if caption_ids and latent_ids else "none at all"
             raise DalleError(
-                f"expected captions and {latents.kind} of the same pictures, found no id in common ({example}); "
+                f"expected captions and {latents.kind} of the same images, found no id in common ({example}); "
                 "make both from one data set"
             )
-        self._sizes = {name: captions.fact(name, int) for name in ("n_text", "n_vocab")}
-        _check(captions, captions.array("tokens")[:0], (self._sizes["n_text"],), self._sizes["n_vocab"])
+        self._caption_sizes = (captions.require("n_text", int),), captions.require("n_vocab", int)
+        _check(captions, captions.array("tokens")[:0], *self._caption_sizes)
         if latents.kind == "embeddings":
-            self._check_widths()
+            self._check_encoder()
         else:
-            self._latent_sizes = {name: latents.fact(name, int) for name in ("grid", "n_vocab")}
-            shape = (self._latent_sizes["grid"],) * 2
-            _check(latents, latents.array("codes")[:0], shape, self._latent_sizes["n_vocab"])
-        place = {name: i for i, name in enumerate(self.ids)}
-        self._captions = _rows_by_id(caption_ids, place)
-        self._latents = _rows_by_id(latent_ids, place)
+            self._code_sizes = (latents.require("grid", int),) * 2, latents.require("n_vocab", int)
+            _check(latents, latents.array("codes")[:0], *self._code_sizes)
+        self._captions, self._latents = RowsById(caption_ids, self.ids), RowsById(latent_ids, self.ids)
         self.unmatched = len(set(latent_ids) ^ set(caption_ids))
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def without(self, ids: frozenset[str]) -> "Pairs":
+    def exclude(self, ids: frozenset[str]) -> "Pairs":
         """The pairs of all other ids."""
-        if not ids:
-            return self
         places = np.flatnonzero([name not in ids for name in self.ids])
         kept = copy(self)
         kept.ids = [self.ids[place] for place in places.tolist()]
-        kept._captions, kept._latents = _of_places(self._captions, places), _of_places(self._latents, places)
+        kept._captions, kept._latents = self._captions.at(places), self._latents.at(places)
         return kept
 
     def split(self, share: float) -> tuple[Ints, Ints]:
         """Places for training and for validation, by a hash of the id alone."""
         return split(self.ids, share)
 
-    def draw(self, places: Ints, picks: npt.NDArray[np.float64]) -> tuple[Ints, Ints]:
-        """A caption row and a latent row for each place; picks (B, 2) uniform in [0, 1) choose among several."""
-        return _pick(self._captions, places, picks[:, 0]), _pick(self._latents, places, picks[:, 1])
+    def draw(self, places: Ints, uniform: Uniform | None = None) -> tuple[Ints, Ints]:
+        """A caption row and a latent row for each place: the first of several, or as (B, 2) in [0, 1) choose."""
+        uniform = np.zeros((len(places), 2)) if uniform is None else uniform
+        return self._captions.pick(places, uniform[:, 0]), self._latents.pick(places, uniform[:, 1])
 
     def tokens(self, rows: Ints) -> tuple[npt.NDArray[Any], Ints]:
         """Captions of these rows: tokens (B, T) int64 and lengths (B,) int64."""
         tokens = np.asarray(self.captions.array("tokens")[rows]).astype(np.int64)
-        _check(self.captions, tokens, (self._sizes["n_text"],), self._sizes["n_vocab"])
+        _check(self.captions, tokens, *self._caption_sizes)
         return tokens, np.asarray(self.captions.array("lengths")[rows]).astype(np.int64)
 
     def codes(self, rows: Ints) -> Ints:
-        """Codes of these rows, (B, H, W) int64."""
+        """Codes of these rows: (B, H, W) int64."""
         codes = np.asarray(self.latents.array("codes")[rows]).astype(np.int64)
-        _check(self.latents, codes, (self._latent_sizes["grid"],) * 2, self._latent_sizes["n_vocab"])
+        _check(self.latents, codes, *self._code_sizes)
         return codes
 
     @property
     def width(self) -> int:
-        """Of the embeddings: D."""
+        """The embeddings' width: D."""
         return int(self.latents.array("embeddings").shape[1])
 
     def embeddings(self, rows: Ints) -> Floats:
-        """z_i of these rows, to length 1: (B, D) float32."""
+        """z_i of these rows, normalized to length 1: (B, D) float32."""
         return _normalized(self.latents, rows)
 
     def text_embeddings(self, rows: Ints) -> Floats:
-        """z_t of these captions, to length 1: (B, D) float32."""
+        """z_t of these captions, normalized to length 1: (B, D) float32."""
         return _normalized(self.captions, rows)
 
-    def _check_widths(self) -> None:
+    def _check_encoder(self) -> None:
         """Raises: DalleError if captions have no embeddings, or those of another CLIP."""
         if "embeddings" not in self.captions:
-            found = f"none in {self.captions.path}"
             raise DalleError(
-                f"expected captions with embeddings of the CLIP that made the pictures' own, found {found}; "
-                "make them again with `tokenize -m CLIP`"
+                "expected captions with embeddings of the CLIP that embedded the images, found none in "
+                f"{self.captions.path}; make them again with `tokenize -m CLIP`"
             )
-        mine, theirs = self.captions.fact("encoder", str), self.latents.fact("encoder", str)
+        mine, theirs = self.captions.require("encoder", str), self.latents.require("encoder", str)
         if mine != theirs or self.captions.array("embeddings").shape[1] != self.width:
-            found = f"{mine[:12]} and {theirs[:12]}"
             raise DalleError(
-                f"expected captions and pictures embedded by one CLIP, found {found} (sha256); make one of them again"
+                f"expected captions and images embedded by one CLIP, found {mine[:12]} and {theirs[:12]} (sha256); "
+                "make one of them again"
             )
 
 
 def _normalized(source: Artifact, rows: Ints) -> Floats:
-    """Raises: DalleError if an embedding is no number, or has no length."""
+    """Raises: DalleError if an embedding is not finite, or has no length."""
     z = np.asarray(source.array("embeddings")[rows]).astype(np.float32)
     length = np.linalg.norm(z, axis=-1, keepdims=True)
     if not (np.isfinite(length) & (length > 0)).all():
@@ -139,15 +139,9 @@ def _normalized(source: Artifact, rows: Ints) -> Floats:
 
 
 def _check(source: Artifact, rows: Ints, shape: tuple[int, ...], n_vocab: int) -> None:
-    """Raises: DalleError if rows are not what the header says of them."""
+    """Raises: DalleError if rows differ from what the header says of them."""
     if rows.shape[1:] != shape or (rows.size and not 0 <= rows.min() <= rows.max() < n_vocab):
         found = f"{rows.shape[1:]} up to {rows.max(initial=0)}"
         raise DalleError(
             f"expected {source.kind} {shape} below {n_vocab}, found {found} in {source.path}; make it again"
         )
-
-
-def _pick(table: tuple[Ints, Ints], places: Ints, uniform: npt.NDArray[np.float64]) -> Ints:
-    rows, starts = table
-    counts = starts[places + 1] - starts[places]
-    return np.asarray(rows[starts[places] + (uniform * counts).astype(np.int64)])

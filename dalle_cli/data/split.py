@@ -1,4 +1,4 @@
-"""Which pictures are held out: decided by a hash of the id alone, so that every stage holds out the same ones."""
+"""Which images are held out for validation: a hash of the id alone decides, so every stage holds out the same."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def held_out(name: str, share: float) -> bool:
-    """Whether the sample of this id belongs to the held-out `share` in [0, 1]."""
+    """Whether the sample with this id belongs to the held-out `share` in [0, 1]."""
     digest = hashlib.sha256(name.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 

@@ -1,8 +1,7 @@
-"""Byte-level BPE for captions, through the `tokenizers` library.
+"""Byte-level BPE for captions, by the `tokenizers` library.
 
-Shapes: N captions, T length. Text is lower-cased (one character at a time, so that a Greek sigma stays the same at a
-word's end) and brought to NFC. As the alphabet is the 256 bytes, no character is ever unknown, and decoding gives the
-text back. There are no special tokens: start and padding belong to the prior, which has learned ones of its own.
+Shapes: N captions, T length. Text is lower-cased and normalized to NFC. The alphabet is the 256 bytes: no character is
+unknown, and decoding restores the text. There are no special tokens; the prior learns its own start and padding.
 """
 
 import hashlib
@@ -25,29 +24,29 @@ from dalle_cli.errors import DalleError
 BYTES = 256
 Tokens = NDArray[np.uint16] | NDArray[np.int32]
 
-_NOT_UNICODE = "expected text in UTF-8, found bytes that are none; check its encoding"
-_LONGEST = 1024  # the work of _merge grows with the square of a word's length
-_CHUNK = 4096  # captions encoded at once; the library's own objects are some 50 times as large as the tokens
+_NOT_UNICODE = "expected text in UTF-8, found other bytes; check its encoding"
+_LONGEST = 1024  # bytes of a word; the cost of _merge grows with the square
+_CHUNK = 4096  # captions encoded at once; the library's objects are some 50 times as large as the tokens
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The paper's sizes (sec. 2.2): vocabulary, and the most tokens of a caption."""
+    """Sizes as in the paper (sec. 2.2): the vocabulary, and the most tokens of a caption."""
 
     vocab_size: int = 16384
     length: int = 256
 
 
 def train(captions: Iterable[str], vocab_size: int) -> "Tokenizer":
-    """Learn merges from captions; the vocabulary is smaller than asked for where no pair is left that occurs twice.
+    """Learn merges from captions; the vocabulary stays smaller if no pair is left that occurs twice.
 
     Raises:
-        DalleError: A vocabulary that has no room for the bytes.
+        DalleError: the vocabulary has no room for the 256 bytes.
     """
     if vocab_size < BYTES:
         raise DalleError(f"expected vocab_size of at least {BYTES}, one for each byte, found {vocab_size}; raise it")
     library = Library(models.BPE())
-    # The blank put before the text makes its first word the same token as elsewhere; decoding takes it off again.
+    # A blank before the text makes its first word the same token as elsewhere; decoding removes it.
     library.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.NFC(), normalizers.Prepend(" ")])
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
@@ -66,7 +65,7 @@ def load(path: str | Path) -> "Tokenizer":
     """Read a tokenizer JSON.
 
     Raises:
-        DalleError: No such file, or not a tokenizer.
+        DalleError: no such file, or not a tokenizer.
     """
     try:
         data = Path(path).read_bytes()
@@ -79,13 +78,13 @@ def load(path: str | Path) -> "Tokenizer":
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, vocab_size: int) -> tuple[Tokens, NDArray[np.uint16], int]:
-    """Lists of tokens -> (N, T) uint16 (int32 for a large vocabulary), 0 beyond the end; (N,) lengths; how many cut.
+    """Pad lists of tokens with 0: -> (N, T) uint16 (int32 for a large vocabulary), (N,) uint16 lengths, how many cut.
 
     Raises:
-        DalleError: A length that a uint16 does not hold.
+        DalleError: a length that does not fit uint16.
     """
     if not 0 < length < 1 << 16:
-        raise DalleError(f"expected a length of captions from 1 to 65,535 tokens, found {length}; mend the setting")
+        raise DalleError(f"expected a length of captions from 1 to 65,535 tokens, found {length}; correct it")
     tokens = np.zeros((len(rows), length), np.uint16 if vocab_size <= 1 << 16 else np.int32)
     lengths = np.zeros(len(rows), np.uint16)
     n_cut = 0
@@ -98,7 +97,7 @@ def pad(rows: Sequence[Sequence[int]], length: int, vocab_size: int) -> tuple[To
 
 
 class Tokenizer:
-    """A tokenizer JSON in use; `data` are its bytes, `digest` their SHA-256, by which weights name it."""
+    """A tokenizer; `data` is its JSON file, `digest` the file's SHA-256, by which weights name it."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -113,14 +112,14 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens are below this."""
+        """Number of tokens."""
         return int(self._library.get_vocab_size())
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Texts -> tokens, uncut.
+        """Texts -> tokens of any length.
 
         Raises:
-            DalleError: A text that is not valid Unicode, as from a command line in another encoding.
+            DalleError: a text is not valid Unicode, as from a command line in another encoding.
         """
         out: list[list[int]] = []
         for i in range(0, len(texts), _CHUNK):
@@ -132,24 +131,24 @@ class Tokenizer:
         return out
 
     def encode_batch(self, texts: Sequence[str], length: int) -> tuple[Tokens, NDArray[np.uint16], int]:
-        """N texts -> tokens (N, T) uint16 or int32, 0 beyond the end; lengths (N,) uint16; how many were cut to T."""
+        """N texts -> tokens (N, T) uint16 or int32, padded with 0; lengths (N,) uint16; number cut to T."""
         return pad(self.encode(texts), length, self.vocab_size)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Tokens -> text; bytes that are no UTF-8, as where a caption was cut, become U+FFFD."""
+        """Tokens -> text; bytes that are not UTF-8, as at the end of a cut caption, become U+FFFD."""
         return str(self._library.decode([int(t) for t in tokens], skip_special_tokens=False))
 
     def encode_dropout(self, text: str, p: float, rng: np.random.Generator, length: int = sys.maxsize) -> list[int]:
-        """Text -> tokens, `length` at most; a merge that could be made is passed over with probability p at each step.
+        """Text -> at most `length` tokens with BPE dropout (Provilkov et al. 2020, algorithm 1).
 
-        BPE dropout (Provilkov et al. 2020, algorithm 1); the library has it too, but drawn from a generator that
-        cannot be seeded. With p = 0 the tokens are the library's, but that words over 1,024 bytes are merged in pieces.
+        Each possible merge is skipped with probability p at each step. The library's own dropout cannot be seeded.
+        With p = 0 the tokens are the library's, except that words over 1,024 bytes are merged in parts.
 
         Raises:
-            DalleError: A p that is no probability, a tokenizer that is no byte-level BPE, or text that is not Unicode.
+            DalleError: p is not a probability, the tokenizer is not a byte-level BPE, or the text is not Unicode.
         """
         if not 0 <= p <= 1:
-            raise DalleError(f"expected a BPE dropout from 0 to 1, found {p}; mend the setting")
+            raise DalleError(f"expected a BPE dropout from 0 to 1, found {p}; correct it")
         byte, ranks, made = self._tables
         drops = _Drops(p, rng)
         tokens: list[int] = []
@@ -161,7 +160,7 @@ class Tokenizer:
         return tokens[:length]
 
     def _words(self, text: str) -> list[str]:
-        """The words of a text, each byte written as the character that stands for it in the vocabulary."""
+        """The words of a text, each byte as the character that represents it in the vocabulary."""
         try:
             normalized = self._library.normalizer.normalize_str(text)
         except (UnicodeEncodeError, TypeError):
@@ -170,7 +169,7 @@ class Tokenizer:
 
     @cached_property
     def _tables(self) -> tuple[dict[str, int], dict[tuple[int, int], int], list[int]]:
-        """The token of each byte; the rank of each pair that merges; the token that the merge of a rank makes."""
+        """The token of each character; the rank of each pair that merges; the merged token by rank."""
         content = json.loads(self.data)
         model: dict[str, Any] = content["model"]
         vocab: dict[str, int] = model.get("vocab", {})
@@ -183,12 +182,12 @@ class Tokenizer:
 
 
 class _Drops:
-    """Independent events of probability p, drawn as the gaps between them: most words then need no draw at all."""
+    """Independent events of probability p, sampled as the gaps between them: most words need no random number."""
 
     def __init__(self, p: float, rng: np.random.Generator) -> None:
         self._p, self._rng = p, rng
         self._gaps: Iterator[int] = iter(())
-        self.left = self._gap()  # trials up to and with the next event
+        self.left = self._gap()  # trials up to and including the next event
 
     def _gap(self) -> int:
         if self._p == 0:
@@ -199,7 +198,7 @@ class _Drops:
         return gap
 
     def among(self, n: int) -> list[int]:
-        """Make n trials: which of them, counted from 0, are events."""
+        """Make n trials: -> the numbers, from 0, of those that are events."""
         events, done = [], 0
         while self.left <= n - done:
             done += self.left
@@ -209,11 +208,11 @@ class _Drops:
         return events
 
 
-_NONE = sys.maxsize  # the rank of a pair that does not merge
+_NONE = sys.maxsize  # rank of a pair that does not merge
 
 
 def _merge(symbols: list[int], ranks: dict[tuple[int, int], int], made: list[int], drops: _Drops) -> list[int]:
-    """Merge the pair of lowest rank, leftmost first, until none is left or all that are left were dropped."""
+    """Merge the pair of lowest rank, leftmost first, until none is left or all that are left are dropped."""
     found = [ranks.get(pair, _NONE) for pair in pairwise(symbols)]
     while n := len(found) - found.count(_NONE):
         open_to = found

@@ -1,18 +1,20 @@
-"""WebDataset tars: members are read where they lie, by ranges found in one pass over the headers; nothing is unpacked.
+"""WebDataset tars: one pass over the headers finds the range of each member; nothing is unpacked.
 
-A sample's id is its key: a member's path up to the first dot of its base name. Where several tars of one data set
-use the same key, all ids of that data set are preceded by their tar's name: "00001/000123".
+A sample's id is its key: a member's path up to the first dot of its base name. If several tars of a data set use the
+same key, all its ids begin with the name of their tar: "00001/000123".
 """
 
+import contextlib
 import itertools
 import json
+import math
 import re
 import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from dalle_cli.data import captions, files
-from dalle_cli.data.samples import Plan, Sample, is_picture
+from dalle_cli.data.samples import IndexOptions, Sample, is_image
 from dalle_cli.data.skips import BadSample
 from dalle_cli.errors import DalleError
 
@@ -23,18 +25,16 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 def expand(source: str) -> list[str]:
-    """ "{00000..00099}.tar" or "{a,b}.tar" -> the paths; several braces make all combinations.
+    """Expand "{00000..00099}.tar" or "{a,b}.tar" to paths; several braces give all combinations.
 
     Raises:
-        DalleError: Braces that are neither, or of more than a million tars.
+        DalleError: other braces, or more than a million tars.
     """
     parts = _BRACES.split(source)
     choices = [[part] if i % 2 == 0 else _choices(part, source) for i, part in enumerate(parts)]
-    total = 1
-    for choice in choices:
-        total *= len(choice)
+    total = math.prod(map(len, choices))
     if total > _MAX_TARS:
-        raise DalleError(f"expected at most {_MAX_TARS:,} tars, found {total:,} in {source}; mend the braces")
+        raise DalleError(f"expected at most {_MAX_TARS:,} tars, found {total:,} in {source}; correct the braces")
     return ["".join(combination) for combination in itertools.product(*choices)]
 
 
@@ -42,18 +42,18 @@ def _choices(inner: str, source: str) -> list[str]:
     if ends := re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", inner):
         first, last = int(ends[1]), int(ends[2])
         if last - first >= _MAX_TARS:
-            raise DalleError(f"expected at most {_MAX_TARS:,} tars, found {last - first + 1:,} in {source}; mend it")
+            raise DalleError(f"expected at most {_MAX_TARS:,} tars, found {last - first + 1:,} in {source}; correct it")
         width = len(ends[1]) if ends[1].startswith("0") else 0
         if first <= last:
             return [f"{n:0{width}d}" for n in range(first, last + 1)]
     elif "," in inner:
         return inner.split(",")
-    raise DalleError(f"expected braces like {{00000..00099}} or {{a,b}}, found {{{inner}}} in {source}; mend them")
+    raise DalleError(f"expected braces like {{00000..00099}} or {{a,b}}, found {{{inner}}} in {source}; correct them")
 
 
-def index(paths: list[str], plan: Plan) -> list[Sample]:
-    """The samples of all tars, each with the range that its picture takes."""
-    per_tar = [_index_tar(path, plan) for path in paths]
+def index(paths: list[str], options: IndexOptions) -> list[Sample]:
+    """The samples of all tars, each with the range of its image."""
+    per_tar = [_index_tar(path, options) for path in paths]
     keys = [sample.id for samples in per_tar for sample in {s.id: s for s in samples}.values()]
     if len(set(keys)) == len(keys):
         return list(itertools.chain.from_iterable(per_tar))
@@ -64,19 +64,19 @@ def _stem(path: str) -> str:
     return path.replace("\\", "/").rpartition("/")[2].removesuffix(".tar")
 
 
-def _index_tar(path: str, plan: Plan) -> list[Sample]:
-    pictures: list[Sample] = []
+def _index_tar(path: str, options: IndexOptions) -> list[Sample]:
+    images: list[Sample] = []
     texts: dict[str, bytes] = {}
     records: dict[str, bytes] = {}
     try:
         with files.open_binary(path) as file:
-            for member in _members(file, path, plan):
+            for member in _members(file, path, options):
                 if not member.isreg() or not (match := _KEY.fullmatch(member.name)):
                     continue
                 key, suffix = match[1], match[2].lower()
-                if is_picture(f".{suffix}") and "." not in suffix:
-                    pictures.append(Sample(key, path, member.offset_data, member.size, ()))
-                elif plan.need_captions and suffix in ("txt", "json"):
+                if is_image(f".{suffix}") and "." not in suffix:
+                    images.append(Sample(key, path, member.offset_data, member.size, ()))
+                elif options.need_captions and suffix in ("txt", "json"):
                     file.seek(member.offset_data)
                     target = texts if suffix == "txt" else records
                     target.setdefault(key, file.read(min(member.size, captions.MAX_BYTES + 1)))
@@ -84,54 +84,55 @@ def _index_tar(path: str, plan: Plan) -> list[Sample]:
         raise DalleError(f"expected a tar at {path}, found no such file; check the path or the braces") from None
     except OSError as error:
         raise DalleError(f"expected to read {path}, found {error.strerror or error}; check the file") from None
-    if not plan.need_captions:
-        return pictures
-    return [sample for picture in pictures if (sample := _captioned(picture, texts, records, plan))]
+    if not options.need_captions:
+        return images
+    return [sample for image in images if (sample := _captioned(image, texts, records, options))]
 
 
-def _members(file: BinaryIO, path: str, plan: Plan) -> Iterator[tarfile.TarInfo]:
-    """The members whose data are all there; a tar that is cut short or broken is counted where it stops."""
+def _members(file: BinaryIO, path: str, options: IndexOptions) -> Iterator[tarfile.TarInfo]:
+    """Yield the members whose data are complete; a tar that is truncated or broken is counted where it stops."""
     if file.read(6).startswith(_COMPRESSED):
-        raise DalleError(f"expected a plain tar, found a compressed one at {path}; decompress it, pictures already are")
+        raise DalleError(f"expected a plain tar, found a compressed one at {path}; decompress it, images already are")
     end = file.seek(0, 2)
     file.seek(0)
     last = -1
     try:
         tar = tarfile.TarFile(fileobj=file, mode="r")
         while member := tar.next():
-            tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps them all
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
             if member.offset <= last or member.offset_data + member.size > end:
-                plan.skipped.add(_stem(path) + ".tar", f"truncated tar: {member.name}")
+                options.skipped.add(_stem(path) + ".tar", f"truncated tar: {member.name}")
                 return
             last = member.offset
             yield member
         file.seek(tar.offset)
         if len(block := file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE or block.strip(b"\0"):
-            plan.skipped.add(_stem(path) + ".tar", "truncated tar: no end mark")
-    except (tarfile.TarError, ValueError, EOFError) as error:  # ValueError: a number in a header that is none
+            options.skipped.add(_stem(path) + ".tar", "truncated tar: no end mark")
+    except (tarfile.TarError, ValueError, EOFError) as error:  # ValueError: a malformed number in a header
         if last < 0:
             raise DalleError(f"expected a tar at {path}, found {error}; write or fetch it again") from None
-        plan.skipped.add(_stem(path) + ".tar", f"truncated tar: {error}")
+        options.skipped.add(_stem(path) + ".tar", f"truncated tar: {error}")
 
 
-def _captioned(picture: Sample, texts: dict[str, bytes], records: dict[str, bytes], plan: Plan) -> Sample | None:
-    """The .txt where there is one, else `caption` (or text, title) in the .json."""
+def _captioned(
+    image: Sample, texts: dict[str, bytes], records: dict[str, bytes], options: IndexOptions
+) -> Sample | None:
+    """Add the captions of the .txt, if there is one, else `caption` (or text, title) of the .json."""
     try:
-        if picture.id in texts:
-            return picture._replace(captions=plan.text(texts[picture.id]))
-        return picture._replace(captions=plan.value(_from_json(records.get(picture.id))))
+        if image.id in texts:
+            return image._replace(captions=options.text(texts[image.id]))
+        return image._replace(captions=options.value(_from_json(records.get(image.id))))
     except BadSample as reason:
-        plan.skipped.add(picture.id, str(reason))
+        options.skipped.add(image.id, str(reason))
         return None
 
 
 def _from_json(data: bytes | None) -> object:
     if data is None:
         return None
-    try:
+    record = None
+    with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(captions.decode(data))
-    except (ValueError, RecursionError):
-        raise BadSample("caption is not JSON") from None
     if not isinstance(record, dict):
         raise BadSample("caption is not JSON")
     return next((record[name] for name in captions.NAMES if record.get(name)), None)

@@ -67,7 +67,7 @@ class Threshold:
     """Keep x_start within [-limit, limit], what the data never leave.
 
     With a quantile in (0, 1) it is dynamic: a sample is cut at s, that quantile of its absolute values or the limit if
-    that is more, and scaled back by limit / s (Saharia et al. 2022, sec. 2.3). Without, it is clipped.
+    that is more, and scaled back by limit / s (Saharia et al. 2022, sec. 2.3). Exclude, it is clipped.
     """
 
     limit: float = 1.0

@@ -31,7 +31,7 @@ def sample(
 ) -> Tensor:
     """Draw by a sampler's name in n steps, `heun` in up to 2n - 1 calls: (B, ...) noise -> (B, ...) data.
 
-    `eta` is of `ddim` alone. Without `spacing`, `heun` takes karras and the others trailing timesteps.
+    `eta` is of `ddim` alone. Exclude `spacing`, `heun` takes karras and the others trailing timesteps.
 
     Raises:
         DalleError: an unknown sampler or spacing, a number of steps or an eta out of its range.

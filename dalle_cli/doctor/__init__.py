@@ -1,1 +1,1 @@
-"""The usual failures of a trained model."""
+"""Checks of a trained model for the usual failures, by the loss and the validation of its own task."""

@@ -1,4 +1,4 @@
-"""Whether a model of some sizes, from fresh weights, can learn eight rows by heart: if not, its wiring is at fault."""
+"""Overfit a fresh model of the same sizes on eight rows: if it cannot, its wiring is at fault."""
 
 import math
 from collections.abc import Callable
@@ -7,48 +7,56 @@ import torch
 from torch import Tensor, nn
 
 from dalle_cli.doctor.checks import BAD, OK, Finding
+from dalle_cli.doctor.subject import Subject
+from dalle_cli.training.loop import mix
 
 ROWS = 8
 UPDATES, SHARE = 200, 0.1  # within so many updates the error must fall to this share of its start
-WARM_UP, CLIP = 10, 1.0
-RATE, RATE_WIDTH, MOST_RATE = 1e-3, 512, 6e-3  # of learning, at this width; smaller models want larger steps
-
-Step = Callable[[int], tuple[Tensor, Tensor]]  # update -> what is minimized, and the error that should fall
+WARMUP, CLIP_NORM = 10, 1.0
 
 
 def learning_rate(width: int) -> float:
-    """What learns by heart at some width of the model's stream."""
-    return min(RATE * math.sqrt(RATE_WIDTH / width), MOST_RATE)
+    """1e-3 at a width of 512; smaller models take larger steps."""
+    return min(1e-3 * math.sqrt(512 / width), 6e-3)
 
 
-def overfit(model: nn.Module, step: Step, width: int, advance: Callable[[], None], updates: int = UPDATES) -> Finding:
-    """Train on the same rows until their error has fallen far enough, or for `updates`; without dropout."""
+def overfit_subject(subject: Subject, advance: Callable[[], None]) -> Finding:
+    """Train the subject's fresh model on its first eight rows."""
+    task, seed, machine = subject.task, subject.request.seed, subject.request.machine
+    batch = tuple(column[:ROWS].to(machine.device) for column in subject.batch)
+
+    def step(update: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(mix(seed, update))
+        with machine.autocast():
+            loss, metrics = task.loss(batch, update, torch.Generator(machine.device).manual_seed(mix(seed, update)))
+            return loss, subject.error(loss, metrics)
+
+    return overfit(task.model.to(machine.device), step, subject.width, advance)
+
+
+def overfit(
+    model: nn.Module, step: Callable[[int], tuple[Tensor, Tensor]], width: int, advance: Callable[[], None],
+    updates: int = UPDATES,
+) -> Finding:  # fmt: skip
+    """Train without dropout until the error has fallen far enough, or for `updates`; `step` gives loss and error."""
     model.eval().requires_grad_(True)
-    rate = learning_rate(width)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.99), weight_decay=0.0)
-    start = now = math.nan
-    number = 0
-    for number in range(updates + 1):
-        loss, error = step(number)
-        now = float(error.detach())
-        start = now if number == 0 else start
-        if number == updates or now <= SHARE * start or not math.isfinite(float(loss.detach())) or start <= 0:
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate(width), (0.9, 0.99), weight_decay=0.0)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: min(1, (update + 1) / WARMUP))
+    start, left, update = math.nan, 1.0, 0
+    for update in range(updates + 1):
+        loss, error = step(update)
+        start = float(error.detach()) if update == 0 else start
+        left = float(error.detach()) / start if start > 0 else math.nan
+        if update == updates or not left > SHARE or not math.isfinite(float(loss.detach())):
             break
         model.zero_grad()
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (number + 1) / WARM_UP)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
+        warmup.step()
         advance()
-    return verdict(now, start, number, updates)
-
-
-def verdict(now: float, start: float, taken: int, updates: int) -> Finding:
-    """What error is left of that at the start, after as many updates as were taken of those that there are."""
-    left = now / start if start > 0 else math.nan
-    expected = f"at most {SHARE:g} within {updates} updates"
-    question = f"error left of {ROWS} rows, by heart after {taken} updates"
     advice = "fresh weights of these sizes do not learn: look for what is cut between inputs and loss"
+    expected = f"at most {SHARE:g} within {updates} updates"
+    question = f"error left of {ROWS} rows, overfitted for {update} updates"
     return Finding(question, OK if left <= SHARE else BAD, left, expected, advice)

@@ -1,1 +1,1 @@
-"""What pictures, priors and tokenizers are worth."""
+"""Metrics of images, dVAEs and priors, and near-duplicates of data sets."""

@@ -1,4 +1,4 @@
-"""Gaussian blur of pictures (Ramesh et al. 2021, fig. 9: both sides are blurred, as a dVAE drops fine detail).
+"""Gaussian blur (Ramesh et al. 2021, fig. 9: both sets are blurred, since a dVAE drops fine detail).
 
 Shapes: B batch, S side in pixels; pixels are in [0, 1].
 """
@@ -9,14 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-REACH = 4.0  # standard deviations, from where on the kernel is cut off
+REACH = 4.0  # standard deviations at which the kernel is cut off
 
 
 def gaussian_blur(images: Tensor, radius: float) -> Tensor:
-    """(B, 3, S, S) float -> the same, blurred by a Gaussian of this standard deviation in pixels; 0 changes nothing.
-
-    Beyond its edges a picture goes on as its outermost pixels.
-    """
+    """(B, 3, S, S) float -> the same, blurred with this standard deviation in pixels; edge pixels are repeated."""
     if radius == 0:
         return images
     reach = math.ceil(REACH * radius)

@@ -1,61 +1,53 @@
-"""Intervals of 95 % by drawing rows again (Efron 1979); a replicate is a function of (seed, its number).
+"""Bootstrap intervals of 95% (Efron 1979); a replicate is a function of (seed, its number).
 
-Shapes: N M rows of the two sides, D features, R replicates.
+Shapes: N rows of one set, D features, R replicates.
 """
 
 import numpy as np
 import numpy.typing as npt
 
 from dalle_cli.evaluation.frechet import Floats, quick_frechet
-from dalle_cli.evaluation.store import Rows
+from dalle_cli.evaluation.store import FeatureRows
 
-FRECHET_ROWS = 5000  # of each side, at most, that are drawn from for the Frechet distance
-BLOCK = 1024
+FRECHET_ROWS = 5000  # rows of each set, at most, that the Frechet distance is resampled from
 
 
-def _drawn(n: int, seed: int, stream: int, number: int) -> npt.NDArray[np.int64]:
-    """How often each of n rows occurs among n drawn with putting back."""
+def _resampled(n: int, seed: int, stream: int, number: int) -> npt.NDArray[np.int64]:
+    """How often each of n rows occurs in a sample of n with replacement."""
     rows = np.random.default_rng([seed, stream, number]).integers(0, n, n)
     return np.bincount(rows, minlength=n)
 
 
 def of_mean(values: npt.NDArray[np.generic], replicates: int, seed: int, stream: int) -> dict[str, float]:
-    """The mean of (N,) values, and the middle 95 % of the means of replicates."""
+    """The mean of (N,) values, and the middle 95% of the means of replicates."""
     numbers = values.astype(np.float64)
     out = {"value": float(numbers.mean())}
     if replicates:
-        means = [numbers @ _drawn(len(numbers), seed, stream, r) / len(numbers) for r in range(replicates)]
+        means = [numbers @ _resampled(len(numbers), seed, stream, r) / len(numbers) for r in range(replicates)]
         out["low"], out["high"] = (float(x) for x in np.percentile(means, (2.5, 97.5)))
     return out
 
 
-def of_frechet(value: float, a: Rows, b: Rows, replicates: int, seed: int) -> dict[str, float]:
+def of_frechet(value: float, a: FeatureRows, b: FeatureRows, replicates: int, seed: int) -> dict[str, float]:
     """The distance plus and minus 1.96 standard deviations of its replicates.
 
-    Not their percentiles: rows drawn again are fewer different ones, which makes every replicate larger than the
-    distance itself. Of a side with more than FRECHET_ROWS rows a random part is drawn from, and the deviation is that
-    of the part, made smaller by the root of its share.
+    Percentiles would be biased: a replicate has fewer distinct rows, so its distance is larger. A set of more than
+    FRECHET_ROWS rows is subsampled first, and the deviation is scaled down to that of the whole set.
     """
     out = {"value": value}
     if replicates < 2:
         return out
     parts = [x.sample(FRECHET_ROWS, seed) for x in (a, b)]
-    found = [
-        quick_frechet(*(m for side, part in enumerate(parts) for m in _moments(part, _drawn(len(part), seed, side, r))))
-        for r in range(replicates)
-    ]
+    distances = []
+    for r in range(replicates):
+        moments = [_moments(part, _resampled(len(part), seed, side, r)) for side, part in enumerate(parts)]
+        distances.append(quick_frechet(*moments[0], *moments[1]))
     share = max(len(part) / len(x) for part, x in zip(parts, (a, b), strict=True))
-    half = 1.96 * float(np.std(found, ddof=1) * np.sqrt(share))
+    half = 1.96 * float(np.std(distances, ddof=1) * np.sqrt(share))
     return {**out, "low": max(value - half, 0.0), "high": value + half}
 
 
 def _moments(rows: npt.NDArray[np.floating], counts: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Mean (D,) and covariance (D, D) of rows (N, D), each counted so often."""
-    total = int(counts.sum())
-    parts = [slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK)]
-    mean = sum((counts[p] @ rows[p].astype(np.float64) for p in parts), np.zeros(rows.shape[1])) / total
-    scatter = np.zeros((rows.shape[1],) * 2)
-    for p in parts:
-        centered = rows[p] - mean
-        scatter += centered.T @ (centered * counts[p, None])
-    return mean, scatter / (total - 1)
+    """Mean (D,) and covariance (D, D) of rows (N, D), each counted this often."""
+    covariance = np.cov(rows, rowvar=False, fweights=counts, dtype=np.float64)
+    return np.average(rows, axis=0, weights=counts), np.atleast_2d(covariance)

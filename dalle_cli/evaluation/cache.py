@@ -1,7 +1,7 @@
-"""Features of both sides, made in one pass over the pictures and kept as `embeddings` artifacts beside the output.
+"""Features of a set of images, computed in one pass and stored as `embeddings` artifacts beside the output.
 
-A pass reads each picture once, blurs it to every radius and shows it to every network. What is there already of the
-same pictures, networks and settings is not made again; a pass that was stopped goes on with the missing shards.
+A pass reads each image once, blurs it with every radius, and runs every network. Features that are there already, of
+the same images, networks and settings, are not computed again; a pass that was stopped computes the missing shards.
 
 Shapes: B batch, S side in pixels, N rows, D features, K classes.
 """
@@ -15,22 +15,22 @@ import numpy as np
 import torch
 
 from dalle_cli import console
-from dalle_cli.artifacts import Artifact, ShardWriter, digest_bytes, history, open_artifact, write_artifact
-from dalle_cli.artifacts.container import read_header
+from dalle_cli.artifacts import Artifact, ShardWriter, digest_bytes, history, open_artifact
 from dalle_cli.data.loader import sequential
 from dalle_cli.devices import Arithmetic
-from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.blur import gaussian_blur
-from dalle_cli.evaluation.features import ClipFeatures, Features
-from dalle_cli.evaluation.image_sets import Side
+from dalle_cli.evaluation.features import ClipFeatures, FeatureBatch, Features
+from dalle_cli.evaluation.image_sets import ImageSet
 from dalle_cli.models.pixels import from_uint8
 
-SHARD = 1024  # rows; what a pass holds of each network and radius
+SHARD = 1024  # rows of each network and radius that are held in memory
+
+Key = tuple[str, float]  # a network's name and a radius
 
 
 @dataclass(frozen=True)
-class Pass:
-    """How pictures are read, and where features are kept."""
+class FeaturePass:
+    """How images are read, and where their features are stored."""
 
     folder: Path
     networks: Sequence[Features]
@@ -40,108 +40,92 @@ class Pass:
     batch_size: int
     workers: int
 
-    def path(self, side: Side, network: Features, radius: float) -> Path:
-        """The folder of shards of one side."""
-        return self.folder / f"{side.name}-{_plain(network.name)}-blur-{radius:g}"
+    def writer(self, images: ImageSet, network: Features, radius: float) -> ShardWriter:
+        """The folder of shards of one set, network and radius."""
+        folder = self.folder / f"{images.name}-{_plain(network.name)}-blur-{radius:g}"
+        options = {"blur": radius, "size": self.size, "dtype": self.machine.name, "pictures": len(images.rows)}
+        made = history(
+            "evaluate", {"features": network.name, **options}, pictures=images.source, features=network.digest
+        )
+        config = {"encoder": network.digest, "width": network.width}
+        return ShardWriter(folder, "embeddings", len(images.rows), SHARD, config, made)
+
+    def skip_list(self, images: ImageSet) -> Path:
+        """The list of images of a set that cannot be read, beside the output."""
+        return self.folder.with_name(f"{self.folder.name.removesuffix('.features')}.{images.name}.skipped.jsonl")
 
 
-def skip_list(folder: Path, side: Side) -> Path:
-    """Where the pictures of a side that cannot be read are listed: beside the output."""
-    return folder.with_name(f"{folder.name.removesuffix('.features')}.{side.name}.skipped.jsonl")
-
-
-def collect(side: Side, run: Pass) -> dict[tuple[str, float], Artifact]:
-    """The features of a side by network's name and radius.
+def collect(images: ImageSet, run: FeaturePass) -> dict[Key, Artifact]:
+    """The features of a set by network and radius.
 
     Raises:
-        DalleError: something else lies where they belong, or no picture can be read.
+        DalleError: something else lies where they belong, or no image can be read.
     """
-    wanted = {(n.name, r): _writer(side, run, n, r) for n in run.networks for r in run.radii}
-    skips = skip_list(run.folder, side)
-    if any(writer.has(i) for writer in wanted.values() for i in range(writer.total)):
-        side.pictures.skipped.load(skips)
-    missing = {key: set(writer.missing()) for key, writer in wanted.items()}
-    some = next(iter(wanted.values()))
-    shards = sorted(set().union(*missing.values()))
-    rows = sum(len(range(*some.bounds(i))) for i in shards)
-    with console.progress(f"features of {side.name} pictures", rows, unit="pictures") as advance:
+    writers = {(n.name, r): run.writer(images, n, r) for n in run.networks for r in run.radii}
+    skips = run.skip_list(images)
+    if any(writer.has(i) for writer in writers.values() for i in range(writer.total)):
+        images.images.skipped.load(skips)
+    missing = {key: set(writer.missing()) for key, writer in writers.items()}
+    shards, some = sorted(set().union(*missing.values())), next(iter(writers.values()))
+    total = sum(len(range(*some.bounds(i))) for i in shards)
+    with console.progress(f"features of {images.name} images", total, unit="images") as advance:
         for i in shards:
-            due = [key for key in wanted if i in missing[key]]
-            for key, columns in _shard(side, run, side.rows[slice(*some.bounds(i))].tolist(), due, advance).items():
-                wanted[key].write(i, columns)
-            side.pictures.skipped.write(skips)
-    return {key: open_artifact(writer.out, "embeddings") for key, writer in wanted.items()}
-
-
-def _writer(side: Side, run: Pass, network: Features, radius: float) -> ShardWriter:
-    options = {"blur": radius, "size": run.size, "dtype": run.machine.name, "pictures": len(side.rows)}
-    made = history("evaluate", {"features": network.name, **options}, pictures=side.source, features=network.digest)
-    config = {"encoder": network.digest, "width": network.width}
-    return ShardWriter(run.path(side, network, radius), "embeddings", len(side.rows), SHARD, config, made)
+            keys = [key for key in writers if i in missing[key]]
+            for key, columns in _shard(
+                images, run, images.rows[slice(*some.bounds(i))].tolist(), keys, advance
+            ).items():
+                writers[key].write(i, columns)
+            images.images.skipped.write(skips)
+    return {key: open_artifact(writer.out, "embeddings") for key, writer in writers.items()}
 
 
 def _shard(
-    side: Side, run: Pass, rows: list[int], due: Sequence[tuple[str, float]], advance: console.Advance
-) -> dict[tuple[str, float], dict[str, Any]]:
-    """The columns of one shard, for each network and radius that lack it."""
+    images: ImageSet, run: FeaturePass, rows: list[int], keys: Sequence[Key], advance: console.Advance
+) -> dict[Key, dict[str, Any]]:
+    """The columns of one shard for each key."""
     networks = {network.name: network for network in run.networks}
-    features: dict[tuple[str, float], list[Any]] = {
-        (n, r): [np.zeros((0, networks[n].width), np.float32)] for n, r in due
-    }
-    logits: dict[tuple[str, float], list[Any]] = {
-        (n, r): [np.zeros((0, networks[n].classes), np.float32)] for n, r in due
-    }
+    found: dict[Key, list[FeatureBatch]] = {key: [] for key in keys}
     ids: list[str] = []
-    for kept, images in sequential(side.pictures, run.size, rows, run.batch_size, run.workers):
-        pixels = from_uint8(torch.from_numpy(images).to(run.machine.device))
-        ids += [side.pictures.ids[row] for row in kept.tolist()]
-        for radius in dict.fromkeys(r for _, r in due):
+    for kept, batch in sequential(images.images, run.size, rows, run.batch_size, run.workers):
+        pixels = from_uint8(torch.from_numpy(batch).to(run.machine.device))
+        ids += [images.images.ids[row] for row in kept.tolist()]
+        for radius in dict.fromkeys(r for _, r in keys):
             blurred = gaussian_blur(pixels, radius)
-            for name in (n for n, r in due if r == radius):
-                found = networks[name](blurred)
-                features[name, radius].append(found.features.astype(np.float32))
-                if found.logits is not None:
-                    logits[name, radius].append(found.logits.astype(np.float32))
+            for key in (key for key in keys if key[1] == radius):
+                found[key].append(networks[key[0]](blurred))
         advance(len(kept))
-    columns: dict[tuple[str, float], dict[str, Any]] = {}
-    for key in due:
-        columns[key] = {"embeddings": np.concatenate(features[key]), "ids": ids}
-        if networks[key[0]].classes:
-            columns[key]["logits"] = np.concatenate(logits[key])
+    columns: dict[Key, dict[str, Any]] = {}
+    for key, parts in found.items():
+        network = networks[key[0]]
+        features = [np.zeros((0, network.width), np.float32), *(part.features for part in parts)]
+        columns[key] = {"embeddings": np.concatenate(features), "ids": ids}
+        if network.classes:
+            logits = [part.logits for part in parts if part.logits is not None]
+            columns[key]["logits"] = np.concatenate([np.zeros((0, network.classes), np.float32), *logits])
     return columns
 
 
-def caption_embeddings(texts: Sequence[str], clip: ClipFeatures, run: Pass) -> Artifact:
-    """The captions' embeddings, each caption once, in the order of `texts`; made, or found as they were left.
+def caption_embeddings(texts: Sequence[str], clip: ClipFeatures, run: FeaturePass) -> Artifact:
+    """The embeddings of captions, in the order of `texts`; computed, or found as an earlier run left them.
 
     Raises:
         DalleError: the tokenizer is not beside the CLIP.
     """
     path = run.folder / f"captions-{_plain(clip.name)}.safetensors"
     digest = digest_bytes("\0".join(texts).encode("utf-8", "replace"))
-    made = history(
-        "evaluate", {"features": clip.name, "dtype": run.machine.name}, captions=digest, features=clip.digest
-    )
+    options = {"features": clip.name, "dtype": run.machine.name}
+    made = history("evaluate", options, captions=digest, features=clip.digest)
     config = {"encoder": clip.digest, "width": clip.width}
-    if _is_there(path, config, made):
-        return open_artifact(path, "embeddings")
-    embedded = np.empty((len(texts), clip.width), np.float32)
-    with console.progress("captions", len(texts), unit="captions") as advance:
-        for start in range(0, len(texts), run.batch_size):
-            lot = texts[start : start + run.batch_size]
-            embedded[start : start + len(lot)] = clip.captions(lot)
-            advance(len(lot))
-    columns = {"embeddings": embedded, "ids": [f"{i:06d}" for i in range(len(texts))], "text": list(texts)}
-    write_artifact(path, "embeddings", columns, config, made)
+    writer = ShardWriter(path, "embeddings", len(texts), len(texts), config, made)
+    for shard in writer.missing():
+        with console.progress("captions", len(texts), unit="captions") as advance:
+            parts = []
+            for start in range(0, len(texts), run.batch_size):
+                parts.append(clip.captions(texts[start : start + run.batch_size]))
+                advance(len(parts[-1]))
+        ids = [f"{i:06d}" for i in range(len(texts))]
+        writer.write(shard, {"embeddings": np.concatenate(parts), "ids": ids, "text": list(texts)})
     return open_artifact(path, "embeddings")
-
-
-def _is_there(path: Path, config: dict[str, Any], made: list[dict[str, Any]]) -> bool:
-    try:
-        header = read_header(path)
-    except DalleError:
-        return False
-    return (header.kind, header.config, header.history) == ("embeddings", config, made)
 
 
 def _plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Inception score (Salimans et al. 2016, arXiv 1606.03498, sec. 4): exp E KL(p(y|x), p(y)), over parts of the pictures.
+"""Inception score (Salimans et al. 2016, arXiv 1606.03498, sec. 4): exp E KL(p(y|x), p(y)), over parts.
 
 Shapes: N rows, K classes, R replicates. Rows come in blocks; memory is (PARTS + R) x K.
 """
@@ -13,46 +13,27 @@ PARTS = 10  # as published
 FEWEST = 2 * PARTS
 
 
-class _Sums:
-    """For each of several weightings of the rows: their weight, summed probabilities and summed entropies."""
-
-    def __init__(self, weightings: int, classes: int):
-        self.weight, self.entropy = np.zeros(weightings), np.zeros(weightings)
-        self.classes = np.zeros((weightings, classes))
-
-    def add(self, weights: Floats, p: Floats, entropy: Floats) -> None:
-        self.weight += weights.sum(axis=1)
-        self.classes += weights @ p
-        self.entropy += weights @ entropy
-
-    def scores(self) -> Floats:
-        """exp(H of the mean - mean of H)."""
-        mean = self.classes / self.weight[:, None]
-        return np.asarray(np.exp(_entropy(mean) - self.entropy / self.weight))
-
-
 def inception_score(blocks: Iterable[npt.NDArray[np.floating]], replicates: int, seed: int) -> dict[str, float]:
-    """Mean over ten parts, their standard deviation `error`, and the score's interval: blocks of logits (n, K) ->.
+    """Mean over ten parts, their standard deviation `error`, and the score's interval, from blocks of logits (n, K).
 
-    Row i belongs to part i mod 10: consecutive rows may be of one prompt. The interval comes from replicates in which
-    each row counts Poisson(1) times, as drawing rows again does in the limit.
+    Row i belongs to part i mod 10, since consecutive rows may share a prompt. The interval is a Poisson bootstrap: in a
+    replicate each row counts Poisson(1) times. Each part and each replicate is a weighting of the rows.
     """
-    start, parts, again = 0, _Sums(PARTS, 0), _Sums(replicates, 0)
+    start, sums = 0, [np.zeros(0)]
     for number, logits in enumerate(blocks):
-        if number == 0:
-            parts, again = _Sums(PARTS, logits.shape[1]), _Sums(replicates, logits.shape[1])
         p = _softmax(logits.astype(np.float64))
-        entropy = _entropy(p)
         belongs = (start + np.arange(len(p))) % PARTS == np.arange(PARTS)[:, None]
-        parts.add(belongs.astype(np.float64), p, entropy)
-        again.add(
-            np.random.default_rng([seed, number]).poisson(1.0, (replicates, len(p))).astype(np.float64), p, entropy
-        )
+        poisson = np.random.default_rng([seed, number]).poisson(1.0, (replicates, len(p)))
+        weights = np.concatenate([belongs, poisson]).astype(np.float64)
+        block = [weights.sum(axis=1), weights @ p, weights @ _entropy(p)]
+        sums = block if number == 0 else [before + new for before, new in zip(sums, block, strict=True)]
         start += len(p)
-    scores = parts.scores()
-    out = {"value": float(scores.mean()), "error": float(scores.std(ddof=1))}
+    weight, classes, entropy = sums
+    scores = np.exp(_entropy(classes / weight[:, None]) - entropy / weight)
+    parts, again = scores[:PARTS], scores[PARTS:]
+    out = {"value": float(parts.mean()), "error": float(parts.std(ddof=1))}
     if replicates > 1:
-        half = 1.96 * float(again.scores().std(ddof=1))
+        half = 1.96 * float(again.std(ddof=1))
         out |= {"low": out["value"] - half, "high": out["value"] + half}
     return out
 

@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Moments:
-    """Mean and covariance of rows that come in blocks; memory is D x D, however many rows there are."""
+    """Mean and covariance of rows, added block by block in D x D memory."""
 
     def __init__(self, width: int):
         self.count = 0
@@ -30,10 +30,7 @@ class Moments:
         return moments
 
     def add(self, rows: npt.NDArray[np.floating]) -> None:
-        """Take in rows (n, D).
-
-        Blocks are merged about their own means (Chan et al. 1979, eq. 2.1), as a sum of squares less the square of a
-        sum would cancel.
+        """Add rows (n, D), merged about the block's own mean for accuracy (Chan et al. 1979, eq. 2.1).
 
         Raises:
             DalleError: a feature is not finite.
@@ -42,9 +39,8 @@ class Moments:
             return
         block = np.asarray(rows, np.float64)
         if not np.isfinite(block).all():
-            raise DalleError(
-                "expected finite features, found NaN or infinity; give --dtype float32 or other --features"
-            )
+            found = "NaN or infinity; give --dtype float32 or other --features"
+            raise DalleError(f"expected finite features, found {found}")
         mean = block.mean(axis=0)
         block = block - mean
         total = self.count + len(rows)
@@ -61,22 +57,22 @@ class Moments:
             DalleError: fewer than two rows.
         """
         if self.count < 2:
-            raise DalleError(f"expected at least 2 pictures for a covariance, found {self.count}; give more")
+            raise DalleError(f"expected at least 2 images for a covariance, found {self.count}; give more")
         return self._scatter / (self.count - 1)
 
 
 def frechet(mean_a: Floats, covariance_a: Floats, mean_b: Floats, covariance_b: Floats) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); (D,), (D, D), (D,), (D, D) -> at least 0.
 
-    With C = F F^T, the trace of the root is the sum of the singular values of F_a^T F_b. So no square is rooted, which
-    would turn rounding errors of 1e-16 into 1e-8.
+    With C = F F^T, the trace of the root is the sum of the singular values of F_a^T F_b. No square root of a square is
+    taken, which would turn rounding errors of 1e-16 into 1e-8.
     """
     cross = np.linalg.svd(_factor(covariance_a).T @ _factor(covariance_b), compute_uv=False).sum()
     return _distance(mean_a, covariance_a, mean_b, covariance_b, float(cross))
 
 
 def quick_frechet(mean_a: Floats, covariance_a: Floats, mean_b: Floats, covariance_b: Floats) -> float:
-    """The same for replicates of a bootstrap, a third of the time; small distances lose digits."""
+    """The same in a third of the time, for bootstrap replicates; small distances lose digits."""
     try:
         lower = np.linalg.cholesky(covariance_a)
     except np.linalg.LinAlgError:  # singular
@@ -95,7 +91,7 @@ def between(a: Moments, b: Moments) -> float:
 
 
 def _factor(covariance: Floats) -> Floats:
-    """F (D, R) with F F^T = C, through the eigenvectors; rounding may have left eigenvalues below 0."""
+    """F (D, R) with F F^T = C, from the eigenvectors; eigenvalues that rounding made negative are dropped."""
     values, vectors = np.linalg.eigh(covariance)
     kept = values > 0
     return np.asarray(vectors[:, kept] * np.sqrt(values[kept]))

@@ -1,4 +1,4 @@
-"""The two sides that are compared, generated and real: an `images` artifact or a data set each.
+"""The two sets of images that are compared, generated and reference: an `images` artifact or a data set each.
 
 Shapes: N rows, S side in pixels.
 """
@@ -24,11 +24,8 @@ from dalle_cli.errors import DalleError
 GENERATED, REFERENCE = "generated", "reference"
 
 
-class Stored:
-    """The pictures of an `images` artifact, as a data set gives its own.
-
-    A shard is mapped for each picture anew: what was once looked at through a map counts as held while the map lives.
-    """
+class StoredImages:
+    """The images of an artifact, read like those of a data set."""
 
     def __init__(self, artifact: Artifact):
         self.ids: Sequence[str] = artifact.strings("ids")
@@ -40,21 +37,21 @@ class Stored:
         return self._starts[-1]
 
     def read(self, i: int) -> Image.Image:
-        """Picture i in mode RGB."""
+        """Image i in mode RGB. The shard is mapped anew each time: pages of a live map would count as memory held."""
         shard = bisect.bisect_right(self._starts, i) - 1
         pixels = self._shards[shard].map("images")[i - self._starts[shard]]
         return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side: its pictures, the rows of them that are looked at, and the captions of each picture, by id."""
+class ImageSet:
+    """The images of one set, the rows that are used, and the captions of each image by id."""
 
     name: str
-    pictures: Pictures
+    images: Pictures
     rows: npt.NDArray[np.int64]
     captions: Mapping[str, tuple[str, ...]]
-    source: Artifact | str  # or a data set's digest
+    source: Artifact | str  # or the digest of a data set
 
     @property
     def digest(self) -> str:
@@ -62,61 +59,58 @@ class Side:
         return self.source.digest if isinstance(self.source, Artifact) else self.source
 
     def size(self) -> int:
-        """The shorter side of the first picture that can be read, in pixels.
-
-        Raises:
-            DalleError: none can be read.
-        """
-        for row in self.rows.tolist():
-            with suppress(BadSample):
-                return min(self.pictures.read(row).size)
-        raise DalleError(f"expected {self.name} pictures, found none that can be read; check them")
+        """The shorter side of the first image that can be read, in pixels. Raises: DalleError if none can."""
+        return first_side(self.images, self.rows.tolist(), self.name)
 
 
-def open_side(name: str, source: str, limit: int | None = None) -> Side:
-    """Open what a path names; of more than `limit` pictures so many, evenly spread.
+def open_image_set(name: str, source: str, limit: int | None = None) -> ImageSet:
+    """Open the images of a path, or `limit` of them, evenly spread.
 
     Raises:
-        DalleError: nothing there, or neither pictures nor a data set.
+        DalleError: nothing there, or neither images nor a data set.
     """
-    artifact = stored_images(source)
-    if artifact is not None:  # whose length is its rows
-        stored = Stored(artifact)
+    artifact = _open_stored(source)
+    if artifact is not None:
+        stored = StoredImages(artifact)
         texts = artifact.strings("text") if "text" in artifact else None
         known = {} if texts is None else {own: (text,) for own, text in zip(stored.ids, texts, strict=True)}
-        return Side(name, stored, _rows(len(stored), limit), known, artifact)
+        return ImageSet(name, stored, spread(len(stored), limit), known, artifact)
     data = open_dataset(source, need_captions=False)
     captions: dict[str, tuple[str, ...]] = {}
     with suppress(DalleError):  # a data set without captions
-        told = open_dataset(source, need_captions=True, all_lines=True)
-        captions = dict(zip(told.ids, told.captions, strict=True))
-    return Side(name, data, _rows(len(data), limit), captions, data.digest)
+        captioned = open_dataset(source, need_captions=True, all_lines=True)
+        captions = dict(zip(captioned.ids, captioned.captions, strict=True))
+    return ImageSet(name, data, spread(len(data), limit), captions, data.digest)
 
 
-def open_pictures(source: str) -> tuple[Pictures, str]:
-    """The pictures of a data set or of an `images` artifact, and the digest of it.
+def first_side(images: Pictures, rows: Sequence[int], name: str) -> int:
+    """The shorter side of the first image that can be read, in pixels. Raises: DalleError if none can."""
+    for row in rows:
+        with suppress(BadSample):
+            return min(images.read(row).size)
+    raise DalleError(f"expected {name} images, found none of {len(rows):,} that can be read; check them")
+
+
+def open_images(source: str) -> tuple[Pictures, str]:
+    """The images of a data set or of an `images` artifact, and its digest.
 
     Raises:
         DalleError: nothing there, or neither of them.
     """
-    artifact = stored_images(source)
+    artifact = _open_stored(source)
     if artifact is not None:
-        return Stored(artifact), artifact.digest
+        return StoredImages(artifact), artifact.digest
     data = open_dataset(source, need_captions=False)
     return data, data.digest
 
 
-def stored_images(source: str) -> Artifact | None:
-    """The `images` artifact that a path names; None where it names something that can only be a data set.
-
-    Raises:
-        DalleError: another artifact.
-    """
+def _open_stored(source: str) -> Artifact | None:
+    """The `images` artifact of a path; None where it can only be a data set."""
     path = Path(source)
-    if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob(SHARDS))):
-        return open_artifact(path, "images")
-    return None
+    stored = path.suffix == ".safetensors" or (path.is_dir() and any(path.glob(SHARDS)))
+    return open_artifact(path, "images") if stored else None
 
 
-def _rows(n: int, limit: int | None) -> npt.NDArray[np.int64]:
+def spread(n: int, limit: int | None) -> npt.NDArray[np.int64]:
+    """All rows of n, or `limit` of them, evenly spread."""
     return np.arange(n) if limit is None or limit >= n else np.arange(limit) * n // limit

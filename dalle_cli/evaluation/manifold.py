@@ -1,7 +1,7 @@
 """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1-2).
 
-A set's manifold is the union of balls about its rows, each reaching to the row's k-th nearest neighbor.
-Shapes: N M rows, D features. Distances are made block by block: no more than DISTANCES are held, whatever N.
+A set's manifold is the union of balls around its rows, each with the distance to the k-th nearest neighbor as radius.
+Shapes: N M rows, D features. At most DISTANCES distances are held at a time.
 """
 
 import numpy as np
@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 NEIGHBORS = 3  # sec. 3
-BLOCK, DISTANCES = 512, 1 << 19  # rows of a block, at most, and distances in it
-SLACK = 1e-12  # of the squares, below which a squared distance is rounding
+BLOCK, DISTANCES = 512, 1 << 19  # most rows of a block, and distances in it
+SLACK = 1e-12  # a squared distance below this share of the squares is a rounding error
 
 
 def precision_recall(
@@ -20,13 +20,13 @@ def precision_recall(
 
     Their means are precision and recall.
     """
-    center = real.mean(axis=0)  # products about the mean lose fewer digits
+    center = real.mean(axis=0)  # centered products lose fewer digits
     generated, real = generated - center, real - center
     return inside(generated, real, radii(real, k)), inside(real, generated, radii(generated, k))
 
 
 def radii(rows: Floats, k: int) -> Floats:
-    """Squared distance of each row to its k-th nearest neighbor, itself left out: (N, D) -> (N,)."""
+    """Squared distance of each row to its k-th nearest other row: (N, D) -> (N,)."""
     out, block = np.empty(len(rows)), _block(len(rows))
     for start in range(0, len(rows), block):
         part = slice(start, start + block)
@@ -47,12 +47,12 @@ def inside(points: Floats, centers: Floats, squared_radii: Floats) -> npt.NDArra
 
 
 def _block(n: int) -> int:
-    """How many rows are held against n others at a time."""
+    """How many rows are compared with n others at a time."""
     return max(1, min(BLOCK, DISTANCES // n))
 
 
 def squared_distances(a: Floats, b: Floats) -> Floats:
-    """(N, D), (M, D) -> (N, M); what is no more than rounding is 0, so that equal rows are."""
+    """(N, D), (M, D) -> (N, M); exactly 0 for equal rows."""
     squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)
     distances = squares - 2 * (a @ b.T)
     distances[distances < SLACK * squares] = 0.0

@@ -1,8 +1,9 @@
 """Features from an ONNX file, through onnxruntime.
 
-Shapes: B batch, S side in pixels, D features, K classes. Layout and size are read from the file: NCHW or NHWC, resized
-to its height and width where they are fixed. Pixels are RGB in [0, 1], or 0 to 255 where the input is uint8; any other
-normalization has to be inside of the file.
+Images are given as the file declares: NCHW or NHWC, resized to its height and width if those are fixed. Pixels are RGB
+in [0, 1], or 0 to 255 if the input is uint8; the file must hold any other normalization.
+
+Shapes: B batch, S side in pixels, D features, K classes.
 """
 
 import importlib
@@ -17,7 +18,7 @@ from torch import Tensor
 from dalle_cli.artifacts import digest_file
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation.features import Floats, Found
+from dalle_cli.evaluation.features import FeatureBatch, Floats
 
 DTYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(uint8)": np.uint8,
@@ -25,7 +26,7 @@ DTYPES = {
 
 
 class Input(NamedTuple):
-    """What the file wants: None where any size goes."""
+    """The input of the file; None for sizes that are not fixed."""
 
     name: str
     dtype: Any
@@ -35,7 +36,7 @@ class Input(NamedTuple):
 
 
 class OnnxFeatures:
-    """One output as features, another as class logits."""
+    """One output of the file as features, and perhaps another as class logits."""
 
     def __init__(self, path: Path, output: str, machine: Arithmetic):
         self.digest = digest_file(path)
@@ -50,21 +51,20 @@ class OnnxFeatures:
         self.width = blank.features.shape[1]
         self.classes = 0 if blank.logits is None else blank.logits.shape[1]
 
-    def __call__(self, images: Tensor) -> Found:
+    def __call__(self, images: Tensor) -> FeatureBatch:
         """(B, 3, S, S) in [0, 1] -> (B, D), (B, K)."""
         pixels = self._pixels(images)
-        at_once = self.input.batch or len(pixels)
-        made: list[list[Floats]] = [[] for _ in self.outputs]
-        for start in range(0, len(pixels), at_once):
-            lot = pixels[start : start + at_once]
-            full = np.concatenate([lot, np.repeat(lot[-1:], at_once - len(lot), axis=0)])
-            for kept, out in zip(made, self._run(full), strict=True):
-                kept.append(out[: len(lot)])
-        both = [np.concatenate(parts) for parts in made]
-        return Found(both[0], both[1] if len(both) > 1 else None)
+        rows = self.input.batch or len(pixels)
+        parts = []
+        for start in range(0, len(pixels), rows):
+            part = pixels[start : start + rows]
+            padded = np.concatenate([part, np.repeat(part[-1:], rows - len(part), axis=0)])
+            parts.append([out[: len(part)] for out in self._run(padded)])
+        features, *logits = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return FeatureBatch(features, logits[0] if logits else None)
 
     def _pixels(self, images: Tensor) -> Any:
-        """As the file wants them."""
+        """Images in the size, layout and type of the input."""
         images = images.float().cpu()
         if self.input.size and tuple(images.shape[2:]) != self.input.size:
             images = F.interpolate(images, size=self.input.size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -76,11 +76,9 @@ class OnnxFeatures:
     def _run(self, pixels: Any) -> list[Floats]:
         try:
             outs = self.session.run(self.outputs, {self.input.name: pixels})
-        except Exception as error:  # onnxruntime's own kinds of errors have no base but this
-            reason = str(error).splitlines()[0]
-            raise DalleError(
-                f"expected the ONNX file to take pictures {pixels.shape}, found {reason}; check it"
-            ) from None
+        except Exception as error:  # the errors of onnxruntime have no other base class
+            found = f"{str(error).splitlines()[0]}; check it"
+            raise DalleError(f"expected the ONNX file to take images {pixels.shape}, found {found}") from None
         outs = [np.asarray(out).astype(np.float32) for out in outs]
         outs = [out.reshape(out.shape[:2]) if out.ndim > 2 and out[0, 0].size == 1 else out for out in outs]
         for name, out in zip(self.outputs, outs, strict=True):
@@ -109,7 +107,7 @@ def _session(path: Path, machine: Arithmetic) -> Any:
 
 
 def _input(session: Any, path: Path) -> Input:
-    """Raises: DalleError if the file does not take pictures, and nothing but them."""
+    """Raises: DalleError if the file takes anything but one batch of images."""
     inputs = session.get_inputs()
     shape = [n if isinstance(n, int) and n > 0 else None for n in inputs[0].shape]
     if len(inputs) != 1 or len(shape) != 4 or 3 not in (shape[1], shape[3]) or inputs[0].type not in DTYPES:

@@ -1,14 +1,14 @@
-"""Near-duplicates between two sets of pictures: candidates by nearest neighbours in features, then pair by pair.
+"""Near-duplicates of two sets of images: candidates by nearest neighbors, then a similarity per pair.
 
-TRAIN streams through; of TEST the features are held, and of TRAIN the nearest few rows of each picture of TEST.
+Features of TEST are held in memory, TRAIN streams through, and each TEST image keeps its nearest few TRAIN rows.
 
-Shapes: B batch, S side in pixels, M pictures of TEST, V views, D features, P pairs.
+Shapes: B batch, S side in pixels, M TEST images, V views, D features, K neighbors, P pairs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,164 +18,159 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dalle_cli import console
-from dalle_cli.data.augment import Pixels, center
-from dalle_cli.data.loader import Pictures, sequential
+from dalle_cli.data.augment import Augment, Pixels, center
+from dalle_cli.data.loader import Pictures
+from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation import similarity as likeness
-from dalle_cli.evaluation.features import Features
-from dalle_cli.evaluation.neighbors import Candidates, Ints, Nearest
+from dalle_cli.evaluation import thumbnails
+from dalle_cli.evaluation.features import load_features
+from dalle_cli.evaluation.image_sets import first_side
 from dalle_cli.models.pixels import from_uint8
-from dalle_cli.viz.grid import sheet
+from dalle_cli.viz.grid import image_grid
 
-PAIRS = 64  # compared at once
-DIGITS = 4  # of a similarity: the rest depends on how many are computed at once
-SHEET_PAIRS = 24
-DRAWN, BETWEEN = 124, 8  # pixels: a picture of a pair, and what lies between the two
-# From where on pictures count as one: measured (docs/results.md); of cosines, which differ by network, a first guess.
-ALIKE, ALIKE_BY_NETWORK = 0.5, 0.95
+THRESHOLD = 0.95  # cosine; measured for pixels (docs/results.md), a first guess for networks
+QUERIES, PAIRS = 1024, 64  # in one matrix product; compared at once
+DIGITS = 4  # of a similarity; the rest depends on the batch size
+GRID_PAIRS = 24
+SIDE, GAP = 124, 8  # pixels of each image of a pair on the grid, and between the two
+LARGEST = 299  # most pixels of an image for a network: those of Inception-v3
 
 
-class Eye(Protocol):
-    """What pictures are looked at with."""
+@dataclass(frozen=True)
+class Matcher:
+    """How images are compared: read at `size` S by an `Augment`, then turned into vectors of length 1.
+
+    `keys` and `queries` map (B, 3, S, S) uint8 to (B, D) and (B, V, D); `similarity`, if any, maps two batches to (B,),
+    and else the largest inner product of a query's views with a key is the similarity.
+    """
 
     name: str
-    threshold: float
-    size: int  # S that pictures are read at
+    size: int
+    read: Augment
+    keys: Callable[[Tensor], Tensor]
+    queries: Callable[[Tensor], Tensor]
+    similarity: Callable[[Tensor, Tensor], Tensor] | None
+    device: torch.device
 
-    def read(self, image: Image.Image, size: int, rng: np.random.Generator, /) -> Pixels:
-        """A picture as it is looked at, (S, S, 3) uint8; an `Augment` without chance."""
-        ...
-
-    def keys(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, D) of length 1."""
-        ...
-
-    def queries(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, V, D) of length 1."""
-        ...
+    def tensor(self, images: Pixels) -> Tensor:
+        """Images on the device."""
+        return torch.from_numpy(images).to(self.device)
 
 
-class PixelEye:
-    """Small thumbnails, without any network."""
+def pixel_matcher(device: torch.device) -> Matcher:
+    """Compare thumbnails of the whole images."""
 
-    name, threshold, size = "pixels", ALIKE, likeness.SIDE
+    def thumbnail(image: Image.Image, size: int, _: object = None) -> Pixels:
+        return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def read(self, image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
-        """The whole picture, squeezed."""
-        return likeness.thumbnail(image, size)
-
-    def pixels(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> float32, 0 to 255."""
-        return torch.from_numpy(images).to(self.device).float()
-
-    def keys(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, D)."""
-        return likeness.signature(self.pixels(images))
-
-    def queries(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, V, D)."""
-        return likeness.views(self.pixels(images))
+    parts = thumbnails.keys, thumbnails.queries, thumbnails.similarity
+    return Matcher("pixels", thumbnails.SIDE, thumbnail, *parts, device)
 
 
-class NetworkEye:
-    """The features of a network; similarities are cosines."""
+def network_matcher(spec: str, test: Pictures, machine: Arithmetic) -> Matcher:
+    """Compare features of a network, of the square in the middle of each image, by cosine."""
+    features = load_features(spec, None, machine)
 
-    threshold = ALIKE_BY_NETWORK
+    def keys(images: Tensor) -> Tensor:
+        found = features(from_uint8(images)).features
+        return F.normalize(torch.from_numpy(found).float().to(machine.device), dim=1)
 
-    def __init__(self, features: Features, size: int, device: torch.device):
-        self.features, self.size, self.device, self.name = features, size, device, features.name
+    size = min(LARGEST, first_side(test, range(len(test)), "TEST"))
+    return Matcher(features.name, size, center, keys, lambda images: keys(images)[:, None], None, machine.device)
 
-    def read(self, image: Image.Image, size: int, rng: np.random.Generator) -> Pixels:
-        """The square in the middle."""
-        return center(image, size, rng)
 
-    def keys(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, D)."""
-        found = self.features(from_uint8(torch.from_numpy(images).to(self.device))).features
-        return F.normalize(torch.from_numpy(found).float().to(self.device), dim=1)
+class Nearest:
+    """The K keys most similar to each query, the largest inner product over its views; of equals, the first ones."""
 
-    def queries(self, images: Pixels) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, 1, D)."""
-        return self.keys(images)[:, None]
+    def __init__(self, queries: Tensor, k: int):
+        """`queries` (M, V, D) float."""
+        self.queries = queries
+        self.rows = torch.full((len(queries), k), -1)
+        self.similarities = queries.new_full((len(queries), k), -torch.inf)
+
+    def offer(self, keys: Tensor, rows: npt.NDArray[np.int64]) -> None:
+        """Look at keys (B, D) of these rows (B,), which rise from call to call."""
+        k, numbers = self.rows.shape[1], torch.from_numpy(rows)
+        for start in range(0, len(self.queries), QUERIES):
+            part = self.queries[start : start + QUERIES]
+            products = (part.flatten(0, 1) @ keys.T).view(len(part), part.shape[1], -1).amax(1)
+            changed = (products.amax(1) > self.similarities[start : start + QUERIES, -1]).nonzero()[:, 0]
+            where = changed + start
+            both = torch.cat([self.similarities[where], products[changed]], 1)
+            best, place = (x[:, :k] for x in both.sort(stable=True, dim=1, descending=True))
+            self.similarities[where] = best
+            known = torch.cat([self.rows[where.cpu()], numbers.expand(len(where), -1)], 1)
+            self.rows[where.cpu()] = known.gather(1, place.cpu())
+
+
+Read = Callable[..., Iterator[tuple[Any, Pixels]]]  # (images, rows=...) -> batches: `data.loader.sequential`
 
 
 class Pair(NamedTuple):
-    """A picture of TEST and one of TRAIN, by row, and how similar they are."""
+    """A TEST image and a TRAIN image, by row, and how similar they are."""
 
     test: int
     train: int
     similarity: float
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How pictures are read."""
+def find_pairs(train: Pictures, test: Pictures, matcher: Matcher, k: int, read: Read) -> list[Pair]:
+    """Each TEST image with the `k` TRAIN images whose features are nearest, and how similar they are.
 
-    batch_size: int
-    workers: int
+    `read` is `data.loader.sequential` with the matcher's size and `read`.
+
+    Raises:
+        DalleError: no image of one of the sets can be read.
+    """
+    rows, queries = [], []
+    for kept, images in _batches("features of TEST", test, read):
+        rows.append(kept)
+        queries.append(matcher.queries(matcher.tensor(images)))
+    if not rows:
+        raise DalleError(f"expected images in TEST, found none of {len(test):,} that can be read; check them")
+    nearest = Nearest(torch.cat(queries), k)
+    for kept, images in _batches("features of TRAIN", train, read):
+        nearest.offer(matcher.keys(matcher.tensor(images)), kept)
+    held = nearest.rows >= 0
+    places = np.concatenate(rows)[held.nonzero()[:, 0]].tolist()
+    found = zip(places, nearest.rows[held].tolist(), nearest.similarities.cpu()[held].tolist(), strict=True)
+    pairs = [Pair(query, row, round(cosine, DIGITS)) for query, row, cosine in found]
+    if not pairs:
+        raise DalleError(f"expected images in TRAIN, found none of {len(train):,} that can be read; check them")
+    return _compared(pairs, train, test, matcher, read) if matcher.similarity else pairs
 
 
-def _batches(label: str, pictures: Pictures, eye: Eye, how: Reading) -> Iterator[tuple[Ints, Pixels]]:
-    with console.progress(label, len(pictures), unit="pictures") as advance:
-        rows = range(len(pictures))
-        for kept, images in sequential(pictures, eye.size, rows, how.batch_size, how.workers, eye.read):
-            yield kept, images
+def _batches(label: str, images: Pictures, read: Read) -> Iterator[tuple[Any, Pixels]]:
+    with console.progress(label, len(images), unit="images") as advance:
+        for kept, batch in read(images, rows=range(len(images))):
+            yield kept, batch
             advance(len(kept))
 
 
-def candidates(train: Pictures, test: Pictures, eye: Eye, most: int, how: Reading) -> Candidates:
-    """For each picture of TEST the `most` of TRAIN whose features are nearest.
-
-    Raises:
-        DalleError: of one of them no picture can be read.
-    """
-    rows, queries = [], []
-    for kept, images in _batches("features of TEST", test, eye, how):
-        rows.append(kept)
-        queries.append(eye.queries(images))
-    if not rows:
-        raise DalleError(f"expected pictures in TEST, found none of {len(test):,} that can be read; check them")
-    nearest = Nearest(torch.cat(queries), most)
-    for kept, images in _batches("features of TRAIN", train, eye, how):
-        nearest.offer(eye.keys(images), kept)
-    found = nearest.found()
-    if not len(found.queries):
-        raise DalleError(f"expected pictures in TRAIN, found none of {len(train):,} that can be read; check them")
-    return found._replace(queries=np.concatenate(rows)[found.queries])
-
-
-def compare(train: Pictures, test: Pictures, found: Candidates, eye: Eye, how: Reading) -> list[Pair]:
-    """The candidates with their similarity: of a network the cosine, else what comparing each pair by pixels says."""
-    if not isinstance(eye, PixelEye):
-        rows = zip(found.queries.tolist(), found.rows.tolist(), found.similarities.tolist(), strict=True)
-        return [Pair(query, row, round(cosine, DIGITS)) for query, row, cosine in rows]
-    pairs: list[Pair] = []
-    with console.progress("compare", len(found.queries), unit="pairs") as advance:
-        for start in range(0, len(found.queries), PAIRS):
-            lot = list(zip(found.queries[start:][:PAIRS].tolist(), found.rows[start:][:PAIRS].tolist(), strict=True))
-            sides = [_thumbnails(p, sorted({pair[i] for pair in lot}), how) for i, p in enumerate((test, train))]
-            both = [pair for pair in lot if pair[0] in sides[0] and pair[1] in sides[1]]  # the rest is gone by now
+def _compared(pairs: Sequence[Pair], train: Pictures, test: Pictures, matcher: Matcher, read: Read) -> list[Pair]:
+    """The same pairs with the matcher's own similarity."""
+    assert matcher.similarity is not None
+    out: list[Pair] = []
+    with console.progress("compare", len(pairs), unit="pairs") as advance:
+        for start in range(0, len(pairs), PAIRS):
+            batch, sides = pairs[start : start + PAIRS], []
+            for images, wanted in ((test, {pair.test for pair in batch}), (train, {pair.train for pair in batch})):
+                batches = read(images, rows=sorted(wanted))
+                sides.append(
+                    {int(row): image for kept, found in batches for row, image in zip(kept, found, strict=True)}
+                )
+            both = [pair for pair in batch if pair.test in sides[0] and pair.train in sides[1]]
             if both:
-                a, b = (np.stack([side[pair[i]] for pair in both]) for i, side in enumerate(sides))
-                alike = likeness.likeness(eye.pixels(a), eye.pixels(b)).tolist()
-                pairs += [Pair(*pair, round(value, DIGITS)) for pair, value in zip(both, alike, strict=True)]
-            advance(len(lot))
-    return pairs
-
-
-def _thumbnails(pictures: Pictures, rows: Sequence[int], how: Reading) -> dict[int, Pixels]:
-    read = sequential(
-        pictures, likeness.SIDE, rows, PAIRS, how.workers, lambda image, n, _: likeness.thumbnail(image, n)
-    )
-    return {row: image for kept, images in read for row, image in zip(kept.tolist(), images, strict=True)}
+                a, b = np.stack([sides[0][p.test] for p in both]), np.stack([sides[1][p.train] for p in both])
+                values = matcher.similarity(matcher.tensor(a), matcher.tensor(b)).tolist()
+                out += [Pair(p.test, p.train, round(value, DIGITS)) for p, value in zip(both, values, strict=True)]
+            advance(len(batch))
+    return out
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Pairs of pictures of TEST and TRAIN, and from which similarity on they count as one."""
+    """Pairs of TEST and TRAIN images, and the similarity from which they count as near-duplicates."""
 
     train: Pictures
     test: Pictures
@@ -188,60 +183,54 @@ class Overlap:
 
     @cached_property
     def closest(self) -> list[Pair]:
-        """Of each picture of TEST the closest pair, the closest first."""
+        """The closest pair of each TEST image, the closest first."""
         first: dict[int, Pair] = {}
         for pair in self._ordered:
             first.setdefault(pair.test, pair)
         return list(first.values())
 
     @cached_property
-    def alike(self) -> list[Pair]:
-        """The pairs from the threshold on, the closest first."""
+    def duplicates(self) -> list[Pair]:
+        """The pairs of at least the threshold, the closest first."""
         return [pair for pair in self._ordered if pair.similarity >= self.threshold]
 
     def ids(self, of: str) -> list[str]:
-        """The pictures of one side, "test" or "train", that have a counterpart on the other; sorted."""
+        """The images of one set, "test" or "train", with a near-duplicate in the other; sorted."""
         ids = (self.test if of == "test" else self.train).ids
-        return sorted({ids[getattr(pair, of)] for pair in self.alike})
+        return sorted({ids[getattr(pair, of)] for pair in self.duplicates})
 
-    def crowded(self, most: int) -> int:
-        """Of how many pictures of TEST all candidates are counterparts, so that there may be more in TRAIN."""
-        counts = np.bincount([pair.test for pair in self.alike])
-        return int((counts >= most).sum()) if len(self.train) > most else 0
+    def crowded(self, k: int) -> int:
+        """How many TEST images have near-duplicates in all `k` neighbors, so that TRAIN may hold more."""
+        counts = np.bincount([pair.test for pair in self.duplicates])
+        return int((counts >= k).sum()) if len(self.train) > k else 0
 
-    def told(self) -> list[dict[str, Any]]:
-        """The pairs from the threshold on, and of the other pictures of TEST the closest, by id; the closest first."""
+    def listed(self) -> list[dict[str, Any]]:
+        """Near-duplicates, then the closest pair of each other TEST image, by id; the closest first."""
+        pairs = [*self.duplicates, *(pair for pair in self.closest if pair.similarity < self.threshold)]
         test, train = self.test.ids, self.train.ids
-        shown = [*self.alike, *(pair for pair in self.closest if pair.similarity < self.threshold)]
-        return [{"test": test[p.test], "train": train[p.train], "similarity": p.similarity} for p in shown]
+        return [{"test": test[p.test], "train": train[p.train], "similarity": p.similarity} for p in pairs]
 
-    def around(self, most: int = SHEET_PAIRS) -> tuple[list[Pair], list[Pair]]:
-        """Of the closest pairs the `most` next to the threshold, half of them from it on if there are so many."""
+    def around(self, n: int = GRID_PAIRS) -> tuple[list[Pair], list[Pair]]:
+        """Of the closest pairs the `n` next to the threshold, half of them above it if there are that many."""
         above = [pair for pair in self.closest if pair.similarity >= self.threshold]
-        below = self.closest[len(above) :][: max(most // 2, most - len(above))]
-        return above[len(above) - min(len(above), most - len(below)) :], below
+        below = self.closest[len(above) :][: max(n // 2, n - len(above))]
+        return above[len(above) - min(len(above), n - len(below)) :], below
 
-    def sheet(self) -> Image.Image:
-        """The pairs around the threshold, of TEST on the left, of TRAIN on the right.
-
-        Raises:
-            DalleError: there is no pair.
-        """
+    def grid(self) -> Image.Image:
+        """An image grid of the pairs around the threshold, TEST on the left."""
         above, below = self.around()
-        pairs = [*above, *below]
-        test, train = self.test, self.train
-        pictures = [_side_by_side(test.read(pair.test), train.read(pair.train)) for pair in pairs]
+        pairs, test, train = [*above, *below], self.test, self.train
+        images = [_side_by_side(test.read(pair.test), train.read(pair.train)) for pair in pairs]
         names = [f"{test.ids[pair.test]}, {train.ids[pair.train]}" for pair in pairs]
-        scores = [pair.similarity for pair in pairs]
         groups = [0] * len(above) + [1] * len(below)
         counts = f"{len(above) or 'no'} pairs from the threshold {self.threshold:g} on, {len(below) or 'none'} below it"
         title = f"TEST beside TRAIN: {counts}"
-        return sheet(pictures, names, scores, columns=4, title=title, groups=groups)
+        return image_grid(images, names, [pair.similarity for pair in pairs], columns=4, title=title, groups=groups)
 
 
 def _side_by_side(left: Image.Image, right: Image.Image) -> npt.NDArray[np.uint8]:
-    canvas = Image.new("RGB", (2 * DRAWN + BETWEEN, DRAWN), (255, 255, 255))
-    for at, image in ((0, left), (DRAWN + BETWEEN, right)):
-        whole = ImageOps.contain(image, (DRAWN, DRAWN), Image.Resampling.HAMMING)
-        canvas.paste(whole, (at + (DRAWN - whole.width) // 2, (DRAWN - whole.height) // 2))
+    canvas = Image.new("RGB", (2 * SIDE + GAP, SIDE), (255, 255, 255))
+    for at, image in ((0, left), (SIDE + GAP, right)):
+        whole = ImageOps.contain(image, (SIDE, SIDE), Image.Resampling.HAMMING)
+        canvas.paste(whole, (at + (SIDE - whole.width) // 2, (SIDE - whole.height) // 2))
     return np.asarray(canvas)

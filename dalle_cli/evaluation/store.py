@@ -1,4 +1,4 @@
-"""Features on disk, read without holding more than is asked for.
+"""Features on disk, read a block at a time.
 
 Shapes: N rows, D features.
 """
@@ -13,8 +13,8 @@ import numpy.typing as npt
 from dalle_cli.artifacts import Artifact
 
 
-class Rows:
-    """Some rows of a column of an artifact: all, or those that `kept` (N,) numbers in rising order."""
+class FeatureRows:
+    """Rows of a column of an artifact: all, or those of the numbers `kept` (N,), in rising order."""
 
     def __init__(self, artifact: Artifact, column: str = "embeddings", kept: npt.NDArray[np.int64] | None = None):
         self.artifact, self.column = artifact, column
@@ -25,10 +25,7 @@ class Rows:
         return len(self.kept)
 
     def blocks(self) -> Iterator[npt.NDArray[Any]]:
-        """All rows in order, (n, D) as they are stored: a block a shard.
-
-        A shard is mapped when its turn comes and let go after it, so that pages of one alone count as held.
-        """
+        """All rows in order, one block (n, D) per shard; only one shard is mapped at a time."""
         first = 0
         for header in self.artifact.headers:
             low, high = np.searchsorted(self.kept, (first, first + len(header)))
@@ -37,11 +34,11 @@ class Rows:
             first += len(header)
 
     def take(self, numbers: npt.NDArray[np.int64] | Sequence[int]) -> npt.NDArray[np.float64]:
-        """These rows, (n, D), counted among those kept."""
+        """Rows by number, counted among those kept: (n, D)."""
         return np.asarray(self._whole[self.kept[np.asarray(numbers)]]).astype(np.float64)
 
     def sample(self, most: int, seed: int) -> npt.NDArray[Any]:
-        """All rows as they are stored, or so many of them at random, in order: (n, D)."""
+        """All rows, or a random `most` of them, in order: (n, D)."""
         numbers = np.arange(len(self))
         if len(self) > most:
             numbers = np.sort(np.random.default_rng([seed, len(self)]).choice(len(self), most, replace=False))
@@ -49,4 +46,4 @@ class Rows:
 
     @cached_property
     def _whole(self) -> Any:
-        return self.artifact.array(self.column)  # mapped once: thousands of single rows may be asked for
+        return self.artifact.array(self.column)  # mapped once, since `take` may be called for thousands of single rows

@@ -1,4 +1,4 @@
-"""Scores as a small table of plain text."""
+"""Metrics as a small table of plain text."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,20 @@ NAMES = {
     "kernel": "kernel distance", "precision": "precision", "recall": "recall", "inception": "Inception score",
     "clip": "CLIP score", "r1": "retrieval R@1", "r5": "retrieval R@5",
 }  # fmt: skip
-WIDEST = 200  # characters
+WIDTH = 200  # characters, at most
 
 
-def picture_rows(scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row a score, a cell a radius: scores as `pictures.score` gives them."""
+def rendered(metrics: Mapping[str, Any]) -> str:
+    """What `evaluate` computed, as text."""
+    if metrics["kind"] != "images":
+        return _table(["score", "value"], plain_rows(metrics["scores"]))
+    heads = [f"blur {scores['blur']:g}" for scores in metrics["scores"]]
+    lines = _table(["score", *heads], image_rows(metrics["scores"]))
+    return "\n".join([lines, *(f"{name}: left out, {reason}" for name, reason in sorted(metrics["left_out"].items()))])
+
+
+def image_rows(scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row per metric, a cell per radius of blur."""
     flat: list[dict[str, Any]] = [{**table, **table.get("retrieval", {})} for table in scores]
     rows = []
     for key in ("frechet", *NAMES):
@@ -32,7 +41,7 @@ def _cell(score: Mapping[str, Any]) -> str:
 
 
 def plain_rows(scores: Mapping[str, Any], before: str = "") -> list[list[str]]:
-    """A row a figure, with its error, whatever tables it lies in; lists are left to the file."""
+    """A row per metric, with its error, at any depth; lists are only in the file."""
     rows: list[list[str]] = []
     for name, value in scores.items():
         words, error = f"{before}{name.replace('_', ' ')}", scores.get(f"{name}_error")
@@ -49,8 +58,7 @@ def plain_rows(scores: Mapping[str, Any], before: str = "") -> list[list[str]]:
     return rows
 
 
-def rendered(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The table as text."""
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     from rich.console import Console
     from rich.table import Table
 
@@ -58,5 +66,5 @@ def rendered(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=WIDEST, force_terminal=False, color_system=None).print(table, markup=False)
+    Console(file=text, width=WIDTH, force_terminal=False, color_system=None).print(table, markup=False)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())

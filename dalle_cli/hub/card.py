@@ -1,4 +1,4 @@
-"""A bundle's model card: what a person has written stays, what the files say of themselves is filled in."""
+"""A bundle's model card: keep what a person wrote, fill in what the files say."""
 
 import json
 import re
@@ -10,24 +10,24 @@ from dalle_cli.artifacts import Artifact
 from dalle_cli.errors import DalleError
 
 CARD = "README.md"
-SCORES = "scores.json"  # of a bundle: figures, as numbers and texts in tables of any depth
+SCORES = "scores.json"  # in a bundle: its metrics, numbers and texts in nested tables
 BEGIN, END = "<!-- dalle: figures -->", "<!-- dalle: end of figures -->"
 HEADER = {"library_name": "dalle", "pipeline_tag": "text-to-image", "tags": ["dall-e", "text-to-image", "safetensors"]}
 BODY = """
 # {name}
 
-Weights for `dalle`, which turns a prompt into pictures:
+Weights for `dalle`, which generates images from a prompt:
 
-    dalle generate "a red circle" -m hf://{repository} -o picture.png
+    dalle generate "a red circle" -m hf://{repository} -o image.png
 
 """
 
 
 def write(old: str, repository: str, weights: Sequence[Artifact], scores: object, license: str | None) -> str:
-    """The card's text from the card there was, if any: keys that its YAML lacks, and the figures between their marks.
+    """The text of the new card: the old one with missing YAML keys added, and with the metrics between their marks.
 
     Raises:
-        DalleError: its YAML is broken.
+        DalleError: the old card's YAML is broken.
     """
     import yaml  # type: ignore[import-untyped]  # comes with huggingface-hub
 
@@ -35,26 +35,23 @@ def write(old: str, repository: str, weights: Sequence[Artifact], scores: object
     missing: dict[str, Any] = {key: value for key, value in HEADER.items() if key not in known}
     missing |= {"license": license} if license and known.get("license") != license else {}
     body = body if old.strip() else BODY.format(name=repository.rpartition("/")[2], repository=repository)
-    if missing:  # else the header is left as it was written, comments and all
+    text = old
+    if missing:  # else the header keeps its comments
         header = yaml.safe_dump({**known, **missing}, sort_keys=False, allow_unicode=True)
         text = f"---\n{header}---\n{body}"
-    else:
-        text = old
-    figures = f"{BEGIN}\n\n{_figures(weights, scores)}\n{END}"
-    inside = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if inside.search(text):
-        return inside.sub(lambda _: figures, text)
-    return f"{text.rstrip()}\n\n{figures}\n"
+    metrics = f"{BEGIN}\n\n{_metrics(weights, scores)}\n\n{END}"
+    between = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    return between.sub(lambda _: metrics, text) if between.search(text) else f"{text.rstrip()}\n\n{metrics}\n"
 
 
 def license_of(text: str) -> str | None:
-    """The license that a card names in its YAML."""
+    """The license in a card's YAML, or None."""
     name = _split(text)[0].get("license")
     return name if isinstance(name, str) else None
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:
-    """A card's YAML, which may be missing, and its text."""
+    """A card's YAML header, which may be missing, and the text below it."""
     import yaml
 
     match = re.match(r"\s*---\r?\n(.*?)^---[ \t]*(?:\r?\n|$)", text, re.DOTALL | re.MULTILINE)
@@ -63,15 +60,15 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
     except yaml.YAMLError as error:
         known = " ".join(str(error).split())
     if not isinstance(known, dict):
-        raise DalleError(f"expected YAML with keys at the head of the bundle's {CARD}, found {known!r}; mend that")
+        raise DalleError(f"expected YAML with keys at the top of the bundle's {CARD}, found {known!r}; correct it")
     return known, text[match.end() :] if match else text
 
 
 def read(folder: Path) -> str:
-    """The text of a bundle's card; empty where there is none.
+    """The text of a bundle's card, "" if there is none.
 
     Raises:
-        DalleError: it is no UTF-8.
+        DalleError: it is not UTF-8.
     """
     path = folder / CARD
     try:
@@ -81,49 +78,41 @@ def read(folder: Path) -> str:
 
 
 def read_scores(folder: Path) -> object:
-    """The figures of a bundle's scores.json; None where there is none.
+    """The metrics in a bundle's scores.json, or None.
 
     Raises:
-        DalleError: it is no JSON.
+        DalleError: it is not JSON.
     """
     path = folder / SCORES
-    if not path.is_file():
-        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
-        raise DalleError(f"expected figures as JSON, found {error}: {path}; make it again") from None
+        raise DalleError(f"expected metrics as JSON, found {error}: {path}; make it again") from None
 
 
-def _figures(weights: Sequence[Artifact], scores: object) -> str:
+def _metrics(weights: Sequence[Artifact], scores: object) -> str:
     rows = []
+    metrics = [*_leaves(scores)]
     for artifact in weights:
         header = artifact.headers[0]
         dtypes = ", ".join(sorted({info.dtype for info in header.tensors.values()}))
-        size = header.path.stat().st_size
-        sizes = f"{header.n_parameters:,}", dtypes, f"{size:,}"
+        sizes = f"{header.n_parameters:,}", dtypes, f"{header.path.stat().st_size:,}"
         rows.append((artifact.path.name, header.table.about, *sizes, artifact.digest[:12]))
+        for table in (artifact.config.get("figures"), artifact.config.get("scores")):
+            metrics += [(f"{artifact.path.name} {name}", value) for name, value in _leaves(table)]
     parts = ["## Files", _table(("file", "what it is", "parameters", "dtype", "bytes", "sha256"), rows)]
-    figures = [*_leaves(scores)]
-    for artifact in weights:
-        told = (artifact.config.get(key) for key in ("figures", "scores"))
-        figures += [(f"{artifact.path.name} {name}", value) for table in told for name, value in _leaves(table)]
-    if figures:
-        parts += ["## Figures", _table(("figure", "value"), [(name, _show(value)) for name, value in figures])]
-    return "\n\n".join(parts) + "\n"
+    if metrics:
+        parts += ["## Figures", _table(("figure", "value"), metrics)]
+    return "\n\n".join(parts)
 
 
-def _leaves(value: object, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every number and text in tables of any depth, by the keys that lead to it."""
+def _leaves(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every number and text in nested tables, named by the keys that lead to it."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _leaves(inner, f"{name} {key}".strip())
     elif value is not None:
-        yield name, value
-
-
-def _show(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        yield name, f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.attention import trains_on_cpu
+from dalle_cli.models.blocks import StackedBlock
 from dalle_cli.models.local_attention import batched_attention
 
+HASH_BASE = 0x9E3779B97F4A7C15 - 2**64  # any large odd number
 MAX_LOG_SCALE = math.log(100.0)  # sec. 2.5: the scale is clipped, or training becomes unstable
 
 
@@ -128,7 +130,7 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))  # type: ignore[no-any-return]
 
 
-class Layer(nn.Module):
+class Layer(StackedBlock):
     """Pre-norm transformer layer."""
 
     def __init__(self, width: int, n_head: int, activation: str, causal: bool) -> None:
@@ -289,22 +291,29 @@ class CLIP(nn.Module):
             )
         return self.text_model(tokens)  # type: ignore[no-any-return]
 
-    def loss(self, images: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, images: Tensor, tokens: Tensor, lengths: Tensor, gather: Callable[[Tensor], Tensor] = lambda rows: rows
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Contrastive loss of a batch of pairs, and `loss`, `accuracy` (image to text, in the batch), `scale`.
 
-        Rows with equal captions count as pairs of each other: (B, 3, S, S) in [0, 1], (B, T) int64, (B,) int64 -> ().
+        (B, 3, S, S) in [0, 1], (B, T) int64, (B,) int64 -> (). Rows with equal captions count as pairs of each other.
+        `gather` returns the rows of all processes, (b, ...) -> (B, ...), when each holds a part of the batch: the loss
+        is then of the own rows against all columns, and its mean over the processes is the loss of the whole batch.
         """
         if self.training:
             with torch.no_grad():  # clipping the parameter, not only its use, lets it come back
                 self.logit_scale.clamp_(max=MAX_LOG_SCALE)
-        similarities = self.similarity(self.encode_image(images), self.encode_text(tokens, lengths))
-        pairs = equal_captions(tokens, lengths)
+        image, text = self.encode_image(images), self.encode_text(tokens, lengths)
+        own = caption_hash(tokens, lengths)
+        pairs = own[:, None] == gather(own)
+        similarities = self.similarity(image, gather(text))
         with torch.autocast(images.device.type, enabled=False):
             scale = self.scale()
             if self.config.loss == "sigmoid":
                 loss = sigmoid_loss(scale * similarities + self.logit_bias, pairs)
             else:
-                loss = softmax_loss(scale * similarities, pairs)
+                to_images = self.similarity(text, gather(image))
+                loss = (softmax_loss(scale * similarities, pairs) + softmax_loss(scale * to_images, pairs)) / 2
         best = similarities.detach().argmax(dim=1, keepdim=True)
         accuracy = pairs.gather(1, best).float().mean()
         return loss, {"loss": loss.detach(), "accuracy": accuracy, "scale": scale.detach()}
@@ -335,30 +344,31 @@ class CLIP(nn.Module):
         return ((images - mean) / std).to(weight.dtype)
 
 
+def caption_hash(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """A hash of each caption up to its end, a polynomial modulo 2^64: (B, T) int64, (B,) int64 -> (B,) int64."""
+    powers = torch.full((tokens.shape[1],), HASH_BASE, device=tokens.device).cumprod(0)
+    written = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    return ((tokens + 1) * powers * written).sum(1)
+
+
 def equal_captions(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Which rows hold the same caption, whatever lies beyond its end: (B, T) int64, (B,) int64 -> (B, B) bool.
+    """Which rows hold the same caption: (B, T) int64, (B,) int64 -> (B, B) bool.
 
     A batch of a small data set repeats captions; as negatives they would punish the right answer.
     """
-    end = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
-    tokens = tokens.masked_fill(end, -1)
-    same = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=tokens.device)
-    for column in tokens.unbind(1):  # column by column: B x B x T at once would not fit a large batch
-        same &= column[:, None] == column
-    return same
+    found = caption_hash(tokens, lengths)
+    return found[:, None] == found
 
 
 def softmax_loss(logits: Tensor, pairs: Tensor) -> Tensor:
-    """Cross-entropy both ways (sec. 2.3, fig. 3); a row's target is spread evenly over its pairs: (B, B) -> ()."""
-    target = pairs.to(logits.dtype)
-    target = target / target.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    """Cross-entropy of rows (sec. 2.3, fig. 3); a row's target is spread evenly over its pairs: (b, B) twice -> ()."""
+    positive = logits.masked_fill(~pairs, 0).sum(1) / pairs.sum(1)
+    return (logits.logsumexp(1) - positive).mean()
 
 
 def sigmoid_loss(logits: Tensor, pairs: Tensor) -> Tensor:
-    """Each image and text judged alone, summed over texts, averaged over images (arXiv 2303.15343, eq. 1)."""
-    signs = pairs.to(logits.dtype) * 2 - 1
-    return -F.logsigmoid(signs * logits).sum() / len(logits)
+    """Each image and text on its own, summed over texts, averaged over images (arXiv 2303.15343, eq. 1)."""
+    return -F.logsigmoid(torch.where(pairs, logits, -logits)).sum() / len(logits)
 
 
 def _project(x: Tensor, projection: nn.Linear) -> Tensor:

@@ -8,7 +8,7 @@ and its z_t are read once for all timesteps.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -39,7 +39,7 @@ class DiffusionPriorConfig:
     n_text: int = 77
     n_embedding: int = 1024  # width of CLIP's embeddings
     block: str = "paper"  # or "modern", as of the token prior
-    dropout: float = 0.0
+    dropout: float = field(default=0.0, metadata={"warm_start": "free"})
     schedule: str = "cosine"  # of the noise; or "linear"
     n_timestep: int = 1000
 

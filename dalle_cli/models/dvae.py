@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
+from dalle_cli.models.blocks import StackedBlock
 from dalle_cli.models.head import float32_linear
 from dalle_cli.models.quantizers import FiniteScalarQuantizer, GumbelQuantizer, Quantized, VectorQuantizer
 
@@ -110,7 +111,7 @@ def conv(n_in: int, n_out: int, kernel: int, stride: int = 1, kind: type[nn.Conv
     return layer
 
 
-class BottleneckBlock(nn.Module):
+class BottleneckBlock(StackedBlock):
     """The paper's residual block of four convolutions; the residual is scaled by 1 / n_layers**2 (app. A.1)."""
 
     def __init__(self, n_in: int, n_out: int, n_layers: int, kernels: tuple[int, int, int, int]) -> None:
@@ -131,7 +132,7 @@ class BottleneckBlock(nn.Module):
         return torch.add(self.id_path(x), h, alpha=self.post_gain)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(StackedBlock):
     """Pre-activation block: (GroupNorm, SiLU, 3x3) twice; the second convolution starts small."""
 
     def __init__(self, width: int, n_layers: int, local: bool = False) -> None:
@@ -352,7 +353,7 @@ class DVAE(nn.Module):
         """Negative evidence lower bound per pixel value (eq. 1), plus the codebook loss for vq; and metrics.
 
         KL and reconstruction are sums over a picture divided by its number of pixel values and averaged over the
-        batch, so that beta acts per code as beta * H * W / (3 * S * S). Without a generator no Gumbel noise is drawn.
+        batch, so that beta acts per code as beta * H * W / (3 * S * S). Exclude a generator no Gumbel noise is drawn.
         Metrics are detached: recon, kl (nats per code; ln V for vq and fsq, which add nothing to the loss), codebook,
         psnr (dB, of the picture shown from the quantizer's own output), codes_used, perplexity, code_counts (V,).
         """

@@ -9,7 +9,7 @@ bucket, each bucket's the next.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -24,7 +24,7 @@ from dalle_cli.models.prior import PriorConfig
 
 
 @dataclass(frozen=True)
-class EmbeddingPriorConfig:
+class AutoregressivePriorConfig:
     """Sizes of the autoregressive prior; the defaults are the paper's, those of the transformer from memory.
 
     Raises: DalleError where the numbers do not fit each other.
@@ -41,7 +41,7 @@ class EmbeddingPriorConfig:
     n_bucket: int = 1024  # of each component, between its extremes in training
     n_dot: int = 64  # of the dot product, each with as many pictures in training; the paper does not tell
     block: str = "paper"  # or "modern", as of the token prior
-    dropout: float = 0.0
+    dropout: float = field(default=0.0, metadata={"warm_start": "free"})
 
     def __post_init__(self) -> None:
         if self.kind != "autoregressive":
@@ -68,14 +68,14 @@ class EmbeddingPriorConfig:
         return self.n_text + 1 + self.n_component
 
 
-class EmbeddingPrior(nn.Module):
+class AutoregressivePrior(nn.Module):
     """From caption, z_t and dot product to buckets, one after another."""
 
     low: Tensor  # (M,) the least coordinate of each component in training
     high: Tensor  # (M,) the largest
     edges: Tensor  # (n_dot - 1,) between the buckets of the dot product, rising
 
-    def __init__(self, config: EmbeddingPriorConfig) -> None:
+    def __init__(self, config: AutoregressivePriorConfig) -> None:
         super().__init__()
         self.config = config
         width = config.n_embd

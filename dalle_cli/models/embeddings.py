@@ -58,7 +58,7 @@ class Principal(nn.Module):
         self.scale.fill_(scale or variance**-0.5)
 
     def standardize(self, z: Tensor) -> Tensor:
-        """Without the mean, and of unit variance: (B, D) -> (B, D)."""
+        """Exclude the mean, and of unit variance: (B, D) -> (B, D)."""
         return (z - self.mean) * self.scale
 
     def restore(self, x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def draw_weights(model: nn.Module, n_layer: int) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
-        elif "norm" in name or name.endswith("sharpness"):
+        elif "norm" in name or name.endswith("qk_scale"):
             parameter.fill_(1)
         else:
             residual = name.endswith(("attention_out.weight", "mlp_out.weight"))

@@ -10,5 +10,5 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """(B, 3, S, S) in [0, 1] -> the same as uint8, rounded. No picture is rescaled."""
+    """(B, 3, S, S) in [0, 1] -> the same as uint8, rounded. Contrast is never rescaled."""
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)

@@ -10,7 +10,7 @@ carries text position T like any caption position, by the image head, in trainin
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.attention import Pattern, layer_kinds
+from dalle_cli.models.blocks import StackedBlock
 from dalle_cli.models.cache import Cache, Prompt
 from dalle_cli.models.head import head_logits, head_loss
 from dalle_cli.models.mlp import gelu_linear
@@ -46,10 +47,12 @@ class PriorConfig:
     attention: str = "sparse"  # or "full"
     block: str = "paper"  # or "modern"
     conv_kernel: int = 11  # side of the last layer's window; odd
-    dropout: float = 0.0  # of the embeddings and of what each half block adds
+    # of the embeddings and of what each half block adds
+    dropout: float = field(default=0.0, metadata={"warm_start": "free"})
     text_weight: float = 1 / 8  # share of the caption in the loss; the image has the rest
-    sketch: int = 0  # s: side of a small picture, drawn of the caption first, that the codes follow; 0 = none
-    sketch_width: int = 384  # of its layers
+    # s: side of a small image, sampled for the caption first, that the codes follow; 0 = none
+    sketch: int = field(default=0, metadata={"warm_start": "added"})
+    sketch_width: int = field(default=384, metadata={"warm_start": "added"})  # of its layers
 
     def __post_init__(self) -> None:
         sizes = ("n_layer", "n_head", "n_embd", "n_text_vocab", "n_text", "n_image_vocab", "grid")
@@ -82,7 +85,7 @@ class Attend(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor: ...
 
 
-class Block(nn.Module):
+class Block(StackedBlock):
     """The paper's pre-norm residual block; who sees whom is the caller's: the stream, or one position over a cache."""
 
     def __init__(self, config: PriorConfig) -> None:
@@ -106,7 +109,7 @@ class Block(nn.Module):
         return y
 
 
-class ModernBlock(nn.Module):
+class ModernBlock(StackedBlock):
     """RMS norm, gated MLP (SwiGLU of about the same size), normalised queries and keys that turn with their place."""
 
     def __init__(self, config: PriorConfig) -> None:
@@ -114,7 +117,7 @@ class ModernBlock(nn.Module):
         self.n_head = config.n_head
         width, hidden = config.n_embd, 32 * max(1, round(config.n_embd / 12))  # three matrices as large as two of 4 C
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.sharpness = nn.Parameter(torch.ones(config.n_head))  # of attention, whose queries and keys have length 1
+        self.qk_scale = nn.Parameter(torch.ones(config.n_head))  # of attention, whose queries and keys have length 1
         self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
@@ -126,7 +129,7 @@ class ModernBlock(nn.Module):
         q, k, v = turned(self.qkv(rms_norm(x)), turns)
         if last is not None:
             q, x = q[:, :, -last:], x[:, -last:]
-        q = q * self.sharpness.to(q.dtype)[:, None, None]
+        q = q * self.qk_scale.to(q.dtype)[:, None, None]
         x = x + self.dropout(self.attention_out(attend(q, k, v).transpose(1, 2).flatten(2)))
         y: Tensor = x + self.dropout(self.mlp_out(swiglu(self.mlp_in(rms_norm(x)))))
         return y
@@ -171,7 +174,7 @@ class Prior(nn.Module):
                 continue  # have sizes of their own
             if name.endswith("bias"):
                 parameter.zero_()
-            elif "norm" in name or name.endswith("sharpness"):
+            elif "norm" in name or name.endswith("qk_scale"):
                 parameter.fill_(1)
             else:
                 residual = name.endswith(("attention_out.weight", "mlp_out.weight"))

@@ -74,6 +74,7 @@ class VectorQuantizer(nn.Module):
     """
 
     usage: Tensor
+    trained_buffers = ("usage",)  # which training changes, so that processes have to average them
 
     def __init__(self, n_vocab: int, n_embd: int, commitment: float) -> None:
         super().__init__()

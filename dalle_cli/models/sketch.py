@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalle_cli.models.blocks import StackedBlock
+
 WORDS_LEFT_OUT = 0.1  # share of a caption's words, in training
 DROPOUT = 0.1
 N_LAYER = 4
@@ -79,7 +81,7 @@ class Sketch(nn.Module):
         return x_start.view_as(x)
 
 
-class Layer(nn.Module):
+class Layer(StackedBlock):
     """Norm, and two matrices about a SiLU."""
 
     def __init__(self, width: int) -> None:

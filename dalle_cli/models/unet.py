@@ -7,7 +7,7 @@ N heads, D their width.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.attention import trains_on_cpu
+from dalle_cli.models.blocks import StackedBlock
 from dalle_cli.models.local_attention import batched_attention
 
 EPS = 1e-5
@@ -35,7 +36,7 @@ class UNetConfig:
     attention: tuple[int, ...] = (32, 16, 8)  # sides at which blocks attend
     head_width: int = 64
     groups: int = 32  # of channels that are normalized together
-    dropout: float = 0.1
+    dropout: float = field(default=0.1, metadata={"warm_start": "free"})
     scale_shift: bool = True  # the timestep scales and shifts; else it shifts alone
     resample_blocks: bool = True  # sizes change within residual blocks; else by a convolution between them
     schedule: str = "cosine"
@@ -161,7 +162,7 @@ def _resized(x: Tensor, change: str) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-class Block(nn.Module):
+class Block(StackedBlock):
     """Two convolutions beside a shortcut, told of the timestep between them; then attention, if there is any."""
 
     def __init__(
@@ -198,7 +199,7 @@ class Block(nn.Module):
         return h if self.attention is None else self.attention(h, context)  # type: ignore[no-any-return]
 
 
-class Resample(nn.Module):
+class Resample(StackedBlock):
     """A convolution that halves the size, or follows on doubling it."""
 
     def __init__(self, width: int, change: str) -> None:

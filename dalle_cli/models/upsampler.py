@@ -1,7 +1,7 @@
-"""Diffusion upsampler: a small picture to a larger one, without attention or caption (Ramesh et al. 2022, sec. 2.1).
+"""Diffusion upsampler: a small image to a larger one, without attention or caption (Ramesh et al. 2022, sec. 2.1).
 
-Shapes: B batch, S side of the larger picture, s side of the small one; pixels are in [-1, 1]. It is convolutions alone,
-so that it is trained on crops and draws pictures of any size.
+Shapes: B batch, S side of the larger image, s side of the small one, f = S / s; pixels are in [-1, 1]. The network is
+convolutional, so it trains on crops and samples images of any size.
 """
 
 from dataclasses import dataclass
@@ -25,31 +25,36 @@ class UpsamplerConfig(UNetConfig):
     low_size: int = 64
     width: int = 320
     attention: tuple[int, ...] = ()
-    # Share of the timesteps up to which the small picture is noised in training, told of it (Ho et al. 2021,
-    # arXiv 2106.15282, sec. 4.2); 0 = never, and then nothing is told
+    # Conditioning augmentation: in training the small image is noised up to this share of the timesteps, and the
+    # network is given the level (Ho et al. 2021, arXiv 2106.15282, sec. 4.2); 0 = never
     low_noise: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.low_size < 1 or self.image_size % self.low_size or self.image_size == self.low_size:
             found = f"{self.low_size} to {self.image_size}"
-            raise DalleError(f"expected pictures to become a whole number of times as large, found {found}")
+            raise DalleError(f"expected images to become a whole number of times as large, found {found}")
         if not 0 <= self.low_noise < 1:
             raise DalleError(f"expected low_noise in [0, 1), found {self.low_noise}")
 
     @property
     def factor(self) -> int:
-        """How many times as large a picture becomes."""
+        """How many times as large an image becomes: f."""
         return self.image_size // self.low_size
 
 
+def resize(x: Tensor, factor: int) -> Tensor:
+    """Bicubic enlargement, not clamped: (B, 3, s, s) -> (B, 3, f s, f s)."""
+    return F.interpolate(x, scale_factor=float(factor), mode="bicubic", antialias=True)
+
+
 def enlarge(low: Tensor, factor: int) -> Tensor:
-    """A small picture as it is laid beside the noised large one, bicubic: (B, 3, s, s) -> (B, 3, f s, f s)."""
-    return F.interpolate(low, scale_factor=float(factor), mode="bicubic", antialias=True).clamp(-1, 1)
+    """A small image as it is laid beside the noised large one: (B, 3, s, s) -> (B, 3, f s, f s) in [-1, 1]."""
+    return resize(low, factor).clamp(-1, 1)
 
 
 class Upsampler(nn.Module):
-    """A U-Net that sees the small picture, enlarged, beside the noised large one."""
+    """A U-Net that sees the small image, enlarged, beside the noised large one."""
 
     def __init__(self, config: UpsamplerConfig) -> None:
         super().__init__()
@@ -60,7 +65,7 @@ class Upsampler(nn.Module):
     def forward(self, x: Tensor, t: Tensor, enlarged: Tensor, level: Tensor | None = None) -> Tensor:
         """(B, 3, S, S) at timesteps (B,), (B, 3, S, S) -> (B, 3 or 6, S, S).
 
-        `level` (B,) is the timestep that the small picture was noised to, -1 for not at all; without it, not at all.
+        `level` (B,) is the timestep that the small image was noised to, -1 (the default) for not at all.
         """
         added = None
         if self.low_level is not None:

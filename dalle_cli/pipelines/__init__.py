@@ -1,1 +1,22 @@
-"""What a user imports and what commands call: artifacts and arrays in, arrays out."""
+"""What users import and commands call: each arrow of the chain as an object that takes arrays and gives arrays."""
+
+from dalle_cli.pipelines.clip import ClipScorer
+from dalle_cli.pipelines.codec import Codec
+from dalle_cli.pipelines.decoder import ImageDecoder
+from dalle_cli.pipelines.editing import Editor, SourceImage
+from dalle_cli.pipelines.pipeline import Generated, Pipeline, Settings, load
+from dalle_cli.pipelines.prior import EmbeddingPrior, TokenPrior
+
+__all__ = [
+    "ClipScorer",
+    "Codec",
+    "Editor",
+    "EmbeddingPrior",
+    "Generated",
+    "ImageDecoder",
+    "Pipeline",
+    "Settings",
+    "SourceImage",
+    "TokenPrior",
+    "load",
+]

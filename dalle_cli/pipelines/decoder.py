@@ -18,7 +18,7 @@ from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.hub import bundles
 from dalle_cli.options import DecoderOptions
 from dalle_cli.pipelines import loading
-from dalle_cli.sampling.decoder import Brush, chained, invert, paint, upsample
+from dalle_cli.sampling.decoder import SamplerConfig, chained, invert, paint, upsample
 
 log = logging.getLogger("dalle_cli")
 STEPS, SAMPLER, UPSAMPLER_STEPS = 20, "dpm++", 10
@@ -31,9 +31,8 @@ class ImageDecoder:
 
     def __init__(self, model: str | None, machine: Arithmetic, options: DecoderOptions | None = None, seed: int = 0):
         """Raises: DalleError for weights that are missing or do not follow each other, or a setting out of range."""
-        self.weights, self.machine, self.seed = bundles.weights(model, "weights.decoder"), machine, seed
-        self.options = options or DecoderOptions()
-        self.config, self.upsampler_config = sampler_configs(self.options)
+        self.weights, self.machine = bundles.weights(model, "weights.decoder"), machine
+        self.set(options or DecoderOptions(), seed)
         self.decoder = loading.decoder(self.weights, machine.device)
         n_text = self.decoder.config.n_text
         self.tokenizer = tokenizers.load(bundles.tokenizer(self.weights)) if n_text else None
@@ -41,6 +40,16 @@ class ImageDecoder:
         models = [loading.upsampler(weights, machine.device) for weights in found]
         order = chained([m.config for m in models], self.decoder.config.image_size)
         self.upsamplers = [(found[i], models[i]) for i in order]
+
+    def set(self, options: DecoderOptions, seed: int) -> "ImageDecoder":
+        """Sample with these options and this seed from now on.
+
+        Raises:
+            DalleError: an option out of range.
+        """
+        self.seed, self.low_noise = seed, options.low_noise
+        self.config, self.upsampler_config = sampler_configs(options)
+        return self
 
     @property
     def size(self) -> int:
@@ -57,6 +66,7 @@ class ImageDecoder:
         }  # fmt: skip
         if self.upsamplers:
             told["upsampler_steps"] = self.upsampler_config.steps
+            told |= {} if self.low_noise is None else {"low_noise": self.low_noise}
         return told
 
     @property
@@ -67,7 +77,7 @@ class ImageDecoder:
 
     def check(self, embeddings: Artifact) -> None:
         """Raises: DalleError if they are of another CLIP than the decoder was trained with."""
-        found, expected = embeddings.fact("encoder", str), self.weights.fact("encoder", str)
+        found, expected = embeddings.require("encoder", str), self.weights.require("encoder", str)
         bundles.check_digest("CLIP", found, expected, self.weights.path)
 
     def decode(
@@ -83,9 +93,12 @@ class ImageDecoder:
         with self.machine.autocast():
             noise = row_noise(self.seed, numbers, "decoder")
             images = paint(self.decoder, rows, tokens, lengths, self.config, noise, start=start)
-            for _, upsampler in self.upsamplers:
+            for weights, upsampler in self.upsamplers:
                 noise = row_noise(self.seed, numbers, f"upsampler {upsampler.config.image_size}")
-                images = upsample(upsampler, images, self.upsampler_config, noise)
+                low_noise = self.low_noise
+                if low_noise is None:  # what the weights were trained to be sampled with
+                    low_noise = weights.require("train", dict).get("low_noise", 0.0)
+                images = upsample(upsampler, images, self.upsampler_config, noise, low_noise)
         return images.cpu().numpy()
 
     def invert(self, images: Any, embeddings: Any, iterations: int) -> Tensor:
@@ -112,7 +125,7 @@ class ImageDecoder:
         return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(lengths.astype(np.int64) * written)
 
 
-def sampler_configs(options: DecoderOptions) -> tuple[Brush, Brush]:
+def sampler_configs(options: DecoderOptions) -> tuple[SamplerConfig, SamplerConfig]:
     """The decoder's and the upsamplers' sampler settings.
 
     Raises:
@@ -121,6 +134,6 @@ def sampler_configs(options: DecoderOptions) -> tuple[Brush, Brush]:
     sampler, eta = options.decoder_sampler or SAMPLER, options.eta or 0.0
     guidance = 1.0 if options.decoder_guidance is None else options.decoder_guidance
     return (
-        Brush(options.decoder_steps or STEPS, sampler, guidance, eta),
-        Brush(options.upsampler_steps or UPSAMPLER_STEPS, sampler, 1.0, eta),
+        SamplerConfig(options.decoder_steps or STEPS, sampler, guidance, eta),
+        SamplerConfig(options.upsampler_steps or UPSAMPLER_STEPS, sampler, 1.0, eta),
     )

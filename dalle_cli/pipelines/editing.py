@@ -16,13 +16,14 @@ from torch import Tensor
 from dalle_cli.artifacts import Artifact, history
 from dalle_cli.data.augment import center
 from dalle_cli.data.images import read_image
-from dalle_cli.devices import Arithmetic
+from dalle_cli.devices import Arithmetic, arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
-from dalle_cli.options import DecoderOptions
+from dalle_cli.options import DecoderOptions, EditOptions
 from dalle_cli.pipelines import loading
 from dalle_cli.pipelines.clip import ClipScorer
 from dalle_cli.pipelines.decoder import ImageDecoder, sampler_configs
+from dalle_cli.pipelines.output import check_outputs, terminal_preview, write_grid, write_labelled
 from dalle_cli.pipelines.prior import find_clip
 from dalle_cli.pipelines.prompts import Progress, Quiet, batched
 from dalle_cli.sampling.interpolation import between, rising, slerp, text_diff
@@ -93,12 +94,11 @@ class Editor:
         z = self.embed(source)
         images = self.sample("vary", z.expand(n, -1), range(n), self.invert(z, source).expand(n, -1, -1, -1))
         labels = [f"variation {k}" for k in range(1, n + 1)]
-        return self._edited("vary", {"n": n}, {"picture": source.digest}, images, labels, source)
+        return self._edited("vary", {"n": n}, {"image": source.digest}, images, labels, source)
 
     def interpolate(self, a: SourceImage, b: SourceImage, n: int = 8, noise: str = "slerped") -> Edited:
         """N images between two, by slerp of their embeddings, and of their noise unless it is fixed (sec. 3.2)."""
-        if noise not in NOISES:
-            raise DalleError(f"expected --noise {' or '.join(NOISES)}, found {noise!r}; take one of them")
+        check_noise(noise)
         shares, z = between(n), self.embed(a, b)
         own = self.invert(z, a, b) if noise == "slerped" else None
         start = None if own is None else slerp(own[0], own[1], shares)
@@ -113,10 +113,7 @@ class Editor:
 
         `strength` is the share of the way at the last one; an empty `before` turns towards `after` itself.
         """
-        if not 0 <= strength <= 1:
-            raise DalleError(f"expected --strength from 0 to 1, found {strength}; the paper's are from 0.25 to 0.5")
-        if not after.strip():
-            raise DalleError("expected a caption of what the image shall become, found an empty one; give TO")
+        check_diff(strength, after)
         texts = [text for text in (before, after) if text.strip()]
         z_t = torch.from_numpy(self.clip.encode_texts(texts))
         z_d = text_diff(z_t[0] if len(texts) == 2 else torch.zeros_like(z_t[-1]), z_t[-1])
@@ -126,7 +123,7 @@ class Editor:
         options = {"from": before, "to": after, "strength": strength, "n": n}
         labels = [f"theta {theta:.3g}" for theta in thetas]
         title = " to ".join(f'"{text}"' for text in texts)
-        return self._edited("diff", options, {"picture": source.digest}, images, labels, source, title)
+        return self._edited("diff", options, {"image": source.digest}, images, labels, source, title)
 
     def reconstruct(self, source: SourceImage, components: Sequence[int] | None = None) -> Edited:
         """Images of what the first principal components of an embedding hold (sec. 3, fig. 7).
@@ -135,7 +132,7 @@ class Editor:
             DalleError: no prior over embeddings, whose components they are; or numbers out of range.
         """
         prior = find_embedding_prior(self.model)
-        bundles.check_digest("CLIP", self.clip.weights.digest, prior.fact("encoder", str), prior.path)
+        bundles.check_digest("CLIP", self.clip.weights.digest, prior.require("encoder", str), prior.path)
         principal = loading.embedding_prior(prior, torch.device("cpu")).principal.float()
         width = len(principal.mean)
         counts = component_counts(components, width)
@@ -144,7 +141,7 @@ class Editor:
         images = self.sample("reconstruct", rebuilt, [0] * len(counts))
         held = principal.spectrum.cumsum(0) / principal.spectrum.sum()
         labels = [f"{n} of {width} components, {held[n - 1]:.0%} of variance" for n in counts]
-        inputs: dict[str, Artifact | str] = {"picture": source.digest, "prior": prior}
+        inputs: dict[str, Artifact | str] = {"image": source.digest, "prior": prior}
         return self._edited("reconstruct", {"components": counts}, inputs, images, labels, source)
 
     def original(self, source: SourceImage) -> Any:
@@ -180,14 +177,49 @@ class Editor:
         made = self._history(stage, options, inputs)
         return Edited([self.original(source), *images], ["original", *labels], made, title)
 
-    def _history(
-        self, stage: str, options: dict[str, Any], inputs: dict[str, Artifact | str]
-    ) -> list[dict[str, Any]]:
+    def _history(self, stage: str, options: dict[str, Any], inputs: dict[str, Artifact | str]) -> list[dict[str, Any]]:
         weights = {"clip": self.clip.weights, **self.decoder.inputs}
         return history(stage, {**options, **self.decoder.settings}, **inputs, **weights)
 
 
-Edit = Callable[[Editor], Edited]
+def edit_files(
+    stage: str, sources: Sequence[str], options: EditOptions, arguments: dict[str, Any], progress: Progress = Quiet,
+    preview: Callable[[str], None] | None = None, *, eta: float | None = None,
+) -> tuple[Path, Edited]:  # fmt: skip
+    """Edit image files by the `Editor` method named as the stage; write the image grid, and an artifact if wanted.
+
+    Raises:
+        DalleError: images that cannot be read, weights that do not fit, or something else where the output goes.
+    """
+    names = ["IMAGE"] if len(sources) == 1 else ["A", "B"]
+    images = [SourceImage.read(source, name) for source, name in zip(sources, names, strict=True)]
+    target = options.out or Path("-".join(Path(source).stem for source in sources) + f".{stage}.png")
+    check_outputs(target, options.images, options.force, sources)
+    decoder = DecoderOptions(options.decoder_steps, None, options.decoder_guidance, eta, options.upsampler_steps)
+    machine = arithmetic(options.device, options.dtype)
+    how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "progress": progress}
+    edited: Edited = getattr(Editor(options.model, machine, decoder, **how), stage)(*images, **arguments)
+    if options.images is not None:
+        write_labelled(options.images, edited.images, edited.labels, edited.history, options.force)
+    columns = options.columns
+    write_grid(target, edited.images, edited.labels, columns=columns, title=edited.title, force=options.force)
+    if options.terminal and preview is not None:
+        preview(terminal_preview(edited.images, columns))
+    return target, edited
+
+
+def check_noise(noise: str) -> None:
+    """Raises: DalleError for a noise that `interpolate` does not know."""
+    if noise not in NOISES:
+        raise DalleError(f"expected --noise {' or '.join(NOISES)}, found {noise!r}; take one of them")
+
+
+def check_diff(strength: float, after: str) -> None:
+    """Raises: DalleError for a strength out of range, or no caption to turn to."""
+    if not 0 <= strength <= 1:
+        raise DalleError(f"expected --strength from 0 to 1, found {strength}; the paper's are from 0.25 to 0.5")
+    if not after.strip():
+        raise DalleError("expected a caption of what the image shall become, found an empty one; give TO")
 
 
 def find_embedding_prior(model: str | None) -> Artifact:
@@ -217,3 +249,15 @@ def component_counts(components: Sequence[int] | None, width: int) -> list[int]:
         found = ",".join(map(str, components))
         raise DalleError(f"expected --components from 1 to {width}, found {found}; embeddings are {width} wide")
     return list(dict.fromkeys(components))
+
+
+def parse_components(text: str | None) -> list[int] | None:
+    """Numbers between commas.
+
+    Raises:
+        DalleError: something else.
+    """
+    try:
+        return None if text is None else [int(number) for number in text.split(",")]
+    except ValueError:
+        raise DalleError(f"expected --components as 8,32,128, found {text!r}; give numbers") from None

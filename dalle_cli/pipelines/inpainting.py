@@ -39,6 +39,7 @@ def read_mask(options: InpaintingOptions, codec: Codec) -> InpaintingMask | None
     Raises:
         DalleError: an image or a mask that cannot be read, or more rows than there are.
     """
+    options.check()
     if options.image is None:
         return None
     grid = codec.grid

@@ -23,9 +23,9 @@ from dalle_cli.pipelines import loading
 from dalle_cli.pipelines.clip import ClipScorer
 from dalle_cli.pipelines.inpainting import InpaintingMask
 from dalle_cli.pipelines.prompts import Candidate, Rows
+from dalle_cli.sampling import memory
 from dalle_cli.sampling.autoregressive import sample_batches
 from dalle_cli.sampling.embeddings import Read, autoregressed, diffused
-from dalle_cli.sampling.memory import fitting_batch
 
 log = logging.getLogger("dalle_cli")
 BATCH, STEPS = 64, 64  # candidates at once where the batch size is `auto`; steps of the paper's diffusion prior
@@ -64,7 +64,7 @@ def find_clip(weights: Artifact, model: str | None) -> Artifact:
     Raises:
         DalleError: it is in neither place.
     """
-    encoder = weights.fact("encoder", str)
+    encoder = weights.require("encoder", str)
     beside = bundles.find_weights(encoder, weights.path.parent)
     if beside is not None and beside.kind == "weights.clip":
         return beside
@@ -93,7 +93,7 @@ class TokenPrior:
 
     def __init__(self, weights: Artifact, machine: Arithmetic):
         self.weights, self.machine = weights, machine
-        self.encoder = weights.fact("encoder", str)
+        self.encoder = weights.require("encoder", str)
         self.model = loading.prior(weights, machine.device)
         self.config = self.model.config
 
@@ -133,7 +133,7 @@ class TokenPrior:
         if batch_size != AUTO:
             return batch_size
         several = len({row.text for row in rows}) > 1
-        return fitting_batch(self.model, len(rows), settings["guidance"] != 1, several, self.machine.dtype)
+        return memory.fitting_batch(self.model, len(rows), settings["guidance"] != 1, several, self.machine.dtype)
 
     def sample(
         self, rows: Sequence[Candidate], options: SamplingOptions | None = None, *, mask: InpaintingMask | None = None,
@@ -178,13 +178,13 @@ class TokenPrior:
 
 
 class EmbeddingPrior:
-    """A prior over CLIP image embeddings, diffusion or autoregressive, with the CLIP of its captions (2022, sec. 2.2)."""
+    """A diffusion or autoregressive prior over CLIP image embeddings, with its captions' CLIP (2022, sec. 2.2)."""
 
     kind, n_parts = "embeddings", 1
 
     def __init__(self, weights: Artifact, machine: Arithmetic, clip: Artifact):
         self.weights, self.machine, self.clip_weights = weights, machine, clip
-        self.encoder = weights.fact("encoder", str)
+        self.encoder = weights.require("encoder", str)
         self.model = loading.embedding_prior(weights, machine.device)
         self.config = self.model.config
         self._clip: ClipScorer | None = None

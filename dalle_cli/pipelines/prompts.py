@@ -80,7 +80,7 @@ class Rows(NamedTuple):
         """The noise of a candidate is the same whatever is sampled beside it."""
         texts = list(dict.fromkeys(row.text for row in rows))
         number = {text: i for i, text in enumerate(texts)}
-        noise = {text: int(digest_bytes(text.encode())[:16], 16) << 32 for text in texts}
+        noise = {text: int(digest_bytes(text.encode(errors="surrogatepass"))[:16], 16) << 32 for text in texts}
         return cls(texts, [number[row.text] for row in rows], [noise[row.text] | row.number for row in rows])
 
 

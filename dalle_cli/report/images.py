@@ -1,157 +1,215 @@
-"""Pictures of a run within a page: as data URIs, as many as a page can carry, without loss where that fits."""
+"""The images of a report as data URIs: image grids of training, samples by prompt, and image files.
+
+A page has a budget of bytes for each of these. Images are PNG if all of them fit, else JPEG, else the first that fit.
+"""
 
 import base64
-import io
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from dalle_cli.artifacts import Artifact
-from dalle_cli.report.html import data_uri
-from dalle_cli.report.scan import Item
+from dalle_cli.report.html import count, data_uri
+from dalle_cli.report.scan import Item, RunFolder, Scan
 
-SHEET_BYTES, DRAWN_BYTES, LOOSE_BYTES = 3_000_000, 4_000_000, 1_500_000  # of data URIs, of a page
-MOST_SHEETS = 8  # of one training
-MOST_PROMPTS, MOST_OF_A_PROMPT, MOST_PLAIN = 64, 6, 48  # pictures of one artifact
-MOST_ROWS = 20_000  # of an artifact that are looked at for prompts
+GRID_BYTES, SAMPLE_BYTES, FILE_BYTES = 3_000_000, 4_000_000, 1_500_000  # of data URIs in a page
+MOST_GRIDS = 8  # of one training
+MOST_PROMPTS, MOST_OF_A_PROMPT, MOST_WITHOUT = 64, 6, 48  # images of one artifact; prompts, or images without prompts
+MOST_ROWS = 20_000  # of an artifact to read prompts of
 MOST_PIXELS = 50_000_000  # of a file
-LARGEST_SHEET, LARGEST = (1800, 5000), (256, 256)  # wide, high
-JPEG = {"format": "JPEG", "quality": 90, "subsampling": 0}  # optimized, Pillow fails at noise, which is large
+LARGEST_GRID, LARGEST = (1800, 5000), (256, 256)  # width, height
+SMALL, SIDE, SMALL_SIDE = 64, 160, 96  # an image of up to SMALL pixels is enlarged by a whole factor; sides in the page
+JPEG = {"format": "JPEG", "quality": 90, "subsampling": 0}  # Pillow's `optimize` fails with noise, which is large
 
 
-@dataclass(frozen=True)
-class Shown:
-    """Pictures as data URIs, None where there was no room; whether they lost anything."""
+class Tile(NamedTuple):
+    """An image of the page, with the sides that it has there."""
 
-    uris: list[str | None]
-    lossy: bool
+    uri: str
+    caption: str
+    width: int | None
+    height: int | None
+    score: float | None = None
+    best: bool = False
+    small: bool = False
+
+
+class Strip(NamedTuple):
+    """The images of a training or of an artifact, by prompt ("" where there are none)."""
+
+    name: str
+    note: str
+    prompts: dict[str, list[Tile]]
 
     @property
-    def left_out(self) -> int:
-        """How many there was no room for."""
-        return self.uris.count(None)
+    def tiles(self) -> list[Tile]:
+        """All images."""
+        return [tile for tiles in self.prompts.values() for tile in tiles]
 
 
-def show(pictures: Sequence[Image.Image], most: int) -> Shown:
-    """Data URIs of at most so many bytes together: all as PNG, else all as JPEG, else the first that fit."""
-    whole: list[str | None] = []
-    room = most
-    for picture in pictures:
-        whole.append(uri := data_uri(picture))
-        room -= len(uri)
-        if room < 0:
-            break
-    else:
-        return Shown(whole, lossy=False)
-    uris: list[str | None] = []
-    room = most
-    for picture in pictures:
-        file = io.BytesIO()
-        picture.save(file, **JPEG)  # type: ignore[arg-type]
-        uri = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-        room -= len(uri)
-        uris.append(uri if room >= 0 else None)
-    return Shown(uris, lossy=True)
+def encode(images: Sequence[Image.Image], most: int) -> tuple[list[str | None], bool]:
+    """Data URIs of at most `most` bytes together, None for images without room; whether they are JPEG."""
+    for options in ({}, JPEG):
+        uris: list[str | None] = []
+        room = most
+        for image in images:
+            uri = data_uri(image, **options)
+            room -= len(uri)
+            uris.append(uri if room >= 0 else None)
+            if room < 0 and not options:
+                break
+        else:
+            return uris, bool(options)
+    raise AssertionError("JPEG always returns")
 
 
 def read(path: Path) -> Image.Image | str:
-    """A picture file as RGB, reduced where it is very large; what is wrong with it instead, if anything is."""
+    """An image file as RGB, reduced where it is very large; or what is wrong with it."""
     try:
         with Image.open(path) as file:
             if file.width * file.height > MOST_PIXELS:
                 return f"{file.width} x {file.height} pixels are too many"
-            picture = file.convert("RGB")
+            image = file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return "no picture that can be read"
-    picture.thumbnail(LARGEST_SHEET, Image.Resampling.LANCZOS)
-    return picture
+        return "no image that can be read"
+    image.thumbnail(LARGEST_GRID, Image.Resampling.LANCZOS)
+    return image
 
 
-def drawing(path: Path, most: int) -> str | None:
-    """An SVG file as data URI, where no scripts run; None if it is too large."""
-    data = path.read_bytes()
-    uri = "data:image/svg+xml;base64," + base64.b64encode(data).decode()
-    return uri if len(uri) <= most else None
-
-
-def spread(paths: Sequence[Path], most: int = MOST_SHEETS) -> list[Path]:
+def spread(paths: Sequence[Path], most: int = MOST_GRIDS) -> list[Path]:
     """The first, the last, and others evenly between."""
-    if len(paths) <= most:
-        return list(paths)
-    return [paths[round(number * (len(paths) - 1) / (most - 1))] for number in range(most)]
+    return [paths[round(i * (len(paths) - 1) / (most - 1))] for i in range(most)] if len(paths) > most else list(paths)
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """One picture: its row in its artifact, the score CLIP gave it, if it did."""
+def grids(found: Scan) -> list[Strip]:
+    """The image grids of each training, by update."""
+    trainings = [training for training in found.trainings if training.grids]
+    strips = [_grids(training, GRID_BYTES // len(trainings), found) for training in trainings]
+    return [strip for strip in strips if strip.tiles]
+
+
+def _grids(training: RunFolder, most: int, found: Scan) -> Strip:
+    images = {path: read(path) for path in spread(training.grids)}
+    for path, image in images.items():
+        if isinstance(image, str):
+            found.note(path, image)
+    readable = [(path, image) for path, image in images.items() if isinstance(image, Image.Image)][::-1]
+    uris, lossy = encode([image for _, image in readable], most)  # the last first: it matters most
+    tiles = []
+    for (path, image), uri in zip(readable, uris, strict=True):
+        when = f"after {count(int(path.stem), 'update')}" if path.stem.isdecimal() else path.stem
+        tiles += [Tile(uri, when, *image.size)] if uri else []
+    n = len(training.grids)
+    note = f"{len(tiles)} of {count(n, 'image grid')} shown. " if len(tiles) < n else ""
+    return Strip(training.name, note + "Reduced to JPEG." * lossy, {"": tiles[::-1]})
+
+
+def files(paths: Sequence[Path], found: Scan) -> dict[Path, Tile]:
+    """Image files that can be read and fit; an SVG runs no scripts as a data URI."""
+    tiles = {}
+    most = FILE_BYTES // max(1, len(paths))
+    for path in paths:
+        image = read(path) if path.suffix.lower() != ".svg" else None
+        if image is None:
+            svg = "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()
+            uri = svg if len(svg) <= most else None
+        else:
+            uri = None if isinstance(image, str) else encode([image], most)[0][0]
+        if uri:
+            tiles[path] = Tile(uri, found.name(path), *(image.size if isinstance(image, Image.Image) else (None, None)))
+        else:
+            found.note(path, f"left out, {image if isinstance(image, str) else 'too large for the page'}")
+    return tiles
+
+
+class Candidate(NamedTuple):
+    """An image of an artifact: its row, and its score by CLIP if it has one."""
 
     artifact: Artifact
     row: int
     score: float | None
-
-    def picture(self) -> Image.Image:
-        """RGB, reduced to a size that a page can carry many of."""
-        pixels: Any = np.asarray(self.artifact.array("images")[self.row])
-        picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-        picture.thumbnail(LARGEST, Image.Resampling.LANCZOS)
-        return picture
+    best: bool
 
 
-@dataclass(frozen=True)
-class Set:
-    """The pictures of an artifact by prompt, best first where they are scored; how many prompts and rows it has."""
-
-    item: Item
-    prompts: dict[str, list[Drawn]]
-    n_prompts: int
-    rows: int
-    scores: list[float]
-    source: Item | None  # of which these are the best
-    each: int  # candidates of a prompt, at most
-
-
-def sets(found: Sequence[tuple[Item, Artifact]]) -> list[Set]:
-    """Each artifact of pictures; those of which the best were kept stand with the best."""
-    by_digest = {item.digest: (item, artifact) for item, artifact in found if item.digest}
-    made: list[Set] = []
-    used = set()
-    for item, artifact in found:
-        inputs = artifact.history[-1]["inputs"] if artifact.history else {}
-        source = by_digest.get(inputs.get("images", "")) if "score" in artifact else None
-        if source:
-            used.add(source[0].name)
-        made.append(_set(item, artifact, source))
-    return [one for one in made if one.item.name not in used and one.rows]
+def samples(found: Scan) -> list[Strip]:
+    """The images of each artifact by prompt; the best of a rerank stand with other candidates."""
+    by_digest = {item.digest: (item, artifact) for item, artifact in found.of_kind("images") if item.digest}
+    sets: list[tuple[Item, Artifact, Artifact | None, str]] = []
+    for item, artifact in found.of_kind("images"):
+        inputs = artifact.history[-1]["inputs"] if artifact.history and "score" in artifact else {}
+        origin, source = by_digest.get(inputs.get("images", ""), (None, None))
+        sets.append((item, artifact, source, origin.label if origin else ""))
+    sources = [source for _, _, source, _ in sets]
+    sets = [one for one in sets if len(one[1]) and not any(one[1] is source for source in sources)]
+    return [_samples(*one, SAMPLE_BYTES // len(sets), found) for one in sets]
 
 
-def _set(item: Item, artifact: Artifact, source: tuple[Item, Artifact] | None) -> Set:
+def _samples(item: Item, artifact: Artifact, source: Artifact | None, origin: str, most: int, found: Scan) -> Strip:
     groups = _groups(artifact)
-    scores = artifact.array("score") if "score" in artifact else None
-    candidates = _groups(source[1]) if source else {}
-    ids = artifact.strings("ids")
+    prompts = _candidates(artifact, groups, source)
+    # The first image of each prompt before any second: where room is short, images are missing evenly.
+    order = [(i, text) for i in range(MOST_OF_A_PROMPT) for text, ones in prompts.items() if i < len(ones)]
+    images = [_image(prompts[text][rank]) for rank, text in order]
+    uris, lossy = encode(images, most)
+    if left_out := uris.count(None):
+        found.notes.append(f"{item.name}: {count(left_out, 'image')} more than the page has room for")
+    tiles: dict[str, list[Tile]] = {text: [] for text in prompts}
+    for (rank, text), image, uri in zip(order, images, uris, strict=True):
+        longest = max(image.size)
+        factor = max(1, -(-SMALL_SIDE // longest)) if longest <= SMALL else min(1.0, SIDE / longest)
+        one, sides = prompts[text][rank], [round(side * factor) for side in image.size]
+        if uri:
+            tiles[text].append(Tile(uri, text, sides[0], sides[1], one.score, one.best, longest <= SMALL))
+    each = max(map(len, (_groups(source) if source is not None else groups).values()))
+    note = _note(artifact, groups, prompts, f"The best by CLIP among {each} for each of " if origin else "")
+    if any(not one.best for ones in prompts.values() for one in ones) and origin:
+        note += f"; beside it other candidates of {origin}, in order"
+    return Strip(item.label, note + "; as JPEG" * lossy + ".", {text: ones for text, ones in tiles.items() if ones})
+
+
+def _candidates(
+    artifact: Artifact, groups: dict[str, list[int]], source: Artifact | None
+) -> dict[str, list[Candidate]]:
+    """The images to show of each prompt: those of `artifact`, then others of `source`."""
+    scores: Any = artifact.array("score") if "score" in artifact else None
+    others = {} if source is None else _groups(source)
+    ids, their = artifact.strings("ids"), None if source is None else source.strings("ids")
     prompts = {}
-    for text in list(groups)[: MOST_PROMPTS if "text" in artifact else MOST_PLAIN]:
-        rows = groups[text]
-        drawn = [Drawn(artifact, row, None if scores is None else float(scores[row])) for row in rows]
-        if source:
-            own = {ids[row] for row in rows}
-            theirs = source[1].strings("ids")
-            drawn += [Drawn(source[1], row, None) for row in candidates.get(text, []) if theirs[row] not in own]
-        prompts[text] = drawn[:MOST_OF_A_PROMPT]
-    of = candidates or groups
-    told = [] if scores is None else [float(score) for score in scores[:MOST_ROWS]]
-    each = max((len(rows) for rows in of.values()), default=0)
-    return Set(item, prompts, len(groups), len(artifact), told, source[0] if source else None, each)
+    for text in list(groups)[: MOST_PROMPTS if "text" in artifact else MOST_WITHOUT]:
+        best = source is not None
+        ones = [Candidate(artifact, r, None if scores is None else float(scores[r]), best) for r in groups[text]]
+        if source is not None and their is not None:
+            own = {ids[row] for row in groups[text]}
+            ones += [Candidate(source, row, None, False) for row in others.get(text, []) if their[row] not in own]
+        prompts[text] = ones[:MOST_OF_A_PROMPT]
+    return prompts
+
+
+def _note(artifact: Artifact, groups: dict[str, list[int]], prompts: dict[str, list[Candidate]], best: str) -> str:
+    n = count(len(groups), "prompt")
+    note = f"{best}{n}, framed" if best else f"{count(len(artifact), 'image')} of {n}"
+    if "score" in artifact:
+        scores = [float(score) for score in artifact.array("score")[:MOST_ROWS]]
+        note += f"; score (cosine): median {statistics.median(scores):.3f}"
+        note += f", {min(scores):.3f} to {max(scores):.3f}" if len(scores) > 1 else ""
+    return note + (f"; the first {len(prompts)} prompts are shown" if len(prompts) < len(groups) else "")
 
 
 def _groups(artifact: Artifact) -> dict[str, list[int]]:
-    """Rows by prompt, in the order in which prompts first come; by id where there is no text."""
+    """Rows by prompt, in the order of the prompts' first rows; by id where there are no prompts."""
     texts = artifact.strings("text" if "text" in artifact else "ids")
     groups: dict[str, list[int]] = {}
     for row in range(min(len(artifact), MOST_ROWS)):
         groups.setdefault(texts[row], []).append(row)
     return groups
+
+
+def _image(one: Candidate) -> Image.Image:
+    pixels: Any = np.asarray(one.artifact.array("images")[one.row])
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    image.thumbnail(LARGEST, Image.Resampling.LANCZOS)
+    return image

@@ -1,7 +1,7 @@
-"""People's judgement of two sets of pictures (Ramesh et al. 2021, sec. 3.1 and fig. 7): the page, and what votes say.
+"""A human preference survey of two sets of images (Ramesh et al. 2021, sec. 3.1 and fig. 7): its page, its tally.
 
-A page knows each picture by a key, a hash of survey, caption and side; votes name keys. Which key is A's is found again
-by hashing both sides, so neither the page nor a file of votes says it.
+The page knows each image by a key, a hash of survey, caption and side, and votes name keys. Only hashing both sides
+again tells which key is A's: neither the page nor a file of votes says it.
 
 Shapes: N captions, C choices.
 """
@@ -9,6 +9,7 @@ Shapes: N captions, C choices.
 import json
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,22 +21,22 @@ from numpy.typing import NDArray
 
 from dalle_cli import console
 from dalle_cli.artifacts import Artifact, digest_bytes
-from dalle_cli.artifacts.text import check_ours, json_fact, write_text
+from dalle_cli.artifacts.text import check_overwrite, read_json_key
 from dalle_cli.errors import DalleError
 from dalle_cli.report import html
 
-QUESTIONS = {"realistic": "Which picture is more realistic?", "matches": "Which picture matches the caption better?"}
+QUESTIONS = {"realistic": "Which image is more realistic?", "matches": "Which image matches the caption better?"}
 GENERATOR = "dalle survey"
-VOTES, TALLY = "dalle survey votes", "dalle survey tally"  # what files of votes and tallies call themselves
+VOTES, TALLY = "dalle survey votes", "dalle survey tally"  # the `format` of either file
 VERSION = 1
 SIDES = ("A", "B")
 CONFIDENCE = 0.95
-RESAMPLES, AT_ONCE = 10_000, 100  # bootstrap: drawn in all, and held at once
+RESAMPLES, AT_ONCE = 10_000, 100  # of the bootstrap: in all, and in memory at once
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A caption with the row of its picture in A and in B."""
+class CaptionPair:
+    """A caption with the row of its image in A and in B."""
 
     caption: str
     a: int
@@ -44,7 +45,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Vote:
-    """What a rater said of a caption: the side that lay first (left, or on top), and the one chosen per question."""
+    """A rater's answers on one caption: the side shown first (left, or on top), and the choice per question."""
 
     caption: str
     first: str
@@ -64,59 +65,48 @@ class Ballot:
     votes: list[Vote]
 
 
-def pair(a: Artifact, b: Artifact, prompts: Sequence[str] | None = None) -> list[Pair]:
-    """Pictures of A and B of one caption: the first of each, which after `rerank` is the best.
+def pair(a: Artifact, b: Artifact, prompts: Sequence[str] | None = None) -> list[CaptionPair]:
+    """The captions of `prompts`, or else of both A and B, with the first image of each, which `rerank` puts best.
 
     Raises:
-        DalleError: pictures without captions, a prompt that one side has not drawn, or none in common.
+        DalleError: images have no captions, a prompt is missing on one side, or no caption is on both.
     """
-    first = [_first_rows(side) for side in (a, b)]
-    if prompts is not None:
-        wanted = list(dict.fromkeys(prompts))
-        for side, rows in zip((a, b), first, strict=True):
-            if missing := [prompt for prompt in wanted if prompt not in rows]:
-                rest = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
-                found = f"none of {missing[0]!r}{rest} in {side.path}"
-                raise DalleError(f"expected pictures of all prompts, found {found}; draw them, or mend --prompts")
-    else:
-        wanted = [caption for caption in first[0] if caption in first[1]]
+    first: list[dict[str, int]] = [{}, {}]
+    for side, rows in zip((a, b), first, strict=True):
+        if "text" not in side:
+            raise DalleError(f"expected images with their prompts, found none in {side.path}; sample them from prompts")
+        for row, text in enumerate(side.strings("text")):
+            rows.setdefault(text.strip(), row)
+        rows.pop("", None)
+    common = [caption for caption in first[0] if caption in first[1]]
+    wanted = common if prompts is None else list(dict.fromkeys(prompts))
+    for side, rows in zip((a, b), first, strict=True):
+        if missing := [prompt for prompt in wanted if prompt not in rows]:
+            rest = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
+            found = f"none of {missing[0]!r}{rest} in {side.path}"
+            raise DalleError(f"expected images of all prompts, found {found}; sample them, or correct --prompts")
     if not wanted:
         found = f"none in common of {a.path} and {b.path}"
-        raise DalleError(f"expected captions that both have, found {found}; draw both from the same prompts")
-    return [Pair(caption, first[0][caption], first[1][caption]) for caption in wanted]
-
-
-def _first_rows(pictures: Artifact) -> dict[str, int]:
-    if "text" not in pictures:
-        raise DalleError(f"expected images with their prompts, found none in {pictures.path}; draw them from prompts")
-    rows: dict[str, int] = {}
-    for row, text in enumerate(pictures.strings("text")):
-        if text.strip():
-            rows.setdefault(text.strip(), row)
-    return rows
-
-
-def digest(a: Artifact, b: Artifact, pairs: Sequence[Pair], seed: int) -> str:
-    """What a survey is known by: SHA-256 of its pictures, captions and seed.
-
-    Raises:
-        DalleError: A and B are the same.
-    """
-    if a.digest == b.digest:
-        found = f"the same in {a.path} and {b.path}"
-        raise DalleError(f"expected two sets of pictures to compare, found {found}; give another as B")
-    facts = [VERSION, a.digest, b.digest, [[p.caption, p.a, p.b] for p in pairs], seed]
-    return digest_bytes(json.dumps(facts).encode())
+        raise DalleError(f"expected captions that both have, found {found}; sample both from the same prompts")
+    return [CaptionPair(caption, first[0][caption], first[1][caption]) for caption in wanted]
 
 
 def key(survey: str, caption: str, side: str) -> str:
-    """By what page and votes know a picture."""
+    """The name of an image in page and votes."""
     return digest_bytes("\0".join((survey, caption, side)).encode())[:16]
 
 
-def page(a: Artifact, b: Artifact, pairs: Sequence[Pair], wanted: int, seed: int) -> str:
-    """The survey as one HTML page, in an order that says nothing of the sides."""
-    survey = digest(a, b, pairs, seed)
+def page(a: Artifact, b: Artifact, pairs: Sequence[CaptionPair], wanted: int, seed: int) -> str:
+    """The survey as one HTML page, in an order that reveals no side.
+
+    Raises:
+        DalleError: A and B are the same, or jinja2 is not installed.
+    """
+    if a.digest == b.digest:
+        found = f"the same in {a.path} and {b.path}"
+        raise DalleError(f"expected two sets of images to compare, found {found}; give another as B")
+    identity = [VERSION, a.digest, b.digest, [[p.caption, p.a, p.b] for p in pairs], seed]
+    survey = digest_bytes(json.dumps(identity).encode())
     pixels_a, pixels_b = a.array("images"), b.array("images")
     items: list[tuple[list[tuple[str, str]], str]] = []
     with console.progress("survey", len(pairs), unit="captions") as advance:
@@ -132,59 +122,53 @@ def page(a: Artifact, b: Artifact, pairs: Sequence[Pair], wanted: int, seed: int
         "inputs": [a.digest, b.digest],
         "wanted": wanted,
         "questions": list(QUESTIONS.items()),
-        "items": [{"caption": caption, "pictures": shown} for shown, caption in sorted(items)],  # by hash
+        "items": [{"caption": caption, "images": shown} for shown, caption in sorted(items)],  # by hash
     }
-    return html.fill("survey.html", {"generator": GENERATOR, "survey": html.embed(facts)})
+    styles, title = ("page.css", "survey.css"), "Which image is better?"
+    return html.render("survey.html", styles, "survey.js", generator=GENERATOR, title=title, values=facts)
 
 
 def read_ballot(path: Path) -> Ballot:
-    """A file that a survey's page has saved.
+    """The file that a survey's page saved.
 
     Raises:
-        DalleError: it cannot be read, or is something else, or its votes are not of the survey that it names.
+        DalleError: it cannot be read, is another kind of file, or its votes do not belong to the survey it names.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict) or value.get("format") != VOTES:
-            raise ValueError("something else")
-        if value["version"] != VERSION:
-            raise ValueError(f"version {value['version']!r}")
-        ballot = _ballot(path, value)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        said = f"expected votes that a survey's page saved, found {_fault(error)} in {path}"
-        raise DalleError(f"{said}; save them anew, or leave it out") from None
-    if not ballot.votes:
-        raise DalleError(f"expected votes, found none in {path}; leave it out")
-    for number, vote in enumerate(ballot.votes):
-        if any(vote.caption == other.caption for other in ballot.votes[:number]):
-            raise DalleError(f"expected a rater's one vote a caption, found two for {vote.caption!r} in {path}")
-    return ballot
+        return _ballot(path, json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        fault = "no JSON"
+    except KeyError as error:
+        fault = f"no {error}"
+    except TypeError:
+        fault = "malformed facts"
+    except OSError as error:
+        fault = (error.strerror or str(error)).lower()
+    except ValueError as error:
+        fault = str(error)
+    said = f"expected votes that a survey's page saved, found {fault} in {path}"
+    raise DalleError(f"{said}; save them again, or leave the file out")
 
 
-def _fault(error: Exception) -> str:
-    """What is wrong with a file of votes, in words."""
-    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, RecursionError)):
-        return "what is no JSON"
-    if isinstance(error, (KeyError, TypeError)):
-        return f"no {error}" if isinstance(error, KeyError) else "malformed facts"
-    return error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def _ballot(path: Path, value: dict[str, Any]) -> Ballot:
-    survey, rater, inputs = value["survey"], value["rater"], value["inputs"]
-    captions, wanted = value["captions"], value["wanted"]
-    if not isinstance(inputs, list) or len(inputs) != 2:
+def _ballot(path: Path, value: Any) -> Ballot:
+    """Raises: ValueError, KeyError or TypeError if these are no votes."""
+    if not isinstance(value, dict) or value.get("format") != VOTES:
+        raise ValueError("something else")
+    if value["version"] != VERSION:
+        raise ValueError(f"version {value['version']!r}")
+    survey, rater, captions, wanted = (value[name] for name in ("survey", "rater", "captions", "wanted"))
+    a, b = value["inputs"] if isinstance(value["inputs"], list) and len(value["inputs"]) == 2 else (None, None)
+    numbers = all(type(x) is int and x > 0 for x in (captions, wanted))
+    if not numbers or not all(isinstance(x, str) for x in (survey, rater, a, b)):
         raise ValueError("malformed facts")
-    a, b = inputs
-    texts, numbers = (survey, rater, a, b), (captions, wanted)
-    if not all(isinstance(x, str) for x in texts) or not all(type(x) is int and x > 0 for x in numbers):
-        raise ValueError("malformed facts")
-    if not _name(rater):
+    if not _normalize(rater):
         raise ValueError("no rater")
     votes = [_vote(survey, entry) for entry in value["votes"]]
-    if len(votes) > captions:
+    if not 0 < len(votes) <= captions:
         raise ValueError(f"{len(votes)} votes on {captions} captions")
-    return Ballot(path, rater, survey, (a, b), captions, wanted, votes)
+    if twice := [caption for caption, n in Counter(vote.caption for vote in votes).items() if n > 1]:
+        raise ValueError(f"two votes for {twice[0]!r}")
+    return Ballot(path, rater, survey, (str(a), str(b)), captions, wanted, votes)
 
 
 def _vote(survey: str, entry: dict[str, Any]) -> Vote:
@@ -193,43 +177,41 @@ def _vote(survey: str, entry: dict[str, Any]) -> Vote:
     first, chosen = entry["first"], {question: entry[question] for question in QUESTIONS}
     if not {first, *chosen.values()} <= set(sides):
         raise ValueError(f"a vote of another survey for {caption!r}")
-    return Vote(caption, sides[first], {question: sides[picture] for question, picture in chosen.items()})
+    return Vote(caption, sides[first], {question: sides[image] for question, image in chosen.items()})
 
 
-def _name(rater: str) -> str:
-    """By what a rater is known: neither case nor space makes two of one."""
+def _normalize(rater: str) -> str:
+    """A rater's name without case and extra space, which do not make another rater."""
     return " ".join(unicodedata.normalize("NFC", rater).casefold().split())
 
 
-def check_ballots(ballots: Sequence[Ballot]) -> None:
-    """Raises: DalleError where files are of several surveys, or two of one rater."""
+def _check_ballots(ballots: Sequence[Ballot]) -> None:
     first, raters = ballots[0], dict[str, Ballot]()
     for ballot in ballots:
         if ballot.survey != first.survey:
             found = f"{first.survey[:12]} in {first.path} and {ballot.survey[:12]} in {ballot.path}"
             raise DalleError(f"expected votes of one survey, found {found}; tally them apart")
-        before = raters.setdefault(_name(ballot.rater), ballot)
+        before = raters.setdefault(_normalize(ballot.rater), ballot)
         if before is not ballot:
             found = f"{ballot.rater!r} in {before.path} and in {ballot.path}"
             raise DalleError(f"expected one file of each rater, found {found}; leave one out")
 
 
 def tally(ballots: Sequence[Ballot], seed: int = 0) -> dict[str, Any]:
-    """All that the votes say, as JSON will hold it.
+    """The results of a survey as JSON.
 
     Raises:
-        DalleError: votes of several surveys, or a rater twice.
+        DalleError: files belong to several surveys, or two of them to one rater.
     """
-    check_ballots(ballots)
+    _check_ballots(ballots)
     votes = [vote for ballot in ballots for vote in ballot.votes]
     captions = sorted({vote.caption for vote in votes})
-    of = {caption: number for number, caption in enumerate(captions)}
+    row_of = {caption: row for row, caption in enumerate(captions)}
     counts = {question: np.zeros((len(captions), 2), dtype=np.int64) for question in QUESTIONS}
     for vote in votes:
         for question, side in vote.chosen.items():
-            counts[question][of[vote.caption], SIDES.index(side)] += 1
-    each = counts["realistic"].sum(1)  # both questions are answered in every vote
-    lay_first = [side == vote.first for vote in votes for side in vote.chosen.values()]
+            counts[question][row_of[vote.caption], SIDES.index(side)] += 1
+    each = counts["realistic"].sum(1)  # each vote answers both questions
     about = ballots[0]
     return {
         "format": TALLY,
@@ -241,20 +223,20 @@ def tally(ballots: Sequence[Ballot], seed: int = 0) -> dict[str, Any]:
         "votes_wanted": about.wanted,
         "captions_short": about.captions - int((each >= about.wanted).sum()),
         "confidence": CONFIDENCE,
-        "first_share": float(np.mean(lay_first)),
-        "questions": {question: judge(count, seed) for question, count in counts.items()},
+        "first_share": float(np.mean([side == vote.first for vote in votes for side in vote.chosen.values()])),
+        "questions": {question: preference(count, seed) for question, count in counts.items()},
         "by_caption": [
             {"caption": caption, **{q: dict(zip(SIDES, counts[q][row].tolist(), strict=True)) for q in QUESTIONS}}
-            for caption, row in of.items()
+            for caption, row in row_of.items()
         ],
     }
 
 
-def judge(counts: NDArray[np.int64], seed: int) -> dict[str, Any]:
-    """What the votes on one question, (N, 2) for A and B, come to; a caption's majority is the side with more votes.
+def preference(counts: NDArray[np.int64], seed: int) -> dict[str, Any]:
+    """The result of one question: votes (N, 2) for A and B; a caption's majority is the side with more votes.
 
-    Captions with as many votes for either are ties, which the majority share leaves out; its interval is Wilson's. The
-    share of single votes has a bootstrap interval over captions, because votes on a caption depend on each other.
+    The majority share leaves out ties; its interval is Wilson's. Votes on a caption depend on each other, so the share
+    of single votes has a bootstrap interval over captions.
     """
     a, b = counts.T
     won, lost = int((a > b).sum()), int((b > a).sum())
@@ -272,7 +254,7 @@ def judge(counts: NDArray[np.int64], seed: int) -> dict[str, Any]:
 
 
 def wilson(won: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's interval of a share (1927)."""
+    """Wilson's score interval of a share (1927)."""
     z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     center = (won + z2 / 2) / (total + z2)
     half = math.sqrt(z2 * (won * (total - won) / total + z2 / 4)) / (total + z2)
@@ -282,7 +264,7 @@ def wilson(won: int, total: int, confidence: float = CONFIDENCE) -> tuple[float,
 def bootstrap(
     won: NDArray[np.int64], total: NDArray[np.int64], seed: int, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """Percentile interval of sum(won) / sum(total), (N,) each, when captions are drawn anew with replacement."""
+    """Percentile bootstrap interval of sum(won) / sum(total), (N,) each, over captions."""
     random, count = np.random.default_rng(seed), len(won)
     shares = []
     for _ in range(RESAMPLES // AT_ONCE):
@@ -293,10 +275,10 @@ def bootstrap(
 
 
 def agree(counts: NDArray[np.int64]) -> tuple[float | None, float | None]:
-    """How often another rater of the same caption says the same, and Krippendorff's nominal alpha: (N, C) votes.
+    """The share of other raters of a caption who agree, and Krippendorff's nominal alpha; votes are (N, C).
 
-    Alpha is 1 where all agree and 0 where they agree no more than by chance. None where no caption has two votes, alpha
-    also where all votes are alike.
+    Alpha is 1 where all agree, and 0 where agreement is that of chance. Exclude a caption of two votes both are None;
+    alpha is None also where all votes are alike.
     """
     counts = counts[counts.sum(1) > 1]
     each, total = counts.sum(1), int(counts.sum())
@@ -314,9 +296,4 @@ def check_tally(path: Path, force: bool) -> None:
     Raises:
         DalleError: something else lies at `path`.
     """
-    check_ours(path, "a tally", lambda path: json_fact(path, "format") == TALLY, force)
-
-
-def save_tally(path: Path, value: dict[str, Any]) -> None:
-    """Write a tally as JSON, atomically."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    check_overwrite(path, "a tally", lambda path: read_json_key(path, "format") == TALLY, force)

@@ -17,7 +17,7 @@ from dalle_cli import devices
 from dalle_cli.errors import DalleError
 from dalle_cli.models.cache import Cache, Prompt
 from dalle_cli.models.prior import Prior
-from dalle_cli.sampling.sketches import draw_sketches
+from dalle_cli.sampling.sketches import sample_sketches
 from dalle_cli.sampling.truncation import top_k as keep_top_k
 from dalle_cli.sampling.truncation import top_p as keep_top_p
 
@@ -147,7 +147,7 @@ def sample_batches(
             numbers = [indices[row] for row in rows]
             seen = None if kept is None else (own_codes.view(-1, *kept.shape), kept.to(device))
             captioned = tokens[own], lengths[own], numbers
-            sketches = draw_sketches(prior, *captioned, seed, guidance_scale=sketch_guidance, kept=seen)
+            sketches = sample_sketches(prior, *captioned, seed, guidance_scale=sketch_guidance, kept=seen)
             prior.show(sketches.repeat(2 if span else 1, 1, 1, 1), cache)
         yield _draw_grids(prior, step, cache, noise, 2 if span else 1, choose, own_codes, fixed, n, progress).clone()
 

@@ -19,11 +19,11 @@ from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder
 from dalle_cli.models.pixels import from_uint8, to_uint8
 from dalle_cli.models.unet import UNetConfig
-from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge
+from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge, resize
 
 
 @dataclass(frozen=True)
-class Brush:
+class SamplerConfig:
     """How to paint: steps, sampler, classifier-free guidance (1 = off), and DDIM's eta.
 
     Raises: DalleError where a value is out of its range.
@@ -58,7 +58,7 @@ def to_signed(images: Tensor) -> Tensor:
     return 2 * from_uint8(images) - 1
 
 
-def to_stored(x: Tensor) -> Tensor:
+def to_images(x: Tensor) -> Tensor:
     """The way back: [-1, 1] -> uint8."""
     return to_uint8((x.float() + 1) / 2)
 
@@ -79,7 +79,7 @@ def network(
 
 @torch.inference_mode()
 def paint(
-    decoder: Decoder, embeddings: Tensor, tokens: Tensor, lengths: Tensor, brush: Brush, noise: Noise,
+    decoder: Decoder, embeddings: Tensor, tokens: Tensor, lengths: Tensor, brush: SamplerConfig, noise: Noise,
     given: Tensor | None = None, start: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Pictures of embeddings and captions: (B, D), (B, T) and (B,) int64 -> (B, 3, S, S) uint8.
@@ -91,7 +91,7 @@ def paint(
     told = network(decoder, embeddings, tokens, lengths, given, brush.guidance != 1)
     denoise = denoiser(told, model, Guidance(brush.guidance), Threshold(1.0))
     x = (noise(0, (3, side, side)) if start is None else start).to(decoder.null_embedding.device)
-    return to_stored(sample(brush.sampler, denoise, model.schedule, x, brush.steps, noise, eta=brush.eta))
+    return to_images(sample(brush.sampler, denoise, model.schedule, x, brush.steps, noise, eta=brush.eta))
 
 
 @torch.inference_mode()
@@ -128,15 +128,39 @@ def _into_noise(denoise: Denoiser, x: Tensor, way: Steps, iterations: int) -> Te
     return found
 
 
+def enlarge_noised(model: Process, low: Tensor, factor: int, level: Tensor, noise: Tensor) -> Tensor:
+    """Small images as the upsampler sees them: enlarged, clamped to [-1, 1], then noised to a timestep.
+
+    (B, 3, s, s) in [-1, 1], timesteps (B,) with -1 for none, noise (B, 3, s, s) -> (B, 3, f s, f s). The noise is that
+    of the small image (Ho et al. 2021, sec. 4.2), so it is enlarged as well.
+    """
+    enlarged = enlarge(low, factor)
+    noised = model.noised(enlarged, level.clamp(min=0).cpu(), resize(noise, factor))
+    return torch.where((level < 0)[:, None, None, None], enlarged, noised)
+
+
 @torch.inference_mode()
-def upsample(upsampler: Upsampler, low: Tensor, brush: Brush, noise: Noise) -> Tensor:
-    """Larger pictures of small ones, whatever their size: (B, 3, s, s) uint8 -> (B, 3, f s, f s) uint8, unguided."""
+def upsample(upsampler: Upsampler, low: Tensor, brush: SamplerConfig, noise: Noise, low_noise: float = 0.0) -> Tensor:
+    """Larger images of small ones, of any size: (B, 3, s, s) uint8 -> (B, 3, f s, f s) uint8, unguided.
+
+    `low_noise` is the share of the timesteps that the small images are noised to, 0 for none, and hides artifacts that
+    they have. The upsampler must have been trained with that much.
+
+    Raises: DalleError where it was not.
+    """
     c, device = upsampler.config, next(upsampler.parameters()).device
-    beside = enlarge(to_signed(low.to(device)), c.factor)
-    model = process(c)
-    denoise = denoiser(lambda x, t: upsampler(x, t, beside), model, threshold=Threshold(1.0))
+    if not 0 <= low_noise <= c.low_noise:
+        found = f"found {low_noise}"
+        raise DalleError(f"expected low_noise in [0, {c.low_noise}], as the upsampler was trained with, {found}")
+    model, x_low = process(c), to_signed(low.to(device))
+    level = torch.full((len(low),), int(low_noise * c.n_timestep) - 1, device=device)
+    if low_noise:
+        beside = enlarge_noised(model, x_low, c.factor, level, noise(-1, x_low.shape[1:]).to(device))
+    else:
+        beside = enlarge(x_low, c.factor)
+    denoise = denoiser(lambda x, t: upsampler(x, t, beside, level), model, threshold=Threshold(1.0))
     x = noise(0, beside.shape[1:]).to(device)
-    return to_stored(sample(brush.sampler, denoise, model.schedule, x, brush.steps, noise, eta=brush.eta))
+    return to_images(sample(brush.sampler, denoise, model.schedule, x, brush.steps, noise, eta=brush.eta))
 
 
 def chained(configs: Sequence[UpsamplerConfig], size: int) -> list[int]:

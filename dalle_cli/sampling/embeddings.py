@@ -19,7 +19,7 @@ from dalle_cli.diffusion.process import Process
 from dalle_cli.errors import DalleError
 from dalle_cli.models.cache import Cache, Prompt
 from dalle_cli.models.diffusion_prior import DiffusionPrior
-from dalle_cli.models.embedding_prior import EmbeddingPrior
+from dalle_cli.models.embedding_prior import AutoregressivePrior
 from dalle_cli.sampling.autoregressive import draw, guide, guided_positions, uniforms
 from dalle_cli.sampling.truncation import top_k as keep_top_k
 from dalle_cli.sampling.truncation import top_p as keep_top_p
@@ -104,7 +104,7 @@ def diffused(
 
 
 def autoregressed(
-    prior: EmbeddingPrior,
+    prior: AutoregressivePrior,
     read: Read,
     indices: Sequence[int],
     seed: int,
@@ -149,14 +149,14 @@ def autoregressed(
 
 
 def _buckets(
-    prior: EmbeddingPrior, cache: Cache, lengths: Tensor, noise: Tensor, guided: bool, choose: Choose
+    prior: AutoregressivePrior, cache: Cache, lengths: Tensor, noise: Tensor, guided: bool, choose: Choose
 ) -> Tensor:
     """Draw the dot product and then each component, with noise (B, 1 + M, 3) -> (B, M) int64.
 
     A null half, which has lengths of 0, is fed the buckets of the other.
     """
     halves = 2 if guided else 1
-    dots = upper_dots(noise[:, 0, 0], prior.config.n_dot)
+    dots = upper_half_dots(noise[:, 0, 0], prior.config.n_dot)
     everywhere = torch.cat([lengths, torch.zeros_like(lengths)]) if guided else lengths
     logits = prior.start(dots.repeat(halves), everywhere, cache)
     drawn = [choose(logits, noise[:, 1], 0)]
@@ -166,7 +166,7 @@ def _buckets(
     return torch.stack(drawn, dim=1)
 
 
-def upper_dots(noise: Tensor, n_dot: int) -> Tensor:
+def upper_half_dots(noise: Tensor, n_dot: int) -> Tensor:
     """Buckets of the upper half, each as likely, as in training: (B,) in [0, 1) -> (B,) int64."""
     return n_dot // 2 + (noise.double() * (n_dot - n_dot // 2)).long()
 
@@ -188,7 +188,7 @@ def _noise(seed: int, indices: Sequence[int], best_of: int) -> Noise:
 
 
 def _groups(
-    prior: DiffusionPrior | EmbeddingPrior,
+    prior: DiffusionPrior | AutoregressivePrior,
     read: Read,
     indices: Sequence[int],
     captions: Sequence[int] | None,
@@ -215,14 +215,14 @@ def _groups(
         yield Group(indices[begin : begin + batch_size], read.rows(own), prompt, both)
 
 
-def _prefill(prior: DiffusionPrior | EmbeddingPrior, read: Read) -> Prompt:
+def _prefill(prior: DiffusionPrior | AutoregressivePrior, read: Read) -> Prompt:
     with _evaluating(prior):
         return prior.prefill(*read)
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients."""
+    """Exclude dropout and gradients."""
     training = model.training
     model.eval()
     with torch.no_grad():

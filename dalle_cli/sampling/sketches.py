@@ -36,7 +36,7 @@ def sketch_losses(prior: Prior, tokens: Tensor, lengths: Tensor, pictures: Tenso
 
 
 @torch.inference_mode()
-def draw_sketches(
+def sample_sketches(
     prior: Prior,
     tokens: Tensor,
     lengths: Tensor,
@@ -73,7 +73,7 @@ def draw_sketches(
 
 
 @torch.no_grad()
-def redraw_sketches(
+def resample_sketches(
     prior: Prior,
     tokens: Tensor,
     lengths: Tensor,

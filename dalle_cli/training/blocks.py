@@ -1,6 +1,5 @@
-"""What is done to a model's residual blocks from outside, without a change of the model or of its state's names."""
+"""The blocks that a model stacks, and how training wraps their forward without changing the model or its state."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,21 +7,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle_cli.errors import DalleError
-
-BLOCK = re.compile(r"(.+\.)?(\d+|block_\d+)")  # the names of blocks: `blocks.3`, `encoder.group_1.block_2`
+from dalle_cli.models.blocks import StackedBlock
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a model's stacks by name, in the order in which they were built; none lies in another.
+    """The stacked blocks of a model by name, in the order in which they were built.
 
     Raises:
         DalleError: the model has none.
     """
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        inner = any(name.startswith(f"{outer}.") for outer in found)
-        if BLOCK.fullmatch(name) and not inner and any(True for _ in module.parameters()):
-            found[name] = module
+    found: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, StackedBlock)}
     if not found:
         raise DalleError(
             f"expected a model of residual blocks, found none in {type(model).__name__}; "
@@ -31,15 +25,15 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def surround(block: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Let `wrap(forward)` take the place of this one block's forward; the wrapping done last is the outermost."""
+def wrap_forward(block: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace this one block's forward by `wrap(forward)`; the wrapper that came last is the outermost."""
     vars(block)["forward"] = wrap(block.forward)
 
 
-def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that keeps its input alone and is run again in the backward pass, with the same dropout."""
+def recompute(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that keeps only its inputs and runs again in the backward pass, with the same dropout."""
 
-    def around(*args: Any, **named: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **named)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    return around
+    return wrapped

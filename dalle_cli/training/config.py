@@ -1,8 +1,15 @@
-"""Numbers that every training stage shares; each model's own defaults are the paper's."""
+"""Hyper-parameters that every training stage shares; each model's own defaults are the paper's.
+
+A hyper-parameter is one field with a default. A new field's default must be what was done before there was the field:
+weights and checkpoints that lack it count as trained with the default.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
+from dalle_cli.data.augment import by_name
 from dalle_cli.errors import DalleError
 from dalle_cli.training.schedules import LEARNING_RATES
 
@@ -10,17 +17,66 @@ OPTIMIZERS = ("adamw", "muon")
 PARALLEL = ("replicate", "shard")
 SAVE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
+C = TypeVar("C", bound="TrainConfig")
 
-def check_drawing(**settings: float) -> None:
-    """Raises: DalleError if a prior's weights cannot be drawn with this guidance, or at this temperature."""
-    for name, value in settings.items():
+
+def setting(default: Any, *, affects: str = "updates", deterministic: Any = None) -> Any:
+    """A field that needs more said than its default.
+
+    `affects` says what the field changes: "updates"; "end", only what is written at the end, so that a run may resume
+    with another value; or "nothing". With the `deterministic` values a batch is its rows and nothing else.
+    """
+    return field(default=default, metadata={"affects": affects, "deterministic": deterministic})
+
+
+def affecting(config: type, what: str) -> set[str]:
+    """The fields of a config that affect "updates", "end" or "nothing"."""
+    return {f.name for f in fields(config) if f.metadata.get("affects", "updates") == what}
+
+
+def with_defaults(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config as older weights record them, with the fields that came later."""
+    return {**{f.name: f.default for f in fields(config)}, **values}
+
+
+def deterministic(config: C, n: int) -> C:
+    """The same training on one batch of n rows, without augmentation, dropout of conditions, noise or validation."""
+    values: dict[str, Any] = {f.name: f.metadata.get("deterministic") for f in fields(config)}
+    values |= {name: n for name in ("batch_size", "sketch_batch", "max_validation") if name in values}
+    return replace(config, **{name: value for name, value in values.items() if value is not None})
+
+
+def check_at_least(config: object, least: float, *names: str) -> None:
+    """Raises: DalleError if one of these fields is below `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise DalleError(f"expected {name} of at least {least}, found {getattr(config, name)}; raise it")
+
+
+def check_share(config: object, *names: str) -> None:
+    """Raises: DalleError if one of these fields is outside [0, 1]."""
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise DalleError(f"expected {name} in [0, 1], found {getattr(config, name)}; correct it")
+
+
+def check_among(config: object, name: str, known: tuple[str, ...]) -> None:
+    """Raises: DalleError if a field is none of the known words."""
+    if getattr(config, name) not in known:
+        raise DalleError(f"expected {name} among {', '.join(known)}, found {getattr(config, name)!r}; choose one")
+
+
+def check_sampling(config: object, *names: str) -> None:
+    """Raises: DalleError if one of these guidance scales or temperatures cannot be sampled with."""
+    for name in names:
+        value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
             raise DalleError(f"expected {name} of at least 0, found {value}; 1 changes nothing")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train: updates, batch, optimiser (AdamW), schedule, EMA, and how often to look and to save."""
+    """How to train: updates, batch, optimizer (AdamW), schedule, EMA, and how often to log, validate and save."""
 
     steps: int = 1000
     batch_size: int = 32
@@ -28,10 +84,10 @@ class TrainConfig:
     final_lr: float = 0.0
     schedule: str = "cosine"  # or "trapezoid", "constant", "plateau"
     warmup: int = 0
-    plateau_figure: str = "loss"  # of training, or of the validation: "image_nats"; "-psnr_held_out" is one that rises
-    plateau_patience: int = 5  # validations in a row that are none the better before the rate is cut
-    plateau_factor: float = 0.5  # what a cut multiplies the rate by
-    plateau_least: float = 1 / 32  # share of lr below which it is not cut: the paper's five halvings
+    plateau_metric: str = "loss"  # of training, or of validation: "image_nats"; "-psnr_held_out" for one that rises
+    plateau_patience: int = 5  # validations in a row without improvement before the rate is cut
+    plateau_factor: float = 0.5  # a cut multiplies the rate by this
+    plateau_least: float = 1 / 32  # share of lr below which the rate is not cut: the paper's five halvings
     optimizer: str = "adamw"  # or "muon" for the matrices
     beta1: float = 0.9
     beta2: float = 0.999
@@ -44,69 +100,55 @@ class TrainConfig:
     validate_every: int = 500
     checkpoint_every: int = 500
     keep: int = 2
-    validation: float = 0.05  # share of ids held out
+    validation: float = setting(0.05, deterministic=0.0)  # share of ids held out
     max_validation: int = 1024
-    accumulate: int = 1  # parts that a batch is computed in, one after another, for less memory
-    checkpoint_activations: bool = False  # compute each block again in the backward pass, for less memory
+    accumulate: int = setting(
+        1, deterministic=1
+    )  # parts that a batch is computed in, one after another, to save memory
+    checkpoint_activations: bool = False  # compute each block again in the backward pass, to save memory
     compile: bool = False  # the loss by torch.compile; needs a C++ compiler, on a GPU Triton
-    tensorboard: bool = False  # write the log for TensorBoard, too, into the run's folder
-    parallel: str = "replicate"  # of several processes: each a whole model, or "shard": each a piece of all weights
-    powersgd_rank: int = 0  # of the matrices that gradients travel as, after the warm-up (app. E); 0 = as they are
-    timeout: int = 1800  # seconds that a process waits for the others before it gives up
-    save_dtype: str = "float32"  # of the weights at the end; checkpoints keep all bits
+    tensorboard: bool = setting(False, affects="nothing")  # also write the log for TensorBoard, into the run's folder
+    parallel: str = setting("replicate", affects="nothing")  # each process has whole weights; or "shard": FSDP
+    powersgd_rank: int = 0  # PowerSGD compression of gradients after the warm-up (app. E); 0 = none
+    timeout: int = setting(1800, affects="nothing")  # seconds that a process waits for the others before it gives up
+    save_dtype: str = setting("float32", affects="end")  # of the final weights; checkpoints stay exact
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "ema_every",
-            "log_every",
-            "validate_every",
-            "checkpoint_every",
-            "keep",
-            "timeout",
-        ):
-            if getattr(self, name) < 1:
-                raise DalleError(f"expected {name} of at least 1, found {getattr(self, name)}; raise it")
-        self._check_plateau()
-        self._check_accumulate()
-        self._check_parallel()
-        if self.optimizer not in OPTIMIZERS:
-            raise DalleError(f"expected optimizer among {', '.join(OPTIMIZERS)}, found {self.optimizer!r}")
-        if self.save_dtype not in SAVE_DTYPES:
-            raise DalleError(f"expected save_dtype among {', '.join(SAVE_DTYPES)}, found {self.save_dtype!r}; pick one")
-        if self.schedule not in LEARNING_RATES:
-            raise DalleError(f"expected schedule among {', '.join(LEARNING_RATES)}, found {self.schedule!r}")
+        check_at_least(self, 1, "steps", "batch_size", "ema_every", "log_every", "validate_every", "checkpoint_every")
+        check_at_least(self, 1, "keep", "timeout", "plateau_patience")
+        check_at_least(self, 0, "lr", "final_lr", "warmup", "eps", "weight_decay", "clip_norm", "max_validation")
+        check_at_least(self, 0, "powersgd_rank")
+        check_among(self, "optimizer", OPTIMIZERS)
+        check_among(self, "save_dtype", SAVE_DTYPES)
+        check_among(self, "schedule", LEARNING_RATES)
+        check_among(self, "parallel", PARALLEL)
         for name in ("ema", "validation", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise DalleError(f"expected {name} in [0, 1), found {getattr(self, name)}")
-        for name in ("lr", "final_lr", "warmup", "eps", "weight_decay", "clip_norm", "max_validation"):
-            if getattr(self, name) < 0:
-                raise DalleError(f"expected {name} of at least 0, found {getattr(self, name)}; raise it")
-
-    def _check_plateau(self) -> None:
-        if self.plateau_patience < 1:
-            raise DalleError(f"expected plateau_patience of at least 1, found {self.plateau_patience}; raise it")
+                raise DalleError(f"expected {name} in [0, 1), found {getattr(self, name)}; correct it")
         for name in ("plateau_factor", "plateau_least"):
             if not 0 < getattr(self, name) < 1:
                 raise DalleError(f"expected {name} between 0 and 1, found {getattr(self, name)}; correct it")
-
-    def _check_accumulate(self) -> None:
         if self.accumulate < 1 or self.batch_size % self.accumulate:
             raise DalleError(
                 f"expected accumulate to divide batch_size {self.batch_size} into equal parts, "
                 f"found {self.accumulate}; change one of them"
             )
-
-    def _check_parallel(self) -> None:
-        if self.parallel not in PARALLEL:
-            raise DalleError(f"expected parallel among {', '.join(PARALLEL)}, found {self.parallel!r}; pick one")
-        if self.powersgd_rank < 0:
-            raise DalleError(f"expected powersgd_rank of at least 0, found {self.powersgd_rank}; raise it")
         if self.powersgd_rank and self.parallel == "shard":
             raise DalleError('expected powersgd_rank = 0 with parallel = "shard", found both; use one of them')
 
     @property
     def schedule_steps(self) -> int:
-        """Updates that the learning rate takes to come down."""
+        """Updates over which the learning rate comes down."""
         return self.steps
+
+
+@dataclass(frozen=True)
+class ImageTrainConfig(TrainConfig):
+    """What every training on images shares."""
+
+    augment: str = setting("center", deterministic="center")  # or "dvae", "prior"
+    flip: bool = setting(False, deterministic=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        by_name(self.augment)

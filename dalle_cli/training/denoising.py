@@ -1,41 +1,64 @@
-"""What the trainings of diffusion models over pictures share: what is drawn, and figures by timestep.
+"""What the trainings of diffusion models over images share: random draws, loss, and metrics by timestep.
 
-B batch, S side in pixels, T timesteps. What is drawn for a picture is a function of (seed, update, its slot in the
-batch), so that parts of a batch, and several processes, draw what one would.
+B batch, S image side, T timesteps. What is drawn for an image is a function of (seed, update, its slot in the batch):
+parts of a batch, and several processes, draw what one would.
 """
 
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
-from typing import NamedTuple, TypeVar
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from dalle_cli.data import loader
+from dalle_cli.data.datasets import Dataset
 from dalle_cli.diffusion.losses import by_timestep, losses
 from dalle_cli.diffusion.noise import noise_for
 from dalle_cli.diffusion.process import Process
-from dalle_cli.sampling.decoder import to_signed
+from dalle_cli.models.unet import UNetConfig
+from dalle_cli.sampling.decoder import process, to_signed
+from dalle_cli.training.config import ImageTrainConfig, check_at_least, setting
+from dalle_cli.training.task import Batch, EqualParts, ImageTask
 
-AHEAD = 2  # batches whose draws lie ready
 N_BINS = 4  # of the timesteps, for validation
 _DRAWS = 3  # the last word of a seed, as in data/loader.py
 _GOLDEN = 0.6180339887498949  # whose multiples, modulo 1, are spread evenly however many there are
 
-T = TypeVar("T")
+Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> the network's output
+
+
+@dataclass(frozen=True)
+class DenoisingTrain(ImageTrainConfig):
+    """What the paper's decoder and upsamplers have in common (2022, table 3)."""
+
+    lr: float = 1.2e-4
+    schedule: str = "constant"
+    ema: float = 0.9999
+    min_snr: float = 0.0  # gamma of Hang et al. 2023, who take 5; 0 weights all timesteps equally
+    grid_images: int = setting(0, affects="nothing")  # held-out images sampled at each validation; 0 = none
+    grid_steps: int = setting(10, affects="nothing")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 0, "min_snr", "grid_images")
+        check_at_least(self, 1, "grid_steps")
 
 
 class Draws(NamedTuple):
-    """Of each picture: its timestep (B,) int64, its noise (B, 3, S, S) float32, and numbers in [0, 1) (B, k)."""
+    """Of each image: its timestep (B,) int64, its noise (B, 3, S, S) float32, and numbers in [0, 1) (B, k)."""
 
     t: Tensor
     noise: Tensor
-    uniform: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+    uniform: NDArray[np.float64]
 
 
-def drawn(seed: int, step: int, slots: Sequence[int], n_timestep: int, side: int, n_uniform: int) -> Draws:
+def draws(seed: int, step: int, slots: Sequence[int], n_timestep: int, side: int, n_uniform: int) -> Draws:
     """What is drawn for these slots of an update's batch."""
     t = np.empty(len(slots), dtype=np.int64)
     noise = np.empty((len(slots), 3, side, side), dtype=np.float32)
@@ -47,25 +70,10 @@ def drawn(seed: int, step: int, slots: Sequence[int], n_timestep: int, side: int
     return Draws(torch.from_numpy(t), torch.from_numpy(noise), uniform)
 
 
-def made_ahead(make: Callable[[int], T], start: int) -> Generator[T]:
-    """make(start), make(start + 1), ... for ever, each made while those before are used."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = deque(pool.submit(make, start + i) for i in range(AHEAD))
-        for step in count(start + AHEAD):
-            ready = ahead.popleft().result()
-            ahead.append(pool.submit(make, step))
-            yield ready
-
-
 def denoising(
-    process: Process,
-    predict: Callable[[Tensor, Tensor], Tensor],
-    images: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    min_snr: float = 0.0,
+    process: Process, predict: Predict, images: Tensor, t: Tensor, noise: Tensor, min_snr: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a network (x, t) -> output at noised pictures, uint8 (B, 3, S, S), and its parts: -> ()."""
+    """The loss of a network at noised images, uint8 (B, 3, S, S), and its parts: -> ()."""
     here = t.cpu()  # where the schedule is; the one wait for the device
     x_start = to_signed(images)
     x = process.noised(x_start, here, noise)
@@ -77,14 +85,14 @@ def denoising(
 
 
 class Bins:
-    """Squared error of held-out pictures in equal bins of the timesteps; each picture is noised once in each bin."""
+    """Squared error of held-out images in equal bins of the timesteps; each image is noised once in each bin."""
 
     def __init__(self, process: Process) -> None:
         self.process, self.n = process, len(process.schedule)
         self.sums, self.counts = torch.zeros(N_BINS), torch.zeros(N_BINS)
 
-    def add(self, predict: Callable[[Tensor, Tensor], Tensor], images: Tensor, numbers: Sequence[int]) -> None:
-        """Pictures (B, 3, S, S) uint8 by their numbers in the data set, which alone decide timesteps and noise."""
+    def add(self, predict: Predict, images: Tensor, numbers: Sequence[int]) -> None:
+        """Images (B, 3, S, S) uint8 by their rows in the data set, which alone decide timesteps and noise."""
         x_start, n_bins = to_signed(images), min(N_BINS, self.n)
         for number in range(n_bins):
             within = [(number + i * _GOLDEN % 1) / n_bins for i in numbers]
@@ -97,7 +105,7 @@ class Bins:
             self.counts += counts
 
     def figures(self) -> dict[str, float]:
-        """The mean, and that of each bin; nothing before any picture came."""
+        """The mean, and that of each bin; nothing if there was no image."""
         if not self.counts.sum():
             return {}
         figures = {"mse_held_out": float(self.sums.sum() / self.counts.sum())}
@@ -106,3 +114,57 @@ class Bins:
             if self.counts[number]:
                 figures[f"mse_t{first}_{last}"] = float(self.sums[number] / self.counts[number])
         return figures
+
+
+class DenoisingTask(EqualParts, ImageTask, ABC):
+    """A diffusion model over images, each with some conditioning; one subclass per model."""
+
+    config: UNetConfig
+    options: DenoisingTrain
+    model: nn.Module
+    side: int  # of the training images
+    n_uniform = 0  # further random numbers that an image needs
+
+    def __init__(self, config: UNetConfig, train: DenoisingTrain, data: Dataset, seed: int, workers: int):
+        super().__init__(train, data, seed, workers)
+        self.config, self.process = config, process(config)
+
+    @abstractmethod
+    def conditioning(self, batch: loader.Batch, own: Draws, pool: ThreadPoolExecutor) -> Batch:
+        """The conditioning of a batch of training images."""
+
+    @abstractmethod
+    def held_out_conditioning(self, rows: list[int], images: Tensor) -> Batch:
+        """The conditioning of held-out images, always the same."""
+
+    @abstractmethod
+    def predict(self, model: Any, conditioning: Sequence[Tensor]) -> Predict:
+        """The network with its conditioning."""
+
+    def batches(self, start: int) -> Generator[Batch]:
+        """Images (B, 3, S, S) uint8, noise (B, 3, S, S), timesteps (B,), and the columns of their conditioning."""
+        slots = self.slots
+
+        def make(step: int) -> Draws:
+            return draws(self.seed, step, slots, len(self.process.schedule), self.side, self.n_uniform)
+
+        with closing(loader.prefetch(make, start)) as ahead, ThreadPoolExecutor(max(self.workers, 1)) as pool:
+            for batch, own in zip(self.loaded(start, self.side), ahead, strict=False):
+                yield torch.from_numpy(batch.images), own.noise, own.t, *self.conditioning(batch, own, pool)
+
+    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the noise, and the bound that teaches the variance."""
+        images, noise, t, *conditioning = batch
+        return denoising(self.process, self.predict(self.model, conditioning), images, t, noise, self.options.min_snr)
+
+    def held_out_batches(self, n: int | None = None) -> Iterator[tuple[list[int], Tensor, Batch]]:
+        """The first n held-out images (default: all), whole: rows, (b, 3, S, S) uint8, and their conditioning."""
+        for rows, images in self.held_out_images(self.config.image_size, n):
+            yield rows.tolist(), images, self.held_out_conditioning(rows.tolist(), images)
+
+    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Squared error on held-out images, by timestep."""
+        bins = Bins(self.process)
+        for rows, images, conditioning in self.held_out_batches():
+            bins.add(self.predict(model, [c.to(device) for c in conditioning]), images.to(device), rows)
+        return bins.figures()

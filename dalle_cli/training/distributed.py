@@ -1,6 +1,6 @@
-"""Many processes, each with a device of its own, that make the updates of one (Ramesh et al. 2021, app. E).
+"""Data-parallel training: several processes, each with its own device, make one update (Ramesh et al. 2021, app. E).
 
-Without a launcher such as torchrun there is one process, and nothing of this is in its way.
+Exclude a launcher such as torchrun there is one process, and these functions do nothing.
 """
 
 import itertools
@@ -20,26 +20,35 @@ from torch import Tensor, nn
 from dalle_cli import devices
 from dalle_cli.data.skips import SkipLog
 from dalle_cli.errors import DalleError
-from dalle_cli.training import shards as pieces
+from dalle_cli.training import shards
 from dalle_cli.training.run import Run
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
-WORDS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out", "application timeout")
+POWERSGD_TABLES = {"p": "p_memory_dict", "q": "q_memory_dict", "error": "error_dict"}
+CONNECTION_WORDS = (
+    "gloo",
+    "nccl",
+    "connection closed",
+    "connection reset",
+    "broken pipe",
+    "timed out",
+    "application timeout",
+)
 
 
 class Lost(DalleError):
     """Another process of the run is gone."""
 
-    at_once = True  # cli.py: no other process can tell of it
+    at_once = True  # cli.py exits at once: the lost process cannot report the error
 
 
 @runtime_checkable
-class Shares(Protocol):
-    """A task of which each process reads its own part of a batch."""
+class ReadsOwnPart(Protocol):
+    """A task that can read only its own process's part of each batch."""
 
     def share(self, rank: int, world: int) -> None:
-        """From now on `batches` gives the rank-th of `world` equal parts."""
+        """Let `batches` give the rank-th of `world` equal parts from now on."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +59,22 @@ class Group:
     world: int = 1
 
     def first(self, action: Callable[[], T]) -> T:
-        """What the first process finds when it alone does this; the others wait. A fault of its is that of all."""
+        """Run an action in the first process only; all processes get its result, or raise its error."""
         if self.world == 1:
             return action()
-        said: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                said[0] = action()
+                outcome[0] = action()
             except (DalleError, OSError) as error:
-                said[1] = error
-        dist.broadcast_object_list(said, 0, device=CPU)
-        if said[1] is not None:
-            raise said[1]
-        return cast(T, said[0])
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, 0, device=CPU)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return cast(T, outcome[0])
 
     def gathered(self, value: T) -> list[T]:
-        """The value of each process."""
+        """The values of all processes, by rank."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
@@ -73,33 +82,33 @@ class Group:
         return found
 
     def collect(self, skipped: SkipLog) -> None:
-        """Let each process's list of samples that could not be used be that of all."""
+        """Add the unusable samples that any process has found to each process's list."""
         for entry in itertools.chain.from_iterable(self.gathered(skipped.entries())):
             skipped.add(*entry)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any process: a signal may come to one of them, and all must stop after one update."""
+        """Whether the flag is set in any process: if one receives a signal, all must stop after the same update."""
         if self.world == 1:
             return flag
-        flags = torch.tensor([flag], dtype=torch.uint8)  # on the CPU: no device is waited for
+        flags = torch.tensor([flag], dtype=torch.uint8)  # on the CPU, to wait for no device
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags.item())
 
-    def means(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Means over the processes, each of which has all these figures."""
+    def means(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means over the processes, each of which has all these metrics."""
         if self.world == 1:
-            return figures
-        values = torch.stack([value.double() for value in figures.values()])
+            return metrics
+        values = torch.stack([value.double() for value in metrics.values()])
         dist.all_reduce(values)
-        return {name: v.to(old.dtype) for (name, old), v in zip(figures.items(), values / self.world, strict=True)}
+        return {name: v.to(old.dtype) for (name, old), v in zip(metrics.items(), values / self.world, strict=True)}
 
 
 @contextmanager
 def joined(device: torch.device, seconds: float) -> Iterator[Group]:
-    """The processes that were started together, joined while this lasts; each waits so long for the others.
+    """Join the processes that a launcher started; each waits for the others at most this many seconds.
 
     Raises:
-        Lost: one of them is gone.
+        Lost: one of them has ended or hangs.
     """
     if devices.world() == 1:
         yield Group()
@@ -117,27 +126,27 @@ def joined(device: torch.device, seconds: float) -> Iterator[Group]:
 
 
 def _lost(error: RuntimeError) -> Lost | None:
-    """What to say where a process waited for another in vain; None for any other fault."""
-    if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in WORDS):
+    """The error to raise if a process waited for another in vain; None for any other error."""
+    if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in CONNECTION_WORDS):
         return None
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends what is left; first a word on why
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the others; report first
     found = " ".join(str(error).split())
     return Lost(
         f"expected all {devices.world()} processes to go on, found one gone or stuck ({found[:160]}); "
-        "look at what it said, and give the same command again: it goes on from what is written"
+        "see its own error, then repeat the command: it resumes from the last checkpoint"
     )
 
 
 def from_first(tensors: Iterable[Tensor]) -> None:
-    """Make the first process's tensors those of all."""
+    """Copy the first process's tensors to all others."""
     if dist.is_available() and dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
 
 
 class _Gather(torch.autograd.Function):
-    """The rows of all processes, in order."""
+    """All-gather with gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -147,20 +156,20 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        # every process computes the whole loss, and gradients of weights are averaged afterwards: so here, the sum
+        # every process computes the whole loss, and weight gradients are averaged later: so sum here
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def all_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, (B, ...) -> (world * B, ...), with gradients; equally many from each."""
+    """Gather the rows of all processes, equally many from each: (B, ...) -> (world * B, ...), differentiable."""
     y: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
     return y
 
 
 class Computes(Protocol):
-    """What is needed of a task here."""
+    """The part of a task that parallel training needs."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -170,43 +179,43 @@ class Computes(Protocol):
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-class Alone:
-    """How the weights lie: whole, in the one process that there is. The others are as this one but for their own."""
+class SingleProcess:
+    """The parallel strategy of a single process, and the base class of the others."""
 
-    cut = False  # whether each process holds but a piece of the weights
+    cut = False  # whether each process holds only a shard of the weights
 
     def __init__(self, task: Computes, group: Group) -> None:
         self.loss, self.group = task.loss, group
 
     def part(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a part of a batch; after the last of them gradients are those of all."""
+        """Wraps forward and backward of a part of a batch; after the last part, all processes' gradients are in."""
         return nullcontext()
 
-    def settle(self) -> None:
-        """What else is to be averaged between processes after the backward passes of an update."""
+    def average_buffers(self) -> None:
+        """Average the buffers that training changes, after the backward passes of an update."""
 
     def overflowed(self, flags: Tensor) -> Tensor:
-        """Which blocks have no finite gradient in any process, from which have none in this one: (n,) bool."""
+        """Which blocks have overflowed in any process, from those that have in this one: (n,) bool -> (n,) bool."""
         return flags
 
     def write(self, run: Run, step: int, tensors: dict[str, Tensor], keep: int) -> None:
-        """Write a checkpoint; the last `keep` are kept."""
+        """Write a checkpoint, and keep the last `keep`."""
         self.group.first(lambda: run.save_checkpoint(step, tensors, keep))
 
     def read(self, run: Run, step: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a checkpoint as the weights lie here, however they lay in the processes that wrote it.
+        """The tensors of a checkpoint in this strategy's layout, whatever the layout that it was written in.
 
-        `tensors` are those in its file; there may be more beside it.
+        `tensors` are those of its file; there may be shards beside it.
         """
-        return tensors if run.is_whole(tensors) else {**tensors, **pieces.load(run.shards(step), {})}
+        return tensors if run.is_whole(tensors) else {**tensors, **shards.load(run.shards(step), {})}
 
     def weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors as they are written at the end, by the first process; the others need not have them."""
+        """Whole tensors on the first process, which writes them at the end; the others may get none."""
         return dict(tensors)
 
 
 class _Loss(nn.Module):
-    """A task's loss as a module's forward."""
+    """A task's loss as the forward of a module, as DistributedDataParallel needs it."""
 
     def __init__(self, task: Computes) -> None:
         super().__init__()
@@ -218,14 +227,14 @@ class _Loss(nn.Module):
         return self.task.loss(batch, step, generator)
 
 
-class Replicas(Alone):
-    """Whole in every process; gradients are averaged, as they are or squeezed by PowerSGD (Vogels et al. 2019)."""
+class DataParallel(SingleProcess):
+    """Whole weights in every process; gradients are averaged, exactly or by PowerSGD (Vogels et al. 2019)."""
 
     def __init__(self, task: Computes, group: Group, powersgd_rank: int, powersgd_from: int) -> None:
-        """PowerSGD begins after `powersgd_from` updates."""
+        """PowerSGD starts after `powersgd_from` updates."""
         super().__init__(task, group)
-        # With find_unused_parameters the buckets that gradients travel in stay as they were made. Else they are made
-        # anew after the first update, and a resumed run would add up in another order than one never stopped.
+        # Exclude find_unused_parameters DDP rebuilds its buckets after the first update, and a resumed run would sum
+        # gradients in another order than an uninterrupted one.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             module = nn.parallel.DistributedDataParallel(
@@ -233,20 +242,18 @@ class Replicas(Alone):
             )
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view", UserWarning)  # of channels_last
         self.module, self.loss = module, module
-        state = task.model.state_dict(keep_vars=True)
-        self.buffers = [b for name, b in task.model.named_buffers() if name in state and b.is_floating_point()]
+        self.buffers = [getattr(m, name) for m in task.model.modules() for name in getattr(m, "trained_buffers", ())]
         self.powersgd: Any = None
         if powersgd_rank:
-            self._squeeze(powersgd_rank, max(powersgd_from, 2))
+            self._compress(powersgd_rank, max(powersgd_from, 2))
 
-    def _squeeze(self, rank: int, start: int) -> None:
+    def _compress(self, rank: int, start: int) -> None:
         from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
         def hook(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
             future = powerSGD_hook(state, bucket)
             if bucket.buffer().device.type == "cpu":
-                # gloo runs what follows on a product in threads of its own, and then processes would not send the
-                # products of several buckets in the same order
+                # gloo runs callbacks in its own threads: processes would send several buckets in different orders
                 future.wait()
             return future
 
@@ -256,16 +263,16 @@ class Replicas(Alone):
     def part(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self.module.no_sync()
 
-    def settle(self) -> None:
+    def average_buffers(self) -> None:
         for buffer in self.buffers:
             dist.all_reduce(buffer)
             buffer /= self.group.world
 
     def write(self, run: Run, step: int, tensors: dict[str, Tensor], keep: int) -> None:
-        if self.powersgd is not None:  # what it still owes is each process's own
+        if self.powersgd is not None:  # each process has its own error feedback
             self.group.first(lambda: run.clear(run.shards(step)))
             run.save_own(step, self.group.rank, self._state())
-            self.group.any(False)  # until all have; the file that says that all is there comes last
+            self.group.any(False)  # a barrier: the checkpoint's file, which marks it complete, comes last
         super().write(run, step, tensors, keep)
 
     def read(self, run: Run, step: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -274,7 +281,7 @@ class Replicas(Alone):
         return super().read(run, step, tensors)
 
     def _state(self) -> dict[str, Tensor]:
-        tables = {"p": self.powersgd.p_memory_dict, "q": self.powersgd.q_memory_dict, "error": self.powersgd.error_dict}
+        tables = {name: getattr(self.powersgd, attribute) for name, attribute in POWERSGD_TABLES.items()}
         tensors = {f"{name}/{bucket}": t for name, table in tables.items() for bucket, t in table.items()}
         return {"updates": torch.tensor(self.powersgd.iter), **tensors}
 
@@ -285,5 +292,4 @@ class Replicas(Alone):
             if table == "updates":
                 self.powersgd.iter = int(tensor)
             else:
-                places = {"p": "p_memory_dict", "q": "q_memory_dict", "error": "error_dict"}
-                getattr(self.powersgd, places[table])[int(bucket)] = tensor.to(device)
+                getattr(self.powersgd, POWERSGD_TABLES[table])[int(bucket)] = tensor.to(device)

@@ -1,15 +1,12 @@
 """The training loop of every model.
 
 Randomness is a function of (seed, update): each update seeds the generators anew, and a batch is a function of its
-number. A checkpoint therefore holds no generator states, and a resumed run is the run that was never stopped.
+number. A checkpoint therefore holds no generator states, and a resumed run is the same as one that never stopped.
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,77 +16,21 @@ from dalle_cli.artifacts import Artifact
 from dalle_cli.artifacts.weights import stored_as
 from dalle_cli.devices import Arithmetic, compiled, keep_freed_memory
 from dalle_cli.errors import DalleError
-from dalle_cli.training.blocks import blocks, recomputed, surround
+from dalle_cli.training.blocks import blocks, recompute, wrap_forward
 from dalle_cli.training.config import TrainConfig
-from dalle_cli.training.distributed import Alone, Group, Replicas, Shares, joined
+from dalle_cli.training.distributed import DataParallel, Group, ReadsOwnPart, SingleProcess, joined
 from dalle_cli.training.interrupt import Interrupt
 from dalle_cli.training.metrics import Averages, Meter, Silent
 from dalle_cli.training.optim import EMA, load_optimizer_state, optimizer_state, optimizers
 from dalle_cli.training.run import Board, Run
 from dalle_cli.training.scaling import BlockScales
 from dalle_cli.training.schedules import Plateau, learning_rate
-from dalle_cli.training.sharding import Shards
+from dalle_cli.training.sharding import FullySharded
 from dalle_cli.training.shards import whole
+from dalle_cli.training.task import Batch, Costs, Counts, Splits, Task, mix
 from dalle_cli.training.warm_start import begin
 
-Batch = tuple[Tensor, ...]
-
-
-class Task(Protocol):
-    """What differs between models: data, loss, validation, and the picture that shows how far it has come.
-
-    A task may also be one that `Splits`, `Shares`, `Counts` or `Costs`.
-    """
-
-    @property
-    def model(self) -> nn.Module:
-        """What is trained."""
-
-    def batches(self, start: int) -> Generator[Batch]:
-        """Batches of update `start`, `start` + 1, ...: tensors on the CPU."""
-
-    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one update, and figures to log, averaged over the updates between two log lines."""
-
-    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Figures on held-out data, of the averaged weights."""
-
-    def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
-        """Draw the state of the run as a picture; may do nothing."""
-
-
-@runtime_checkable
-class Splits(Protocol):
-    """A task whose batch can be computed in parts: one whose loss is a mean, not a comparison within the batch."""
-
-    def split(self, batch: Batch, parts: int, step: int, generator: torch.Generator) -> list[Batch]:
-        """Batches for `loss` whose losses, and figures, average to those of the whole.
-
-        Where a loss is a mean over something of which the parts hold unequal numbers (tokens of captions), a part must
-        carry its weight along. What is drawn for the batch as a whole is drawn here.
-        """
-
-
-@runtime_checkable
-class Counts(Protocol):
-    """A task that says what its rate is counted in; otherwise in pictures, which are the rows of a batch."""
-
-    def units(self, batch: Batch) -> tuple[str, int]:
-        """The unit's name in the plural, and how many a batch holds."""
-
-
-@runtime_checkable
-class Costs(Protocol):
-    """A task that knows how much it computes."""
-
-    def flops(self) -> float:
-        """Floating-point operations of one update, forward and backward."""
-
-
-def mix(*numbers: int) -> int:
-    """A seed from several numbers, well mixed, below 2**63."""
-    data = b"".join(n.to_bytes(8, "little", signed=True) for n in numbers)
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+__all__ = ["Batch", "Costs", "Counts", "Splits", "Task", "Trainer", "mix", "train"]
 
 
 class Trainer:
@@ -103,33 +44,33 @@ class Trainer:
         self.group = group or Group()
         if self.device.type == "cpu":
             keep_freed_memory()
-        cut = self.group.world > 1 and config.parallel == "shard"  # then nowhere are all weights on the device
+        cut = self.group.world > 1 and config.parallel == "shard"  # FSDP: no rank holds the full weights
         self.model = (task.model if cut else task.model.to(self.device)).train()
         self.ema = EMA(self.model, config.ema)
-        self.spread = self._spread(cut)
+        self.strategy = self._strategy(cut)
         self.optimizers = optimizers(self.model, config)
         self.step = 0
         c = config
-        self.plateau = Plateau(c.plateau_figure, c.plateau_patience, c.plateau_factor, c.plateau_least)
-        self.logged, self.validated = Averages(), Averages()  # since the last row of the log, since the last validation
+        self.plateau = Plateau(c.plateau_metric, c.plateau_patience, c.plateau_factor, c.plateau_least)
+        self.logged, self.validated = Averages(), Averages()  # since the last log row, since the last validation
         flops = task.flops() / self.group.world if isinstance(task, Costs) else None
         self.meter = Meter(machine, flops, config.log_every)
         self.board: Board | None = None
         self.scales: BlockScales | None = None
-        self._surround()  # after the average was made, which is a plain model
+        self._wrap()  # after the average was made, which is a plain model
 
-    def _spread(self, cut: bool) -> Alone:
-        """How the weights lie in the processes that there are.
+    def _strategy(self, cut: bool) -> SingleProcess:
+        """The parallel strategy: how the weights lie in the processes.
 
         Raises:
-            DalleError: a loss that takes the whole batch, or settings that do not go together.
+            DalleError: a loss over the whole batch, or settings that contradict each other.
         """
         c, world = self.config, self.group.world
         if world == 1:
-            return Alone(self.task, self.group)
+            return SingleProcess(self.task, self.group)
         refusals = {
             f"{world} equal parts of batch_size {c.batch_size}": c.batch_size % (world * c.accumulate),
-            "one process for a loss that takes the whole batch": not isinstance(self.task, (Splits, Shares)),
+            "one process for a loss that takes the whole batch": not isinstance(self.task, (Splits, ReadsOwnPart)),
             "compile = false for weights in shards": cut and c.compile,
             "powersgd_rank = 0 in float16": c.powersgd_rank and self.machine.dtype == torch.float16,
         }
@@ -137,16 +78,16 @@ class Trainer:
             if refused:
                 raise DalleError(f"expected {wanted}, found {world} processes; change one of them")
         if cut:
-            return Shards(self.task, self.group, self.ema.model, self.device)
-        if isinstance(self.task, Shares):
+            return FullySharded(self.task, self.group, self.ema.model, self.device)
+        if isinstance(self.task, ReadsOwnPart):
             self.task.share(self.group.rank, world)
-        return Replicas(self.task, self.group, c.powersgd_rank, c.warmup)
+        return DataParallel(self.task, self.group, c.powersgd_rank, c.warmup)
 
-    def _surround(self) -> None:
-        """What the settings put around the model's blocks and around its loss.
+    def _wrap(self) -> None:
+        """Wrap the model's blocks and its loss as the settings say.
 
         Raises:
-            DalleError: accumulation of a loss that takes the whole batch, or a model without blocks.
+            DalleError: accumulation of a loss over the whole batch, or a model without blocks.
         """
         c = self.config
         if c.accumulate > 1 and not isinstance(self.task, Splits):
@@ -156,16 +97,16 @@ class Trainer:
             )
         if c.checkpoint_activations:
             for block in blocks(self.model).values():
-                surround(block, recomputed)
+                wrap_forward(block, recompute)
         if self.machine.dtype == torch.float16:
             self.scales = BlockScales(self.model)
             self.scales.attach()
         if c.compile:
-            name = "loss" if hasattr(self.model, "loss") else "forward"  # a denoiser's loss is no part of its model
+            name = "loss" if hasattr(self.model, "loss") else "forward"  # a denoiser's loss is outside its model
             vars(self.model)[name] = compiled(getattr(self.model, name))
 
     def resume(self) -> None:
-        """Go on from the last checkpoint, if there is one."""
+        """Continue from the last checkpoint, if there is one."""
         found = None
 
         def look() -> tuple[bool, float]:
@@ -179,7 +120,7 @@ class Trainer:
         if found is None:
             return
         self.step, tensors = found
-        tensors = self.spread.read(self.run, self.step, tensors)
+        tensors = self.strategy.read(self.run, self.step, tensors)
         self.model.load_state_dict(_part(tensors, "model"))
         self.ema.model.load_state_dict(_part(tensors, "ema"))
         load_optimizer_state(self.model, self.optimizers, _part(tensors, "optimizer"))
@@ -192,7 +133,7 @@ class Trainer:
         self._note(f"resuming from update {self.step}")
 
     def save(self) -> None:
-        """Write a checkpoint: weights, their average, the optimisers' state, and what the loop itself remembers."""
+        """Write a checkpoint: weights, their average, and the states of optimizers and loop."""
         parts = {
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
@@ -203,17 +144,17 @@ class Trainer:
             "loop/scales": self.scales.state() if self.scales else {},
         }
         tensors = {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
-        self.spread.write(self.run, self.step, tensors, self.config.keep)
+        self.strategy.write(self.run, self.step, tensors, self.config.keep)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One update of the weights; the figures to log."""
+        """One update of the weights; the metrics to log."""
         c = self.config
         rate = learning_rate(self.step, c.schedule, c.lr, c.final_lr, c.warmup, c.schedule_steps) * self.plateau.share
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         figures = self._gradients(tuple(t.to(self.device, non_blocking=True) for t in batch))
         if self.scales:
-            self.scales.unscale(self.spread.overflowed)
+            self.scales.unscale(self.strategy.overflowed)
         if c.clip_norm:
             figures["grad_norm"] = whole(nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
         for optimizer in self.optimizers:
@@ -224,25 +165,25 @@ class Trainer:
         return {**figures, "lr": torch.tensor(rate)}
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients of a batch, computed whole or in parts, by one process or several; loss and figures."""
+        """Compute the gradients of a batch, whole or in parts, by one process or several; loss and metrics."""
         self.model.zero_grad()
         parts, figures = self._parts(batch), Averages()
         for number, part in parts.items():
             generator = self._seeded(self.step, *([] if number is None else [number]))
-            with self.spread.part(figures.count + 1 == len(parts)):
+            with self.strategy.part(figures.count + 1 == len(parts)):
                 with self._autocast():
-                    loss, told = self.spread.loss(part, self.step, generator)
+                    loss, more = self.strategy.loss(part, self.step, generator)
                 (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
-            figures.add({"loss": loss.detach(), **{k: v.detach() for k, v in told.items()}})
-        self.spread.settle()
+            figures.add({"loss": loss.detach(), **{k: v.detach() for k, v in more.items()}})
+        self.strategy.average_buffers()
         return self.group.means({name: total / len(parts) for name, total in figures.sums.items()})
 
     def _parts(self, batch: Batch) -> dict[int | None, Batch]:
-        """What this process computes of a batch, by the parts' numbers in the whole of it; None if that is all."""
+        """The parts of a batch that this process computes, by their numbers; None for a batch in one part."""
         here, world = self.config.accumulate, self.group.world
         if here * world == 1:
             return {None: batch}
-        shares = isinstance(self.task, Shares)  # then the batch is this process's part already
+        shares = isinstance(self.task, ReadsOwnPart)  # the batch is this process's part already
         n_parts, first = here if shares else here * world, self.group.rank * here
         parts = [batch]
         if n_parts > 1:
@@ -251,13 +192,12 @@ class Trainer:
         return dict(zip(range(first, first + here), parts if shares else parts[first : first + here], strict=True))
 
     def _seeded(self, *numbers: int) -> torch.Generator:
-        """Torch's own generators and one for the task, as these numbers have them."""
-        seed = mix(self.seed, *numbers)
-        torch.manual_seed(seed)
-        return torch.Generator(self.device).manual_seed(seed)
+        """Seed torch's global generators (dropout) from these numbers, and make an independent one for the task."""
+        torch.manual_seed(mix(self.seed, *numbers, "global"))
+        return torch.Generator(self.device).manual_seed(mix(self.seed, *numbers))
 
     def _autocast(self) -> AbstractContextManager[None]:
-        """The arithmetic of the loss; with scales, float16 is inside the blocks alone."""
+        """The arithmetic of the loss; float16 is used inside the blocks alone."""
         return nullcontext() if self.scales else self.machine.autocast()
 
     def _figures(self) -> dict[str, float]:
@@ -265,28 +205,32 @@ class Trainer:
             with torch.no_grad(), self.machine.autocast():
                 return self.task.validate(self.ema.model, self.device)
 
-        return validate() if self.spread.cut else self.group.first(validate)  # what lies in pieces, all compute
+        return validate() if self.strategy.cut else self.group.first(validate)  # sharded weights need all processes
 
     def validate(self) -> dict[str, float]:
-        """Figures of the averaged weights on held-out data, logged; and a picture of them."""
+        """Metrics of the averaged weights on held-out data, logged; and an image grid."""
         figures = self._figures()
-        if not self.spread.cut:
-            self.group.first(self._sheet)
+        if not self.strategy.cut:
+            self.group.first(self._save_samples)
         self._write({"step": self.step, "seconds": round(self.meter.seconds, 3), "validation": figures})
         self._see({"loss": self.validated.take()["loss"], **figures})
         return figures
 
-    def _sheet(self) -> None:
+    def _save_samples(self) -> None:
         with torch.no_grad(), self.machine.autocast():
-            self.task.sheet(self.ema.model, self.device, self.run.folder / "samples" / f"{self.step:08d}.png")
+            grid = self.task.samples(self.ema.model, self.device)
+        if grid is not None:
+            folder = self.run.folder / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            grid.save(folder / f"{self.step:08d}.png")
 
     def _see(self, figures: dict[str, float]) -> None:
-        """Let the plateau see a validation, `loss` being that of training; the warm-up tells nothing of one."""
+        """Update the plateau schedule; `loss` is that of training. The warm-up does not count."""
         if self.config.schedule == "plateau" and self.step > self.config.warmup and self.plateau.see(figures):
             self._note(f"{self.plateau.figure} has stopped falling: from here lr times {self.plateau.share:.4g}")
 
     def train(self) -> dict[str, float]:
-        """Train to the end and write the weights; the last validation's figures."""
+        """Train to the end and write the weights; the last validation's metrics."""
         c, interrupt = self.config, Interrupt()
         last: dict[str, float] = {}
         with ExitStack() as stack:
@@ -297,8 +241,8 @@ class Trainer:
             if display.live:
                 self.meter.measure_machine()
             batches = stack.enter_context(closing(self.task.batches(self.step)))
-            if c.schedule == "plateau" and c.plateau_figure != "loss" and self.step == 0:
-                self.plateau.value({"loss": 0.0, **self._figures()})  # a wrong name is told now, not hours later
+            if c.schedule == "plateau" and c.plateau_metric != "loss" and self.step == 0:
+                self.plateau.value({"loss": 0.0, **self._figures()})  # refuses a wrong name now, not hours later
             while self.step < c.steps:
                 self._advance(batches, display)
                 if self.step % c.validate_every == 0 or self.step == c.steps:
@@ -310,14 +254,14 @@ class Trainer:
                     self.logged.check(self.step)
                     self.save()
                 if stops:
-                    self._note(f"stopped after update {self.step}; the same command goes on from here")
+                    self._note(f"stopped after update {self.step}; the same command resumes from here")
                     raise KeyboardInterrupt
         self._finish()
         return last or self._figures()
 
     def _finish(self) -> None:
-        """Write what the run was for."""
-        weights = self.spread.weights(self.ema.model.state_dict())
+        """Write the weights."""
+        weights = self.strategy.weights(self.ema.model.state_dict())
         self.group.first(lambda: self.run.save_weights(stored_as(weights, self.config.save_dtype)))
 
     def _display(self) -> AbstractContextManager[console.Display]:
@@ -335,11 +279,11 @@ class Trainer:
         logs = self.step % self.config.log_every == 0 or self.step == self.config.steps
         means: dict[str, float] = {}
         if logs or display.due():
-            if logs or self.group.world == 1:  # a fault that one process finds alone, the others do not know of
+            if logs or self.group.world == 1:  # all processes must find a fault at the same update
                 self.logged.check(self.step)
             means = self.logged.take() if logs else self.logged.means()  # waits for the device
-        units = self.task.units(batch) if isinstance(self.task, Counts) else ("pictures", len(batch[0]))
-        read = self.group.world if isinstance(self.task, Shares) else 1
+        units = self.task.units(batch) if isinstance(self.task, Counts) else ("images", len(batch[0]))
+        read = self.group.world if isinstance(self.task, ReadsOwnPart) else 1
         self.meter.add(time.monotonic() - began, units[0], units[1] * read)
         if logs:
             self._write({"step": self.step, **means, **self.meter.row()})
@@ -358,7 +302,7 @@ class Trainer:
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint whose names begin with `part/`, without it; none in a checkpoint older than that."""
+    """The tensors of a checkpoint whose names begin with `part/`, without that prefix."""
     return {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
 
 
@@ -368,18 +312,18 @@ def train(
 ) -> dict[str, float]:  # fmt: skip
     """Train a task from its last checkpoint, or else from the weights `start`, to its end.
 
-    Returns the last validation's figures, none if it was finished before.
+    Returns the last validation's metrics, none if the run was finished before.
 
     Raises:
-        DalleError: checkpoints of another run, a start of another model, a full disk, a loss that is no longer finite,
-            or another process gone.
+        DalleError: checkpoints of another run, initial weights of another model, a full disk, a loss that is no longer
+            finite, or a lost process.
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint has been written.
     """
     run.check()
     with joined(machine.device, config.timeout) as group:
         if fresh:
             group.first(run.start_over)
-        elif group.first(lambda: _left_alone(run)):
+        elif group.first(lambda: _finished(run)):
             return {}
         task = build()
         if start is not None:
@@ -389,7 +333,7 @@ def train(
         return trainer.train()
 
 
-def _left_alone(run: Run) -> bool:
+def _finished(run: Run) -> bool:
     if done := run.finished():
         console.note(f"{run.out.name} is finished, by this config and these inputs: left alone (--fresh starts over)")
     return done

@@ -1,4 +1,4 @@
-"""The optimiser and the running average of the weights."""
+"""The optimizer and the moving average of the weights."""
 
 import copy
 
@@ -6,35 +6,43 @@ import torch
 from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
+from dalle_cli.models.blocks import StackedBlock
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.shards import local
 
 
 def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest.
+    """AdamW for all parameters, or Muon for the linear layers inside stacked blocks and AdamW for the rest.
 
-    Weight decay acts on matrices and kernels only: none on gains, biases and embeddings (2021, app. B). Muon (Jordan et
-    al. 2024) is torch's own, its step scaled to AdamW's size, so that one learning rate serves both.
+    Weight decay applies to matrices and kernels, not to gains, biases and embeddings (2021, app. B). Muon (Jordan et
+    al. 2024) is torch's; its step is scaled to the size of AdamW's, so one learning rate serves both.
 
     Raises:
-        DalleError: Muon with a torch that has none.
+        DalleError: Muon for a model without such layers, or with a torch that lacks it.
     """
+    muon = _block_matrices(model) if config.optimizer == "muon" else []
+    in_muon = {id(p) for p in muon}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    inner = {id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear) and _inside(name)}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    muon = [p for p in parameters if id(p) in inner] if config.optimizer == "muon" else []
-    taken = {id(p) for p in muon}
-    decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in tables | taken]
-    plain = [p for p in parameters if p.ndim < 2 or id(p) in tables]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in in_muon]
+    decayed = [p for p in rest if p.ndim >= 2 and id(p) not in tables]
+    plain = [p for p in rest if p.ndim < 2 or id(p) in tables]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], config.lr, betas, config.eps, fused=True)
     return [adamw, _muon(muon, config)] if muon else [adamw]
 
 
-def _inside(name: str) -> bool:
-    """Whether a layer belongs to a block of a stack, as `blocks.3.qkv` does, rather than to an input or a head."""
-    return any(part.isdecimal() for part in name.split("."))
+def _block_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained weights of linear layers in stacked blocks, in the model's order."""
+    blocks = [m for m in model.modules() if isinstance(m, StackedBlock)]
+    inner = {id(m.weight) for block in blocks for m in block.modules() if isinstance(m, nn.Linear)}
+    found = [p for p in model.parameters() if p.requires_grad and id(p) in inner]
+    if not found:
+        raise DalleError(
+            f"expected residual blocks with linear layers for optimizer = 'muon', found none in "
+            f"{type(model).__name__}; set optimizer = 'adamw'"
+        )
+    return found
 
 
 def _muon(matrices: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -45,9 +53,9 @@ def _muon(matrices: list[nn.Parameter], config: TrainConfig) -> torch.optim.Opti
 
 
 class EMA:
-    """An exponential moving average of a model's weights, kept as a model of its own in `self.model`.
+    """An exponential moving average of a model's weights, held in a copy of the model, `self.model`.
 
-    The decay of the t-th average is min(decay, (1 + t) / (10 + t)), so that short runs forget their first weights.
+    The decay of the t-th update is min(decay, (1 + t) / (10 + t)), so that short runs forget their initial weights.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -56,7 +64,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, count: int) -> None:
-        """Take the model's weights into the average for the `count`-th time, counted from 0; buffers are copied."""
+        """Average in the model's weights, for the `count`-th time, counted from 0; buffers are copied."""
         decay = min(self.decay, (1 + count) / (10 + count))
         ours: list[Tensor] = [local(p) for p in self.model.parameters()]
         theirs: list[Tensor] = [local(p) for p in model.parameters()]
@@ -66,7 +74,7 @@ class EMA:
 
 
 def optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The optimisers' state as flat tensors named after the parameters: `NAME:exp_avg` and so on."""
+    """The optimizers' state as flat tensors named after the parameters: `NAME:exp_avg` and so on."""
     names = {id(p): name for name, p in model.named_parameters()}
     states = [item for optimizer in optimizers for item in optimizer.state.items()]
     return {f"{names[id(p)]}:{key}": value for p, state in states for key, value in state.items()}
@@ -79,6 +87,6 @@ def load_optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimize
     for full, value in state.items():
         name, _, key = full.rpartition(":")
         parameter = parameters[name]
-        if key != "step":  # the fused update goes by memory: a state must lie as its parameter does (channels_last)
+        if key != "step":  # the fused update needs a state with its parameter's memory layout (channels_last)
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         owner[id(parameter)].state[parameter][key] = value

@@ -1,46 +1,48 @@
 """Training the token prior (Ramesh et al. 2021, sec. 2.2).
 
-Shapes: B batch, T caption length, H W code grid.
+Shapes: B batch, T caption length, H W code grid, V codes.
 """
 
-from collections import deque
-from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from dalle_cli.artifacts import Artifact
+from dalle_cli.artifacts import Artifact, open_artifact
+from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.order import Order
 from dalle_cli.data.pairs import Ints, Pairs
 from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import bundles
 from dalle_cli.models.dvae import DVAE
 from dalle_cli.models.pixels import to_uint8
 from dalle_cli.models.prior import Prior, PriorConfig, disturb_codes, drop_captions
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 from dalle_cli.sampling.autoregressive import sample_codes
-from dalle_cli.sampling.sketches import N_TIMESTEP, redraw_sketches, sketch_losses
-from dalle_cli.training.config import TrainConfig, check_drawing
-from dalle_cli.training.loop import Batch, mix
-from dalle_cli.viz.grid import sheet
+from dalle_cli.sampling.sketches import N_TIMESTEP, resample_sketches, sketch_losses
+from dalle_cli.training import warm_start
+from dalle_cli.training.config import TrainConfig, check_at_least, check_sampling, check_share, setting
+from dalle_cli.training.embedding_prior import train_embedding_prior
+from dalle_cli.training.options import TrainingOptions
+from dalle_cli.training.stage import Trainable, TrainingStage, pair_inputs
+from dalle_cli.training.task import Batch, PairTask, int64, mix, seeded
+from dalle_cli.viz.grid import image_grid
 
-VALIDATION_BATCH = 64
 COLORS_AT_ONCE = 256  # codes
-UNTOLD = 0.15  # share of the pairs that follow no sketch, as a likelihood of codes does not
-NOISE = 0.3  # the most that is added to a true sketch, whose like is drawn with errors
+UNSEEN = 0.15  # share of the pairs whose sketch is hidden, as it is for a likelihood of codes
+NOISE = 0.3  # the most noise added to a true sketch: sampled ones have errors
 REDRAWING_STEPS = 15  # of DDIM
-AHEAD = 2  # batches that lie ready: encoding captions anew takes some 40 microseconds each
 
 
 @torch.inference_mode()
 def code_colors(dvae: DVAE) -> Tensor:
-    """The mean color of a picture of each code alone: (V, 3) float32 in [-1, 1]."""
+    """The mean color of an image of each code alone: (V, 3) float32 in [-1, 1]."""
     side = 4  # codes; a decoder looks no further than to its neighbors
     codes = torch.arange(dvae.config.n_vocab)[:, None, None].expand(-1, side, side)
     parts = [to_uint8(dvae.decode(part)).float().mean((2, 3)) for part in torch.split(codes, COLORS_AT_ONCE)]
@@ -49,7 +51,7 @@ def code_colors(dvae: DVAE) -> Tensor:
 
 @dataclass(frozen=True)
 class PriorTrain(TrainConfig):
-    """The paper's numbers (app. B), which want 1024 pictures a step; small recipes say their own."""
+    """The paper's numbers (app. B) for 1024 images per update; small recipes set their own."""
 
     steps: int = 430_000
     batch_size: int = 1024
@@ -60,47 +62,44 @@ class PriorTrain(TrainConfig):
     clip_norm: float = 4.0
     ema: float = 0.99
     ema_every: int = 25
-    bpe_dropout: float = 0.1
-    caption_dropout: float = 0.0  # 0.1 trains for guidance
-    guidance: float = 1.0  # what the weights are drawn with where nothing else is said; 1 = none
-    temperature: float = 1.0  # likewise
-    code_noise: float = 0.0  # share of codes that are read as any other: against learning few pictures by heart
-    sketch_batch: int = 256  # pairs of an update, beside its own, that a sketch learns from, if the model draws one
-    sketch_only: bool = False  # whether the rest of the prior stays as it is
-    sketch_redrawn: float = 0.0  # the most noise, as a share, that a sketch which stays as it is draws true ones from
-    sketch_guidance: float = 1.0  # what sketches are drawn with; 1 = none
-    sheet_prompts: int = 12  # held-out captions that are drawn at each validation, if the dVAE is there; 0 = none
+    bpe_dropout: float = setting(0.1, deterministic=0.0)
+    caption_dropout: float = setting(0.0, deterministic=0.0)  # 0.1 trains for guidance
+    guidance: float = setting(1.0, affects="end")  # sampling default that the weights record; 1 = none
+    temperature: float = setting(1.0, affects="end")  # likewise
+    code_noise: float = setting(0.0, deterministic=0.0)  # share of codes that are read as random ones
+    sketch_batch: int = 256  # further pairs per update that the sketch, if any, learns from
+    sketch_only: bool = setting(False, deterministic=False)  # train the sketch, and freeze the rest of the prior
+    # freeze the sketch, and let the codes follow true sketches that it sampled again from up to this share of noise
+    sketch_resampled: float = setting(0.0, deterministic=0.0)
+    sketch_guidance: float = setting(1.0, affects="end")  # sampling default of the sketch; 1 = none
+    grid_prompts: int = setting(12, affects="nothing")  # held-out captions sampled at each validation; 0 = none
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("bpe_dropout", "caption_dropout", "code_noise", "sketch_redrawn"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise DalleError(f"expected {name} in [0, 1], found {getattr(self, name)}")
-        check_drawing(guidance=self.guidance, temperature=self.temperature, sketch_guidance=self.sketch_guidance)
-        if self.sketch_batch < 1:
-            raise DalleError(f"expected sketch_batch of at least 1, found {self.sketch_batch}; raise it")
-        if self.sketch_only and self.sketch_redrawn:
+        check_share(self, "bpe_dropout", "caption_dropout", "code_noise", "sketch_resampled")
+        check_sampling(self, "guidance", "temperature", "sketch_guidance")
+        check_at_least(self, 1, "sketch_batch")
+        check_at_least(self, 0, "grid_prompts")
+        if self.sketch_only and self.sketch_resampled:
             found = "found both; first train the one, then with its weights the other"
-            raise DalleError(f"expected sketch_only or sketch_redrawn, {found}")
-        if self.sheet_prompts < 0:
-            raise DalleError(f"expected sheet_prompts of at least 0, found {self.sheet_prompts}; raise it")
+            raise DalleError(f"expected sketch_only or sketch_resampled, {found}")
 
 
 def freeze(model: Prior, train: PriorTrain) -> None:
-    """Let learn what the settings say: the sketch, all but the sketch, or all.
+    """Freeze what the settings say: all but the sketch, the sketch, or nothing.
 
-    Raises: DalleError where they speak of a sketch and there is none.
+    Raises: DalleError where they freeze a part and there is no sketch.
     """
-    for name in ("sketch_only", "sketch_redrawn"):
+    for name in ("sketch_only", "sketch_resampled"):
         if getattr(train, name):
             if model.sketch is None:
                 raise DalleError(f"expected prior.sketch beside prior.train.{name}, found none; say its side")
-            model.requires_grad_(name == "sketch_redrawn")
+            model.requires_grad_(name == "sketch_resampled")
             model.sketch.requires_grad_(name == "sketch_only")
 
 
-class PriorTask:
-    """Captions and codes joined by id; each epoch draws one caption and one grid of codes of each id anew."""
+class PriorTask(PairTask):
+    """Captions and codes joined by id."""
 
     def __init__(
         self,
@@ -111,84 +110,59 @@ class PriorTask:
         seed: int,
         dvae: Artifact | None = None,
     ):
-        """`dvae` are the weights that made the codes, for pictures on the way and for what a sketch learns from.
+        """`tokenizer` is for BPE dropout; `dvae`, which made the codes, for sample images and for a sketch.
 
-        Raises: DalleError where a sketch is asked for and there is no dVAE, or the weights are cut into shards.
+        Raises: DalleError where a sketch lacks its dVAE, or the weights are sharded.
         """
-        self.config, self.options, self.pairs, self.tokenizer, self.seed = config, train, pairs, tokenizer, seed
-        self.dvae = dvae
-        torch.manual_seed(mix(seed, -1))
-        self.model = Prior(config)
-        self.places, self.held_out = pairs.split(train.validation)
-        self.order = Order(len(self.places), train.batch_size, seed)
-        self.learns_sketch = bool(config.sketch) and not train.sketch_redrawn
+        super().__init__(train, pairs, seed)
+        self.config, self.options, self.tokenizer, self.dvae = config, train, tokenizer, dvae
+        self.model = seeded(seed, lambda: Prior(config))
+        self.learns_sketch = bool(config.sketch) and not train.sketch_resampled
         if self.model.sketch is not None:
             if dvae is None:
-                told = "expected the dVAE beside -o or the codes for prior.sketch, found none; copy it there"
-                raise DalleError(told)
-            if train.parallel == "shard":  # whose weights come together in `Prior.loss` alone
-                told = 'expected parallel = "replicate" for a prior that sketches, found "shard"; a sketch is small'
-                raise DalleError(told)
-            self.model.sketch.colors.copy_(code_colors(load.dvae(dvae, torch.device("cpu"))))
+                raise DalleError("expected the dVAE beside -o or the codes for prior.sketch, found none; copy it there")
+            if train.parallel == "shard":  # FSDP gathers the weights in `Prior.loss` alone
+                found = 'found "shard"; a sketch is small'
+                raise DalleError(f'expected parallel = "replicate" for a prior that sketches, {found}')
+            self.model.sketch.colors.copy_(code_colors(loading.dvae(dvae, torch.device("cpu"))))
             self.sketch_order = Order(len(self.places), train.sketch_batch, mix(seed, 2))
         freeze(self.model, train)
 
-    def batches(self, start: int) -> Generator[Batch]:
-        """What `batch` gives, from update `start` on, made while the model computes."""
-        with ThreadPoolExecutor(1) as pool:
-            ahead = deque(pool.submit(self.batch, start + i) for i in range(AHEAD))
-            for step in count(start + AHEAD):
-                ready = ahead.popleft().result()
-                ahead.append(pool.submit(self.batch, step))
-                yield ready
-
     def batch(self, step: int) -> Batch:
-        """Tokens (B, T), lengths (B,), codes (B, H, W), all int64: a function of the seed and the step.
-
-        With a sketch that learns as many again, (B', ...), for that.
-        """
-        _, rows = self.order.batch(step)
-        rng = np.random.default_rng((self.seed, 1, step))
-        captions, latents = self.pairs.draw(self.places[rows], rng.random((len(rows), 2)))
+        """Tokens (B, T), lengths (B,), codes (B, H, W), int64; then as many columns for a sketch that learns."""
+        captions, latents, rng = self.drawn(self.order, 1, step)
         if self.options.bpe_dropout and self.tokenizer is not None:
-            tokens, lengths = self._drop_merges(captions, rng)
+            batch = (*self._drop_merges(captions, rng), *int64(self.pairs.codes(latents)))
         else:
-            tokens, lengths = self.pairs.tokens(captions)
-        arrays = [tokens, lengths, self.pairs.codes(latents)]
-        if self.learns_sketch:
-            _, rows = self.sketch_order.batch(step)
-            rng = np.random.default_rng((self.seed, 2, step))
-            captions, latents = self.pairs.draw(self.places[rows], rng.random((len(rows), 2)))
-            arrays += [*self.pairs.tokens(captions), self.pairs.codes(latents)]
-        return tuple(map(torch.from_numpy, arrays))
+            batch = self._columns(captions, latents)
+        return (*batch, *self._columns(*self.drawn(self.sketch_order, 2, step)[:2])) if self.learns_sketch else batch
 
-    def _drop_merges(self, rows: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
-        """Captions encoded anew with BPE dropout (app. B), from the text that the artifact keeps."""
+    def _columns(self, captions: Ints, latents: Ints) -> Batch:
+        """Tokens, lengths and codes of these rows."""
+        return int64(*self.pairs.tokens(captions), self.pairs.codes(latents))
+
+    def _drop_merges(self, rows: Ints, rng: np.random.Generator) -> Batch:
+        """Captions encoded anew with BPE dropout (app. B), from the artifact's text: tokens (B, T), lengths (B,)."""
         assert self.tokenizer is not None
-        texts = self.pairs.captions.strings("text")
-        tokens = np.zeros((len(rows), self.config.n_text), dtype=np.int64)
-        lengths = np.zeros(len(rows), dtype=np.int64)
-        for i, row in enumerate(rows):
-            ids = self.tokenizer.encode_dropout(texts[int(row)], self.options.bpe_dropout, rng)[: self.config.n_text]
-            tokens[i, : len(ids)] = ids
-            lengths[i] = len(ids)
-        return tokens, lengths
+        texts, p, n_text = self.pairs.captions.strings("text"), self.options.bpe_dropout, self.config.n_text
+        encoded = [self.tokenizer.encode_dropout(texts[row], p, rng) for row in rows.tolist()]
+        return int64(*tokenizers.pad(encoded, n_text, self.config.n_text_vocab)[:2])
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """The prior's loss, in nats, after some captions were made null for guidance and some codes disturbed.
+        """The prior's loss in nats, with some captions dropped for guidance and some codes disturbed.
 
-        With a sketch, too: of 15% of the pairs it is hidden, the others see the true one with some noise, or drawn
-        again; what draws it learns from pairs of its own, `sketch` being the squared error.
+        With a sketch: 15% of the pairs do not see it, the others see the true one with some noise, or one sampled
+        again. The sketch itself learns from pairs of its own; `sketch` is its squared error.
         """
-        if batch[-1].ndim:  # a whole one, not a part as `split` makes them
-            return self._loss(self._made(batch, generator))
+        if batch[-1].ndim:  # a whole batch, not a part from `split`
+            return self._loss(self._corrupted(batch, generator))
         return self._loss(batch[:-1], batch[-1])
 
-    def _made(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """A batch with all that is drawn at random for it: tokens, lengths, codes, and codes as they are read.
+    def _corrupted(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """A batch with everything random about it: tokens, lengths, codes, and codes as they are read.
 
-        With a sketch, further: sketches and who sees them; and if it learns, as `sketch_losses` takes them, tokens,
-        lengths, pictures, timesteps and noise.
+        With a sketch also the sketches and who sees them; and if it learns, the arguments of `sketch_losses`: tokens,
+        lengths, small images, timesteps and noise.
         """
         tokens, lengths, codes, *own = batch
         made = (tokens, self._drop_captions(lengths, generator), codes, self._disturb(codes, generator))
@@ -200,30 +174,31 @@ class PriorTask:
         normal = partial(torch.randn, generator=generator, device=device)
         with torch.no_grad():
             true = sketch.of(codes)
-        if share := self.options.sketch_redrawn:
+        if share := self.options.sketch_resampled:
             since, noise = (share * N_TIMESTEP * uniform(len(true))).to(true), normal(true.shape).to(true)
-            guidance = self.options.sketch_guidance
-            told = redraw_sketches(
-                self.model, tokens, lengths, true, since, noise, guidance_scale=guidance, steps=REDRAWING_STEPS
-            )
+            seen = resample_sketches(
+                self.model, tokens, lengths, true, since, noise, guidance_scale=self.options.sketch_guidance,
+                steps=REDRAWING_STEPS,
+            )  # fmt: skip
         else:
-            told = true + (NOISE * uniform(len(true), 1, 1, 1) * normal(true.shape)).to(true)
-        sees = (uniform(len(true)) >= UNTOLD).to(true.device)
+            seen = true + (NOISE * uniform(len(true), 1, 1, 1) * normal(true.shape)).to(true)
+        sees = (uniform(len(true)) >= UNSEEN).to(true.device)
         if not own:
-            return (*made, told, sees)
+            return (*made, seen, sees)
         with torch.no_grad():
-            pictures = sketch.of(own[2])
-        times = torch.randint(N_TIMESTEP, (len(pictures),), generator=generator, device=device).to(true.device)
-        noise = normal(pictures.shape).to(true)
-        return (*made, told, sees, own[0], self._drop_captions(own[1], generator), pictures, times, noise)
+            small = sketch.of(own[2])
+        times = torch.randint(N_TIMESTEP, (len(small),), generator=generator, device=device).to(true.device)
+        noise = normal(small.shape).to(true)
+        return (*made, seen, sees, own[0], self._drop_captions(own[1], generator), small, times, noise)
 
     def _loss(self, made: Batch, n_tokens: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         tokens, lengths, codes, read, *further = made
-        told, own = further[:2], further[2:]
+        sketches, own = further[:2], further[2:]
         if self.options.sketch_only:
             error = sketch_losses(self.model, *own).mean()
             return error, {"sketch": error.detach()}
-        loss, parts = self.model.loss(tokens, lengths, codes, n_tokens, read, (told[0], told[1]) if told else None)
+        seen = (sketches[0], sketches[1]) if sketches else None
+        loss, parts = self.model.loss(tokens, lengths, codes, n_tokens, read, seen)
         if not own:
             return loss, parts
         error = sketch_losses(self.model, *own).mean()
@@ -238,16 +213,16 @@ class PriorTask:
         return disturb_codes(codes, probability, self.config.n_image_vocab, generator) if probability else codes
 
     def split(self, batch: Batch, parts: int, step: int, generator: torch.Generator) -> list[Batch]:
-        """Equal parts; each carries how many caption tokens a part holds on average, which its text loss is over."""
+        """Equal parts; each carries the mean number of caption tokens in a part, over which its text loss is a mean."""
         if len(batch) > 3 and len(batch[3]) % parts:  # of the sketch
             found = f"found {len(batch[3])}"
             raise DalleError(f"expected sketch_batch a multiple of {parts}, the parts of a batch, {found}; change it")
-        made = self._made(batch, generator)
+        made = self._corrupted(batch, generator)
         share = made[1].sum().clamp(min=1) / parts
         return [(*chunk, share) for chunk in zip(*(x.chunk(parts) for x in made), strict=True)]
 
     def units(self, batch: Batch) -> tuple[str, int]:
-        """Positions of the stream."""
+        """Positions of captions and codes."""
         return "tokens", len(batch[0]) * self.model.n_positions
 
     def flops(self) -> float:
@@ -255,51 +230,82 @@ class PriorTask:
         return self.options.batch_size * self.model.flops()
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Nats per code and per text token on held-out pictures, each with the first of its captions.
+        """Nats per code and per text token on held-out images, each with the first of its captions.
 
-        `sketched_nats` are of codes that follow the true sketch, `sketch` is the squared error of what draws it, each
-        at a timestep and with a noise of its own.
+        `sketched_nats` are of codes that follow the true sketch; `sketch` is the sketch's squared error, each at one
+        timestep with its own noise.
         """
         assert isinstance(model, Prior)
-        places = self.held_out[: self.options.max_validation]
-        if not len(places):
-            return {}
-        text = image = tokens_seen = sketched = error = 0.0
-        generator = torch.Generator().manual_seed(0)
-        for chunk in np.array_split(places, -(-len(places) // VALIDATION_BATCH)):
-            captions, latents = self.pairs.draw(chunk, np.zeros((len(chunk), 2)))
-            arrays = (*self.pairs.tokens(captions), self.pairs.codes(latents))
-            tokens, lengths, codes = (torch.from_numpy(a).to(device) for a in arrays)
+        n, totals, generator = 0, np.zeros(5), torch.Generator().manual_seed(0)
+        for numbers, captions, latents in self.held_out_rows(self.options.max_validation):
+            tokens, lengths, codes = (column.to(device) for column in self._columns(captions, latents))
             _, parts = model.loss(tokens, lengths, codes)
-            n_tokens = float(lengths.sum())
-            text += parts["text_nats"].item() * n_tokens
-            tokens_seen += n_tokens
-            image += parts["image_nats"].item() * len(chunk)
+            n_tokens, here = float(lengths.sum()), len(numbers)
+            found = [parts["image_nats"].item() * here, parts["text_nats"].item() * n_tokens, n_tokens, 0.0, 0.0]
             if model.sketch is not None:
-                told = model.sketch.of(codes), torch.ones_like(lengths, dtype=torch.bool)
-                sketched += model.loss(tokens, lengths, codes, told=told)[1]["image_nats"].item() * len(chunk)
-                times = torch.randint(N_TIMESTEP, (len(chunk),), generator=generator).to(device)
-                noise = torch.randn(told[0].shape, generator=generator).to(told[0])
-                error += sketch_losses(model, tokens, lengths, told[0], times, noise).sum().item()
-        n = len(places)
-        figures = {"image_nats": image / n, "text_nats": text / max(tokens_seen, 1)}
+                true, all_see = model.sketch.of(codes), torch.ones_like(lengths, dtype=torch.bool)
+                found[3] = model.loss(tokens, lengths, codes, told=(true, all_see))[1]["image_nats"].item() * here
+                times = torch.randint(N_TIMESTEP, (here,), generator=generator).to(device)
+                noise = torch.randn(true.shape, generator=generator).to(true)
+                found[4] = sketch_losses(model, tokens, lengths, true, times, noise).sum().item()
+            n, totals = n + here, totals + found
+        if not n:
+            return {}
+        image, text, n_tokens, sketched, error = totals.tolist()
+        figures = {"image_nats": image / n, "text_nats": text / max(n_tokens, 1)}
         return figures if model.sketch is None else figures | {"sketched_nats": sketched / n, "sketch": error / n}
 
-    def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
-        """What the first held-out captions, always the same ones, look like by now; nothing without a dVAE."""
+    def samples(self, model: nn.Module, device: torch.device) -> Image.Image | None:
+        """Images of the first held-out captions, always the same ones; nothing without a dVAE."""
         assert isinstance(model, Prior)
-        places = self.held_out[: self.options.sheet_prompts]
+        places, o = self.held_out[: self.options.grid_prompts], self.options
         if self.dvae is None or not len(places):
-            return
-        captions, _ = self.pairs.draw(places, np.zeros((len(places), 2)))
-        tokens, lengths = map(torch.from_numpy, self.pairs.tokens(captions))
+            return None
+        captions, _ = self.pairs.draw(places)
+        tokens, lengths = int64(*self.pairs.tokens(captions))
         with torch.autocast(device.type, enabled=False):
-            numbers, told = range(len(places)), self.options
             codes = sample_codes(
-                model, tokens, lengths, numbers, self.seed, guidance_scale=told.guidance, temperature=told.temperature,
-                sketch_guidance=told.sketch_guidance,
+                model, tokens, lengths, range(len(places)), self.seed, guidance_scale=o.guidance,
+                temperature=o.temperature, sketch_guidance=o.sketch_guidance,
             )  # fmt: skip
-            pixels = to_uint8(load.dvae(self.dvae, device).decode(codes)).cpu().numpy()
+            pixels = to_uint8(loading.dvae(self.dvae, device).decode(codes)).cpu().numpy()
         texts = self.pairs.captions.strings("text")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet(list(pixels), [texts[int(row)] for row in captions], title="held-out captions").save(path)
+        return image_grid(list(pixels), [texts[row] for row in captions.tolist()], title="held-out captions")
+
+
+TRAINABLE = Trainable("train-prior", "weights.prior.codes", "prior", PriorConfig, PriorTrain)
+
+
+def train_prior(
+    captions: str | Path, latents: str | Path, out: str | Path, *, tokenizer: str | Path | None = None, **options: Any
+) -> dict[str, Any]:
+    """Train a prior over codes, or over CLIP embeddings, given captions; the last validation's metrics.
+
+    `latents` are what `encode-images` wrote. `tokenizer` is for BPE dropout of a prior over codes, and is looked for
+    beside the artifacts by default. `options` are the fields of `TrainingOptions`.
+
+    Raises:
+        DalleError: a recipe that does not fit the inputs, no tokenizer for BPE dropout, and as `training.loop.train`.
+    """
+    o, texts = TrainingOptions(**options), open_artifact(captions, "captions")
+    found = open_artifact(latents, "codes", "embeddings")
+    pairs, inputs = pair_inputs(texts, found, o)
+    if found.kind == "embeddings":
+        return train_embedding_prior(pairs, inputs, Path(out), o)
+    inputs.sizes |= {"n_image_vocab": found.require("n_vocab", int), "grid": found.require("grid", int)}
+    stage = TrainingStage(TRAINABLE, out, o, inputs)
+    _check_redrawn(stage)
+    bpe, (read_with, encoder) = None, (inputs.header[name] for name in ("tokenizer", "encoder"))
+    if stage.train.bpe_dropout:
+        bpe = tokenizers.load(tokenizer or bundles.find_tokenizer(read_with, stage.out.parent, texts.path.parent))
+        bundles.check_digest("tokenizer", bpe.digest, read_with, texts.path)
+    dvae = bundles.find_weights(encoder, stage.out.parent, found.path.parent)
+    return stage.run(lambda: PriorTask(stage.model, stage.train, pairs, bpe, o.seed, dvae))
+
+
+def _check_redrawn(stage: TrainingStage) -> None:
+    """Raises: DalleError if a trained sketch is to be followed and the initial weights have none."""
+    width = stage.model.sketch_width
+    if stage.model.sketch and stage.train.sketch_resampled and not warm_start.gives(stage.start, "sketch.", width):
+        due = f"--init with a sketch of width {width} for prior.train.sketch_resampled"
+        raise DalleError(f"expected {due}, found none; train it first, by prior.train.sketch_only")

@@ -1,7 +1,7 @@
-"""A run: the weights file, and the folder beside it with checkpoints, `metrics.jsonl` and sample sheets.
+"""A training run: the weights file, and the folder beside it with checkpoints, `metrics.jsonl` and sample images.
 
-A run is known by what its weights will say of themselves (config and history). The same command therefore finds its own
-checkpoints, and finished weights of the same config and inputs are left alone.
+The config and history that the weights will record identify a run. So the same command finds its own checkpoints, and
+leaves finished weights of the same config and inputs alone.
 """
 
 import glob
@@ -15,59 +15,25 @@ from typing import Any
 
 from torch import Tensor
 
-from dalle_cli import console
 from dalle_cli.artifacts import Artifact, open_artifact
 from dalle_cli.artifacts.container import check_replaceable
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
+from dalle_cli.training.config import TrainConfig, affecting, with_defaults
 from dalle_cli.training.schedules import same_until
-
-# Training settings that the first weights did not name, and what they did.
-LATER = {
-    "save_dtype": "float32",
-    "plateau_figure": "loss",
-    "plateau_patience": 5,
-    "plateau_factor": 0.5,
-    "plateau_least": 1 / 32,
-    "accumulate": 1,
-    "checkpoint_activations": False,
-    "compile": False,
-    "tensorboard": False,
-    "parallel": "replicate",
-    "powersgd_rank": 0,
-    "timeout": 1800,
-    "code_noise": 0.0,  # of the token prior
-    "guidance": 1.0,  # of the priors
-    "temperature": 1.0,  # of the token prior
-    "sketch_batch": 256,  # likewise
-    "sketch_only": False,
-    "sketch_redrawn": 0.0,
-    "sketch_guidance": 1.0,
-}
-# Of models, likewise.
-LATER_SIZES = {"sketch": 0, "sketch_width": 384}  # of decoder and token prior
-# What does not change what is computed: a run is the same without.
-ASIDE = ("tensorboard", "parallel", "timeout", "sheet_prompts")
-
-
-def _compared(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with what it did not name yet, and without what does not count."""
-    if isinstance(model := config.get("model"), dict):
-        config = {**config, "model": {**LATER_SIZES, **model}}
-    if not isinstance(told := config.get("train"), dict):
-        return config
-    return {**config, "train": {name: value for name, value in {**LATER, **told}.items() if name not in ASIDE}}
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run writes, and what its weights will say of themselves."""
+    """Where a run writes, and what its weights will record."""
 
     out: Path
     kind: str
     config: dict[str, Any]
     history: list[dict[str, Any]]
     force: bool = False
+    model_type: type[Any] | None = None  # dataclasses of config["model"] and config["train"]
+    train_type: type[Any] = TrainConfig
 
     @property
     def name(self) -> str:
@@ -90,30 +56,38 @@ class Run:
         A setting that came after the artifact was made counts as its default: an upgrade makes nobody train again.
         """
         mine, history = json.loads(json.dumps([self.config, self.history]))
-        return bool([_compared(config), artifact.history] == [_compared(mine), history])
+        return bool([self._compared(config), artifact.history] == [self._compared(mine), history])
+
+    def _compared(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A config with the settings that came after it, and without those that change nothing of the result."""
+        config = dict(config)
+        if self.model_type and isinstance(model := config.get("model"), dict):
+            config["model"] = with_defaults(self.model_type, model)
+        if isinstance(train := config.get("train"), dict):
+            aside = affecting(self.train_type, "nothing")
+            train = with_defaults(self.train_type, train)
+            config["train"] = {name: value for name, value in train.items() if name not in aside}
+        return json.loads(json.dumps(config))  # type: ignore[no-any-return]  # tuples are lists in JSON
 
     def _same_so_far(self, artifact: Artifact, config: dict[str, Any], step: int) -> bool:
         """Whether this run would have come to a checkpoint as well: its end may be another, and what it writes then."""
-        mine, told = json.loads(json.dumps(self.config)).get("train"), _compared(config).get("train")
+        mine, told = json.loads(json.dumps(self.config)).get("train"), self._compared(config).get("train")
         if not isinstance(mine, dict) or not isinstance(told, dict):
             return False
-        drawn = (
-            ("guidance", "temperature", "sketch_guidance") if self.kind.startswith("weights.prior") else ()
-        )  # a dVAE's is of training
-        end = {name: mine[name] for name in ("steps", "save_dtype", *drawn) if name in mine}
+        end = {name: mine[name] for name in ("steps", *affecting(self.train_type, "end")) if name in mine}
         theirs = {**told, **end, "steps": told["steps"]}
         return self._same(artifact, {**config, "train": {**told, **end}}) and same_until(step, theirs, {**told, **end})
 
     def check(self) -> None:
-        """Raises: DalleError if something else lies where the weights are to be written."""
+        """Raises: DalleError if the output path holds something else than weights of this kind."""
         check_replaceable(self.out, self.kind, self.force)
 
     def start_over(self) -> None:
-        """Forget the checkpoints; the weights stay until new ones replace them."""
+        """Remove the run's folder; the weights stay until new ones replace them."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def finished(self) -> bool:
-        """Whether the weights are there already, made by this config from these inputs; then they count as new."""
+        """Whether weights of this config and these inputs exist; marks them as new, for make."""
         if not self.out.exists():
             return False
         try:
@@ -125,19 +99,19 @@ class Run:
         return done
 
     def sweep(self) -> None:
-        """Remove what a killed run was in the middle of writing."""
-        for cut in (
+        """Remove partial files that a killed run left behind."""
+        for partial in (
             *self.folder.glob(".checkpoint-*.part"),
             *self.folder.glob(".tmp??????"),  # which safetensors 0.8 writes first
             *self.out.parent.glob(f".{glob.escape(self.out.name)}.*.part"),
         ):
-            cut.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         whole = {path.with_suffix(".shards") for path in self.checkpoints()}
         for folder in set(self.folder.glob("checkpoint-*.shards")) - whole:
             shutil.rmtree(folder)
 
     def checkpoints(self) -> list[Path]:
-        """All that are kept, oldest first."""
+        """All checkpoint files, oldest first."""
         return sorted(self.folder.glob("checkpoint-*.safetensors"))
 
     def checkpoint(self, step: int) -> Path:
@@ -145,16 +119,16 @@ class Run:
         return self.folder / f"checkpoint-{step:08d}.safetensors"
 
     def shards(self, step: int) -> Path:
-        """The folder beside it, for what each of several processes writes by itself, before the file."""
+        """The folder beside it, into which each of several processes writes its part before the file is written."""
         return self.checkpoint(step).with_suffix(".shards")
 
     @staticmethod
     def is_whole(names: Iterable[str]) -> bool:
-        """Whether a checkpoint's file holds all tensors, not only those that are never cut into pieces."""
+        """Whether a checkpoint's file holds all tensors, and not only those that are never sharded."""
         return any(name.startswith("model/") for name in names)
 
     def latest(self) -> tuple[int, dict[str, Tensor]] | None:
-        """The last whole checkpoint of this run: updates done, and its tensors.
+        """The last readable checkpoint of this run: its number of updates, and its tensors.
 
         Raises:
             DalleError: the checkpoints are those of another config or other inputs.
@@ -163,25 +137,22 @@ class Run:
             try:
                 found = open_artifact(path, "checkpoint")
             except DalleError:
-                continue  # a broken one: the one before it serves
+                continue  # a damaged file: the checkpoint before it serves
             if not self.is_whole(found.headers[0].tensors) and not path.with_suffix(".shards").is_dir():
                 continue
-            config, step = dict(found.config), found.fact("step", int)
+            config, step = dict(found.config), found.require("step", int)
             config.pop("step")
-            if not self._same(found, config) and not self._same_so_far(found, config, step):
-                if step == found.fact("train", dict).get("steps"):  # that run reached its end: nothing is lost
-                    console.note(f"{self.out.name}: another config or other inputs than last time, so starting over")
-                    self.start_over()
-                    return None
-                raise DalleError(
-                    f"expected checkpoints of this run, found unfinished ones of another config or other inputs in "
-                    f"{self.folder}; give --fresh to start over, or another -o"
-                )
-            return step, load_tensors(found)
+            if self._same(found, config) or self._same_so_far(found, config, step):
+                return step, load_tensors(found)
+            state = "a finished" if step == found.require("train", dict).get("steps") else "an unfinished"
+            raise DalleError(
+                f"expected checkpoints of this run in {self.folder}, found {state} run of another config or other "
+                "inputs; --fresh starts over and removes it, another -o keeps both"
+            )
         return None
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], keep: int) -> None:
-        """Write the state after `step` updates, and remove all but the last `keep`."""
+        """Write the state after `step` updates, and remove all checkpoints but the last `keep`."""
         self._save_checkpoint(self.checkpoint(step), step, tensors)
         for old in self.checkpoints()[:-keep]:
             old.unlink()
@@ -191,16 +162,16 @@ class Run:
         save_tensors(path, "checkpoint", tensors, {**self.config, "step": step}, self.history, force=True)
 
     def clear(self, folder: Path) -> None:
-        """An empty folder for pieces; what a killed run left in it is gone."""
+        """Make an empty folder for shards; what a killed run left in it is removed."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
     def save_own(self, step: int, rank: int, tensors: dict[str, Tensor]) -> None:
-        """Write what the process of this number alone remembers after `step` updates."""
+        """Write the state after `step` updates that belongs to one process, `rank`, alone."""
         self._save_checkpoint(self._own(step, rank), step, tensors)
 
     def own(self, step: int, rank: int, world: int) -> dict[str, Tensor]:
-        """What `save_own` wrote; nothing if that were not as many processes."""
+        """What `save_own` wrote; empty if another number of processes wrote it."""
         if not self._own(step, world - 1).exists() or self._own(step, world).exists():
             return {}
         return load_tensors(open_artifact(self._own(step, rank), "checkpoint"))
@@ -209,17 +180,17 @@ class Run:
         return self.shards(step) / f"own-{rank:05d}.safetensors"
 
     def save_weights(self, tensors: dict[str, Tensor]) -> None:
-        """Write what the run was for."""
+        """Write the trained weights."""
         save_tensors(self.out, self.kind, tensors, self.config, self.history, self.force)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a line to the log."""
+        """Append a row to the log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def rewind_log(self, step: int) -> float:
-        """Drop log rows from beyond `step`, which will be made again; the seconds that the run has taken till there."""
+        """Drop log rows after `step`, which will be written again; returns the seconds that the run took until then."""
         if not self.metrics.exists():
             return 0.0
         rows = []
@@ -227,7 +198,7 @@ class Run:
             try:
                 row = json.loads(line)
             except ValueError:
-                continue  # a line cut short by a kill
+                continue  # a kill cut this line short
             if isinstance(row, dict) and row.get("step", step) <= step:
                 rows.append(row)
         self.metrics.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
@@ -235,10 +206,10 @@ class Run:
 
 
 class Board:
-    """The rows of the log as scalars for TensorBoard, in a folder of its own in the run's."""
+    """The log's rows as TensorBoard scalars, in a folder inside the run's."""
 
     def __init__(self, run: Run, step: int):
-        """Begin after update `step`; what an earlier process wrote from beyond is hidden.
+        """Start after update `step`; later rows of an earlier process are hidden.
 
         Raises:
             DalleError: the package tensorboard is not installed.
@@ -250,11 +221,10 @@ class Board:
                 "expected the package tensorboard for tensorboard = true, found none; "
                 "pip install 'dalle-cli[tensorboard]', or set it to false"
             ) from None
-        folder = str(run.folder / "tensorboard")
-        self.writer = SummaryWriter(folder, purge_step=step + 1)
+        self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row of the log: its numbers, those of a validation under `validation/`."""
+        """Write the numbers of one row, those of a validation under `validation/`."""
         for name, value in row.items():
             scalars = {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
             for key, scalar in scalars.items():
@@ -263,5 +233,5 @@ class Board:
         self.writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the files."""
         self.writer.close()

@@ -1,12 +1,12 @@
 """Training in float16: a gradient scale for each residual block (Ramesh et al. 2021, sec. 2.4, app. D and fig. 4).
 
-Gradients of activations shrink or grow from block to block by more than float16 has room for, so that no one scale of
-the loss fits all of them. Here the gradient that comes into a block is multiplied by the block's own scale, and what
-goes out of it divided again. Weights, their gradients, and everything outside of the blocks (embeddings, the sum that
-runs past the blocks, logits, loss) are float32; only inside the blocks are products in float16.
+The size of activation gradients varies from block to block by more than the range of float16, so one scale of the loss
+does not fit all blocks. Here the gradient that enters a block is multiplied by the block's own scale, and the gradients
+of all its inputs are divided by it. Only the products inside blocks are in float16; weights, their gradients, the
+residual path and everything outside the blocks (embeddings, logits, loss) are float32.
 
-In the paper a block is half of a transformer's layer; here it is what the model calls a block. M, the paper's number of
-replicas, is 1: each replica's loss is a mean of its own.
+In the paper a block is half of a transformer's layer; here it is a `StackedBlock`. The paper's number of replicas, M,
+is 1: each replica's loss is its own mean.
 """
 
 import math
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
-from dalle_cli.training.blocks import blocks, surround
+from dalle_cli.training.blocks import blocks, wrap_forward
 from dalle_cli.training.shards import local
 
-FIRST, LEAST, MOST = 13.0, 7.0, 24.0  # log2 of a scale at the beginning and of its bounds
-RISE = 1 / 1000  # added to log2 of a scale after an update of finite gradients
-FALL = 0.5  # taken from it after one that was not
+FIRST, LEAST, MOST = 13.0, 7.0, 24.0  # log2 of a scale: initially, and its bounds
+RISE = 1 / 1000  # added to log2 of a scale after an update with finite gradients
+FALL = 0.5  # subtracted from it after any other update
 WINDOW = 125  # updates between two falls of one scale
-GIVE_UP = 125  # updates in a row without a finite gradient at the least scale
+GIVE_UP = 125  # updates in a row without finite gradients, at the smallest scale
 
 
 class _Enter(torch.autograd.Function):
-    """A block's input, to the block and past it: scales the block's gradient down and filters it."""
+    """An input of a block, for the block and for the path around it; divides the block's gradient by its scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,20 +36,20 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x), x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, scaled: Tensor, past: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, scaled: Tensor, around: Tensor) -> tuple[Tensor, None]:
         (scale,) = ctx.saved_tensors
         total = scaled / scale
-        # where the block overflowed, blocks before it still get what runs past it, and keep their own scales
-        return torch.where(torch.isfinite(total), total, past), None
+        # where the block overflowed, earlier layers still get the gradient of the path around it
+        return torch.where(torch.isfinite(total), total, around), None
 
 
 class _Leave(torch.autograd.Function):
-    """A block's output in float32; scales the gradient up, in float32, before the block casts it to float16."""
+    """A block's output in float32; multiplies the gradient by the scale, in float32, before it becomes float16."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, past: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, around: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
-        ctx.dtype, ctx.same = y.dtype, y.shape == past.shape
+        ctx.dtype, ctx.same = y.dtype, y.shape == around.shape
         return y.float()
 
     @staticmethod
@@ -58,8 +58,18 @@ class _Leave(torch.autograd.Function):
         return (grad * scale).to(ctx.dtype), grad if ctx.same else None, None
 
 
+def _unscaled(argument: Any, scale: Tensor) -> Any:
+    """A further argument of a block, such as a U-Net's time embedding; its gradient is divided by the block's scale.
+
+    There is no path around the block for it: where the block overflowed, its gradient is 0.
+    """
+    if not isinstance(argument, Tensor) or not argument.is_floating_point():
+        return argument
+    return _Enter.apply(argument, scale)[0]  # type: ignore[no-untyped-call]
+
+
 class BlockScales:
-    """The scales of a model's blocks. `attach` once; after each backward pass `unscale`, before the optimiser."""
+    """The scales of a model's blocks. Call `attach` once, and `unscale` between backward pass and optimizer."""
 
     def __init__(self, model: nn.Module) -> None:
         self.blocks = blocks(model)
@@ -67,39 +77,41 @@ class BlockScales:
         n = len(self.blocks)
         self.log2 = torch.full((n,), FIRST, device=first.device, dtype=torch.float32)
         self.since = [WINDOW] * n  # updates since a scale fell
-        self.lost = [0] * n  # updates in a row without a finite gradient
+        self.lost = [0] * n  # updates in a row without finite gradients
 
     def attach(self, dtype: torch.dtype = torch.float16) -> None:
-        """From now on the blocks compute in `dtype` and scale their gradients."""
+        """Let the blocks compute in `dtype` and scale their gradients from now on."""
         for index, block in enumerate(self.blocks.values()):
-            surround(block, self._around(index, dtype))
+            wrap_forward(block, self._scaled(index, dtype))
 
-    def _around(self, index: int, dtype: torch.dtype) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def _scaled(self, index: int, dtype: torch.dtype) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
-            def around(x: Tensor, *args: Any, **named: Any) -> Tensor:
+            def scaled(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 scale = self.log2[index].exp2()
-                inner, past = _Enter.apply(x, scale)  # type: ignore[no-untyped-call]
+                inner, around = _Enter.apply(x, scale)  # type: ignore[no-untyped-call]
+                args = tuple(_unscaled(a, scale) for a in args)
+                kwargs = {name: _unscaled(a, scale) for name, a in kwargs.items()}
                 with torch.autocast(x.device.type, dtype):
-                    y = forward(inner, *args, **named)
-                out: Tensor = _Leave.apply(y, past, scale)  # type: ignore[no-untyped-call]
+                    y = forward(inner, *args, **kwargs)
+                out: Tensor = _Leave.apply(y, around, scale)  # type: ignore[no-untyped-call]
                 return out
 
-            return around
+            return scaled
 
         return wrap
 
     @torch.no_grad()
     def unscale(self, agreed: Callable[[Tensor], Tensor] = lambda flags: flags) -> None:
-        """Divide the blocks' gradients by their scales, drop those of blocks that overflowed, and move the scales.
+        """Divide weight gradients by their block's scale, drop those of blocks that overflowed, and adapt the scales.
 
-        A block whose gradients are dropped is not updated this time. `agreed` makes the flags of blocks that overflowed
-        here, (n,) bool, those of all processes, where each has but a piece of the gradients.
+        A block whose gradients are dropped is not updated this time. Where each process holds a shard of the gradients,
+        `agreed` turns the flags of blocks that overflowed here, (n,) bool, into those of all processes.
 
         Raises:
-            DalleError: a block has had no finite gradient for long.
+            DalleError: a block has had no finite gradients for long.
         """
-        told = [[local(p.grad) for p in block.parameters() if p.grad is not None] for block in self.blocks.values()]
-        grads = [[grad for grad in block if grad.numel()] for block in told]  # a process may have no piece of a weight
+        own = [[local(p.grad) for p in block.parameters() if p.grad is not None] for block in self.blocks.values()]
+        grads = [[grad for grad in block if grad.numel()] for block in own]  # a process's shard may be empty
         largest = [torch.stack(torch._foreach_norm(g, math.inf)).sum() if g else self.log2.new_zeros(()) for g in grads]
         finite = (~agreed(~torch.isfinite(torch.stack(largest)))).tolist()  # the one wait for the device
         scales = self.log2.exp2()
@@ -114,7 +126,7 @@ class BlockScales:
         self._check()
 
     def _move(self, index: int, good: bool) -> float:
-        """What is added to a scale's logarithm."""
+        """The change of a scale's logarithm after an update."""
         self.since[index] += 1
         self.lost[index] = 0 if good else self.lost[index] + 1
         if good:
@@ -130,16 +142,16 @@ class BlockScales:
         for name, lost, log2 in zip(self.blocks, self.lost, self.log2.tolist(), strict=True):
             if lost > GIVE_UP and log2 <= LEAST:
                 raise DalleError(
-                    f"expected finite gradients in {name}, found none for {lost} updates at its least scale; "
+                    f"expected finite gradients in {name}, found none for {lost} updates at its smallest scale; "
                     "lower lr, or compute in --dtype float32"
                 )
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: the logarithms (n,) float32, and counts of updates (2, n) int64."""
+        """What a checkpoint holds: logarithms (n,) float32, and counts of updates (2, n) int64."""
         return {"log2": self.log2, "counts": torch.tensor([self.since, self.lost])}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`; scales start anew where a checkpoint has none."""
+        """The inverse of `state`; with an empty state the scales keep their initial values."""
         if state:
             self.log2 = state["log2"].to(self.log2.device)
             self.since, self.lost = state["counts"].tolist()

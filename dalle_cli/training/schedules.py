@@ -1,6 +1,6 @@
-"""Schedules: pure functions of the update's number, so that nothing compounds and a resumed run agrees.
+"""Schedules: functions of the update's number alone, so a resumed run agrees with one that never stopped.
 
-But for the plateau, which is a function of what the run has seen so far: its state goes into the checkpoints.
+The plateau schedule depends on the validations so far; its state is in the checkpoints.
 """
 
 import math
@@ -27,7 +27,7 @@ def learning_rate(
     """The learning rate of update `step`: linear warm-up to `peak`, then by `kind` to `final`.
 
     `trapezoid` stays at the peak and falls linearly over the last `cooldown` share of the steps; `constant` and
-    `plateau` stay there, and what a `Plateau` has come to is the caller's to multiply by.
+    `plateau` stay there (the caller multiplies by `Plateau.share`).
 
     Raises:
         DalleError: an unknown kind.
@@ -45,27 +45,26 @@ def learning_rate(
 
 
 def same_until(step: int, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two settings of training, which differ in their number of updates, agree on the first `step` of them.
+    """Whether two training configs that differ in their number of updates agree on the first `step` of them.
 
-    That number enters an update only by its learning rate; so a run may be prolonged or cut short for as long as its
-    schedule has not begun to come down.
+    The number enters an update only through the learning rate, so a run may be prolonged or shortened as long as its
+    schedule has not begun to fall.
     """
     if {**one, "steps": other["steps"]} != dict(other) or step > min(one["steps"], other["steps"]):
         return False
 
-    def rates(told: Mapping[str, Any]) -> list[float]:
-        steps = min(told.get("lr_steps", told["steps"]), told["steps"])
-        return [
-            learning_rate(n, told["schedule"], told["lr"], told["final_lr"], told["warmup"], steps) for n in range(step)
-        ]
+    def rates(train: Mapping[str, Any]) -> list[float]:
+        steps = min(train.get("lr_steps", train["steps"]), train["steps"])
+        peak, final, warmup = (train[name] for name in ("lr", "final_lr", "warmup"))
+        return [learning_rate(n, train["schedule"], peak, final, warmup, steps) for n in range(step)]
 
     return rates(one) == rates(other)
 
 
 class Plateau:
-    """Cuts the learning rate each time a figure has stopped falling (Ramesh et al. 2021, app. B: halved five times).
+    """Cuts the learning rate when a metric stops falling (Ramesh et al. 2021, app. B: halved five times).
 
-    `share` is what the rate is multiplied by. A figure with a minus before its name is one that should rise.
+    The rate is multiplied by `share`. A minus before the metric's name means that it should rise.
     """
 
     def __init__(self, figure: str, patience: int, factor: float, least: float):
@@ -73,19 +72,19 @@ class Plateau:
         self.share, self.best, self.waited = 1.0, math.inf, 0
 
     def value(self, figures: Mapping[str, float]) -> float:
-        """What is to fall, among figures of which `loss` is that of training.
+        """The value that should fall, from metrics whose `loss` is that of training.
 
         Raises:
-            DalleError: it is not among them.
+            DalleError: there is no metric of that name.
         """
         name = self.figure.removeprefix("-")
         if name not in figures:
-            found = f"expected plateau_figure among {', '.join(figures)}, found {self.figure!r}"
+            found = f"expected plateau_metric among {', '.join(figures)}, found {self.figure!r}"
             raise DalleError(f"{found}; name one of them, with a minus before it if it should rise")
         return -figures[name] if self.figure.startswith("-") else figures[name]
 
     def see(self, figures: Mapping[str, float]) -> bool:
-        """Take in the figures of a validation; whether the rate was cut."""
+        """Update with the metrics of a validation; whether the rate was cut."""
         value = self.value(figures)
         if value < self.best:
             self.best, self.waited = value, 0
@@ -97,11 +96,11 @@ class Plateau:
         return True
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: share, best figure, validations waited; (3,) float64."""
+        """What a checkpoint holds: share, best value, validations waited; (3,) float64."""
         return {"state": torch.tensor([self.share, self.best, self.waited], dtype=torch.float64)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`; nothing where a checkpoint has none."""
+        """The inverse of `state`; older checkpoints have none."""
         if state:
             self.share, self.best, waited = state["state"].tolist()
             self.waited = int(waited)

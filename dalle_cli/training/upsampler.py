@@ -1,119 +1,94 @@
-"""Training an upsampler on crops of pictures beside their corrupted small ones (Ramesh et al. 2022, sec. 2.1).
+"""Training an upsampler on crops of images beside their corrupted small ones (Ramesh et al. 2022, sec. 2.1).
 
 Shapes: B batch, S side of a crop, s side of the small one; f = S / s.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
-from dalle_cli.data import augment, degrade
-from dalle_cli.data.augment import Pixels
+from dalle_cli.data import degrade, loader
+from dalle_cli.data.augment import Augment, Pixels
 from dalle_cli.data.datasets import Dataset
-from dalle_cli.data.loader import Loader, sequential
-from dalle_cli.data.split import split
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge
-from dalle_cli.sampling.decoder import Brush, process, to_signed, to_stored, upsample
-from dalle_cli.training.config import TrainConfig
-from dalle_cli.training.denoising import Bins, Draws, denoising, drawn, made_ahead
-from dalle_cli.training.loop import Batch, mix
-from dalle_cli.viz.grid import sheet
+from dalle_cli.sampling.decoder import SamplerConfig, enlarge_noised, to_images, to_signed, upsample
+from dalle_cli.training.config import check_at_least, check_share, setting
+from dalle_cli.training.denoising import DenoisingTask, DenoisingTrain, Draws, Predict
+from dalle_cli.training.options import TrainingOptions
+from dalle_cli.training.stage import Trainable, TrainingStage, image_inputs
+from dalle_cli.training.task import Batch, seeded
+from dalle_cli.viz.grid import image_grid
 
-VALIDATION_BATCH = 16
 _DEGRADE = 4  # the last word of a seed, as in data/loader.py
 
 
 @dataclass(frozen=True)
-class UpsamplerTrain(TrainConfig):
-    """The paper's numbers for the first upsampler (table 3); small recipes say their own."""
+class UpsamplerTrain(DenoisingTrain):
+    """The paper's numbers for the first upsampler (table 3); small recipes set their own."""
 
     steps: int = 1_000_000
     batch_size: int = 1024
-    lr: float = 1.2e-4
-    schedule: str = "constant"
-    ema: float = 0.9999
-    augment: str = "center"
-    flip: bool = False
-    crop: int = 4  # the side of a picture is so many times that of a crop
-    corruption: str = "blur"  # of the small picture; or "bsr", the paper's for the second upsampler, or "none"
-    blur_sigma: float = 0.6  # pixels of the small picture; from memory, not in the paper
+    crop: int = 4  # an image's side is this many times that of a crop
+    corruption: str = setting("blur", deterministic="none")  # of the small image; or "bsr", for the second, or "none"
+    blur_sigma: float = 0.6  # pixels of the small image; from memory, not in the paper
     corruption_strength: float = 1.0  # share of the ranges of "bsr"
-    min_snr: float = 0.0
-    sheet_pictures: int = 4  # held-out pictures that are enlarged at each validation; 0 = none
-    sheet_steps: int = 10
+    low_noise: float = setting(0.0, affects="end")  # sampling default that the weights record; 0 = none
+    grid_images: int = setting(4, affects="nothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        augment.by_name(self.augment)
         degrade.by_name(self.corruption, self.blur_sigma, self.corruption_strength)
-        if self.crop < 1:
-            raise DalleError(f"expected crop of at least 1, found {self.crop}; 4 is the paper's, 1 is no crop")
-        if self.min_snr < 0:
-            raise DalleError(f"expected min_snr of at least 0, found {self.min_snr}; 5 is usual, 0 is off")
-        if self.sheet_pictures < 0 or self.sheet_steps < 1:
-            found = f"{self.sheet_pictures} and {self.sheet_steps}"
-            raise DalleError(f"expected sheet_pictures of 0 or more and sheet_steps of 1 or more, found {found}")
+        check_at_least(self, 1, "crop")
+        check_share(self, "low_noise")
 
 
-class UpsamplerTask:
-    """Pictures alone: each crop is to be denoised beside the small picture that is made of it."""
+class UpsamplerTask(DenoisingTask):
+    """Images alone: each crop is denoised beside the small image made of it."""
+
+    config: UpsamplerConfig
+    options: UpsamplerTrain
+    model: Upsampler
+    validation_batch = 16
 
     def __init__(self, config: UpsamplerConfig, train: UpsamplerTrain, data: Dataset, seed: int, workers: int):
-        self.config, self.options, self.data, self.seed, self.workers = config, train, data, seed, workers
+        super().__init__(config, train, data, seed, workers)
         if config.image_size % (train.crop * config.factor):
             found = f"crops of a {train.crop}th of {config.image_size} pixels"
             raise DalleError(f"expected crops that {config.factor} divides, found {found}; lower crop")
         self.side = config.image_size // train.crop
         config.check_side(self.side)
-        self.process = process(config)
-        torch.manual_seed(mix(seed, -1))
-        self.model = Upsampler(config)
+        self.model = seeded(seed, lambda: Upsampler(config))
         self.degrade = degrade.by_name(train.corruption, train.blur_sigma, train.corruption_strength)
-        self.rank, self.world = 0, 1
-        self.rows, held_out = split(data.ids, train.validation)
-        self.held_out = held_out[: train.max_validation]
 
-    def share(self, rank: int, world: int) -> None:
-        """From now on this process reads its part of each batch alone."""
-        self.rank, self.world = rank, world
+    def augmentation(self) -> Augment:
+        """Crops of augmented images."""
+        return degrade.crops(super().augmentation(), self.config.image_size)
 
-    def batches(self, start: int) -> Generator[Batch]:
-        """What is to be denoised and what is seen beside it, a function of the seed and the update.
+    def conditioning(self, batch: loader.Batch, own: Draws, pool: ThreadPoolExecutor) -> Batch:
+        """The small images, and the noise that is added to them."""
+        return self._small(batch.images, batch.rows.tolist(), batch.epochs.tolist(), pool.map)
 
-        Crops (B, 3, S, S) uint8, noise (B, 3, S, S), timesteps (B,), small pictures (B, 3, s, s) in [-1, 1] and the
-        timesteps that they are noised to (B,), -1 for not at all.
-        """
-        o, c = self.options, self.config
-        part = o.batch_size // self.world
-        slots = range(self.rank * part, (self.rank + 1) * part)
-        crop = degrade.crops(augment.by_name(o.augment, o.flip), c.image_size)
-        loader = Loader(
-            self.data, self.side, crop, part, self.seed, self.workers, self.rows, rank=self.rank, world=self.world
-        )
-
-        def draw(step: int) -> Draws:
-            return drawn(self.seed, step, slots, c.n_timestep, self.side, 0)
-
-        with closing(made_ahead(draw, start)) as draws, ThreadPoolExecutor(max(self.workers, 1)) as pool:
-            for batch, own in zip(loader.batches(start), draws, strict=False):
-                low, levels = self._small(batch.images, batch.rows.tolist(), batch.epochs.tolist(), pool)
-                yield torch.from_numpy(batch.images), own.noise, own.t, low, levels
+    def held_out_conditioning(self, rows: list[int], images: Tensor) -> Batch:
+        """The same, as of the first epoch."""
+        return self._small(images.numpy(), rows, [0] * len(rows))
 
     def _small(
-        self, images: Pixels, rows: Sequence[int], epochs: Sequence[int], pool: ThreadPoolExecutor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Small pictures in [-1, 1], and the timesteps that they are noised to: -> (B, 3, s, s), (B,).
+        self, images: Pixels, rows: Sequence[int], epochs: Sequence[int], mapped: Callable[..., Any] = map
+    ) -> Batch:
+        """Small images in [-1, 1], the timesteps that they are noised to, -1 for none, and noise.
 
-        Each is a function of (seed, row, epoch) and the picture.
+        -> (B, 3, s, s), (B,), (B, 3, s, s) or (B, 0) if there never is any. Each is a function of (seed, row, epoch)
+        and the image.
         """
         c = self.config
         small, most = images.shape[-1] // c.factor, int(c.low_noise * c.n_timestep)
@@ -125,50 +100,51 @@ class UpsamplerTask:
                 return low, -1, np.zeros(0, np.float32)
             return low, int(rng.integers(-1, most)), rng.standard_normal(low.shape, dtype=np.float32)
 
-        pictures, numbers, noise = zip(*(pool.map if pool else map)(make, images, rows, epochs), strict=True)
-        low, levels = to_signed(torch.from_numpy(np.stack(pictures))), torch.tensor(numbers)
-        if most:
-            noised = self.process.noised(low, levels.clamp(min=0), torch.from_numpy(np.stack(noise)))
-            low = torch.where((levels < 0)[:, None, None, None], low, noised)
-        return low, levels
+        low, levels, noise = zip(*mapped(make, images, rows, epochs), strict=True)
+        return to_signed(torch.from_numpy(np.stack(low))), torch.tensor(levels), torch.from_numpy(np.stack(noise))
 
-    def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the noise, and the bound that teaches the variance."""
-        images, noise, t, low, levels = batch
-        beside = enlarge(low, self.config.factor)
-        return denoising(
-            self.process, lambda x, t: self.model(x, t, beside, levels), images, t, noise, self.options.min_snr
-        )
+    def predict(self, model: Any, conditioning: Sequence[Tensor]) -> Predict:
+        """The upsampler beside the enlarged small images, with their noise."""
+        low, level, noise = conditioning
+        factor = self.config.factor
+        beside = enlarge_noised(self.process, low, factor, level, noise) if noise.numel() else enlarge(low, factor)
+        return lambda x, t: model(x, t, beside, level)
 
-    def split(self, batch: Batch, parts: int, step: int, generator: torch.Generator) -> list[Batch]:
-        """Equal parts, each with what was drawn for its pictures."""
-        return list(zip(*(column.chunk(parts) for column in batch), strict=True))
-
-    def _held_out(self, most: int) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-        """The first so many held-out pictures, whole: their rows, they as uint8, and what `_small` makes of them."""
-        size = self.config.image_size
-        for rows, images in sequential(self.data, size, self.held_out[:most].tolist(), VALIDATION_BATCH, self.workers):
-            yield rows.tolist(), torch.from_numpy(images), *self._small(images, rows.tolist(), [0] * len(rows))
-
-    def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Squared error on held-out pictures, whole, by timestep."""
+    def samples(self, model: nn.Module, device: torch.device) -> Image.Image | None:
+        """Held-out images made small, enlarged by the model, and as they are."""
         assert isinstance(model, Upsampler)
-        bins = Bins(self.process)
-        for rows, images, low, levels in self._held_out(len(self.held_out)):
-            beside = enlarge(low.to(device), self.config.factor), levels.to(device)
-            bins.add(lambda x, t, b=beside: model(x, t, *b), images.to(device), rows)  # type: ignore[misc]
-        return bins.figures()
+        o, f = self.options, self.config.factor
+        for rows, images, (signed, *_) in self.held_out_batches(o.grid_images):
+            low = to_images(signed)
+            noise = row_noise(self.seed, rows, "upsampler")
+            larger = upsample(model, low, SamplerConfig(o.grid_steps), noise, o.low_noise)
+            shown = low.repeat_interleave(f, 2).repeat_interleave(f, 3)
+            pixels = [*shown.numpy(), *larger.cpu().numpy(), *images.numpy()]
+            return image_grid(pixels, columns=len(rows), title="held-out images: small, enlarged, and as they are")
+        return None
 
-    def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
-        """Held-out pictures made small, enlarged by the model, and as they are."""
-        assert isinstance(model, Upsampler)
-        found = next(self._held_out(min(self.options.sheet_pictures, len(self.held_out), VALIDATION_BATCH)), None)
-        if found is None:
-            return
-        rows, images, signed, _ = found
-        low = to_stored(signed)
-        larger = upsample(model, low, Brush(self.options.sheet_steps), row_noise(self.seed, rows, "upsampler"))
-        shown = low.repeat_interleave(self.config.factor, 2).repeat_interleave(self.config.factor, 3)
-        pixels = [*shown.numpy(), *larger.cpu().numpy(), *images.numpy()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet(pixels, columns=len(rows), title="held-out pictures: small, enlarged, and as they are").save(path)
+
+TRAINABLES = tuple(
+    Trainable("train-decoder", "weights.upsampler", f"upsampler_{number}", UpsamplerConfig, UpsamplerTrain)
+    for number in (1, 2)
+)
+
+
+def train_upsampler(
+    dataset: str | Path, number: int, out: str | Path, *, workers: int = 2, **options: Any
+) -> dict[str, Any]:
+    """Train the recipe's first or second upsampler on the images of a data set; the last validation's metrics.
+
+    `options` are the fields of `TrainingOptions`.
+
+    Raises:
+        DalleError: a recipe or a data set that does not fit, and as `training.loop.train`.
+    """
+    o = TrainingOptions(**options)
+    data, inputs = image_inputs(dataset, o)
+    inputs.settings["upsampler"] = number
+    stage = TrainingStage(TRAINABLES[number - 1], out, o, inputs)
+    if stage.train.low_noise > stage.model.low_noise:
+        found = f"{stage.train.low_noise} and {stage.model.low_noise}"
+        raise DalleError(f"expected train.low_noise no more than low_noise, found {found}; change one of them")
+    return stage.run(lambda: UpsamplerTask(stage.model, stage.train, data, o.seed, workers))

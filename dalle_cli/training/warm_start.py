@@ -1,7 +1,8 @@
-"""Weights that a training begins with instead of random ones."""
+"""Warm starts: training from existing weights (`--init`) instead of random ones."""
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -9,26 +10,24 @@ from torch import nn
 from dalle_cli.artifacts import Artifact
 from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.errors import DalleError
-from dalle_cli.hub import bundles as bundle
+from dalle_cli.hub import bundles
 
-FREE = ("dropout",)  # settings of a model that its weights say nothing of
-LATER = ("sketch", "sketch_width")  # sizes of what a token prior may be given later, as it changes little at first
 LATER_PARTS = ("sketch.", "hint.")
 CHECKPOINT = "checkpoint"
-AVERAGE = "ema/"  # what is taken of a checkpoint
+AVERAGE = "ema/"  # prefix of the tensors to take from a checkpoint
 
 
 def opened(model: str | None, kind: str, stage: str) -> Artifact | None:
-    """Weights of this kind, a bundle's too, or a checkpoint on the way to them; none where nothing is named.
+    """Open weights of this kind, by name, path or bundle, or a checkpoint of this stage; None for no model.
 
     Raises:
-        DalleError: neither, or a checkpoint of another stage.
+        DalleError: the model is neither, or a checkpoint of another stage.
     """
     if model is None:
         return None
     try:
-        found = bundle.weights(model, kind, CHECKPOINT)
-    except DalleError as error:  # which speaks of the option by which all other stages name a model
+        found = bundles.weights(model, kind, CHECKPOINT)
+    except DalleError as error:  # the message names -m, the option of all other commands
         raise DalleError(re.sub(r"(?<=\s)-m\b", "--init", str(error))) from None
     if found.kind == CHECKPOINT and found.history[-1]["stage"] != stage:
         raise DalleError(f"expected a checkpoint of {stage}, found one of {found.history[-1]['stage']}: {model}")
@@ -36,33 +35,32 @@ def opened(model: str | None, kind: str, stage: str) -> Artifact | None:
 
 
 def named(found: Artifact | None) -> dict[str, Artifact]:
-    """What history is told of it."""
+    """The entry for the inputs that a history records."""
     return {} if found is None else {"init": found}
 
 
-def sizes(found: Artifact | None, known: Mapping[str, Any], told: object) -> dict[str, Any]:
-    """What inputs, and weights if there are any, decide of a model: `known` by the inputs, `told` by the recipe.
+def sizes(found: Artifact | None, known: Mapping[str, Any], recipe: object, model: type[Any]) -> dict[str, Any]:
+    """The sizes of a model that the inputs (`known`) and the initial weights decide, if there are any.
 
-    A recipe may ask for a sketch where the weights are of a token prior that has none, or one of another width.
+    The recipe still sets a field of `model` with the metadata `warm_start`: "free", which the weights do not depend on,
+    or "added", a part that trained weights may lack.
 
     Raises:
         DalleError: the inputs have another size than the weights.
     """
     if found is None:
         return dict(known)
-    own = found.fact("model", dict)
+    own = found.require("model", dict)
     for name, value in known.items():
         if own.get(name, value) != value:
             raise DalleError(
                 f"expected inputs with {name} = {own[name]}, as {found.path} was trained with, found {value}; "
-                "make them by its tokenizer and its encoder"
+                "make them with its tokenizer and its encoder"
             )
-    said = told if isinstance(told, Mapping) else {}  # what is no table is refused with the rest of the recipe
-    free = {name for name in (*FREE, *LATER) if name in said}
+    named = recipe if isinstance(recipe, Mapping) else {}  # anything but a table is refused with the rest of the recipe
+    free = {f.name for f in fields(model) if f.metadata.get("warm_start") and f.name in named}
     if own.get("sketch"):
         free.discard("sketch")
-    elif "n_image_vocab" not in own:  # no token prior
-        free -= {*LATER}
     return {**{name: value for name, value in own.items() if name not in free}, **known}
 
 
@@ -75,20 +73,20 @@ def check_inputs(found: Artifact | None, header: Mapping[str, Any]) -> None:
         if expected and given and expected != given:
             raise DalleError(
                 f"expected inputs made by the {name} of {found.path} (sha256 {expected[:12]}), found {given[:12]}; "
-                f"make them by that one, or leave out --init"
+                f"make them with that one, or leave out --init"
             )
 
 
 def gives(found: Artifact | None, part: str, width: object) -> bool:
     """Whether weights hold one of LATER_PARTS for a model with a sketch of this width."""
-    told = {} if found is None else found.fact("model", dict)
-    return bool(told.get("sketch")) and (part != "sketch." or told.get("sketch_width") == width)
+    model = {} if found is None else found.require("model", dict)
+    return bool(model.get("sketch")) and (part != "sketch." or model.get("sketch_width") == width)
 
 
 def begin(model: nn.Module, found: Artifact) -> None:
-    """Copy weights into a model; of a checkpoint, the running average.
+    """Initialize a model from weights, or from the moving average of a checkpoint.
 
-    A sketch that the weights have not, or of another width, stays new.
+    A sketch that the weights lack, or have with another width, keeps its random initialization.
 
     Raises:
         DalleError: a tensor is missing, unknown, or of another shape.
@@ -105,6 +103,8 @@ def begin(model: nn.Module, found: Artifact) -> None:
     given = {name: tuple(t.shape) for name, t in tensors.items()}
     for name in sorted(own.keys() | given.keys()):
         if own.get(name) != given.get(name):
-            due, is_ = own.get(name, "nothing"), given.get(name, "nothing")
-            raise DalleError(f"expected {name} of {due} in {found.path}, found {is_}; give weights of the same model")
+            wanted, actual = own.get(name, "nothing"), given.get(name, "nothing")
+            raise DalleError(
+                f"expected {name} of {wanted} in {found.path}, found {actual}; give weights of the same model"
+            )
     model.load_state_dict(tensors)

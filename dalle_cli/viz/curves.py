@@ -1,7 +1,6 @@
-"""Logs of training runs: the curves in them, and which are worth a look."""
+"""Training curves, read from the `metrics.jsonl` of a run, and which of them are worth a chart."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -12,39 +11,33 @@ from dalle_cli.errors import DalleError
 
 LOG = "metrics.jsonl"
 AXES = ("step", "seconds")
-HELD_OUT = "_held_out"
-MOST_FIGURES = 24
-# Figures in the order in which they are shown; what a log has besides follows.
-ORDER = (
-    "image_nats",
-    "text_nats",
-    "loss",
-    "recon",
-    "psnr",
-    "accuracy",
-    "kl",
-    "codebook",
-    "codes_used",
-    "perplexity",
-    "scale",
-    "grad_norm",
-    "lr",
-)
-ASIDE = ("rate", "peak_memory")  # not drawn unless asked for
-SAME = {"code_perplexity": "perplexity"}  # a validation's name for a figure of training
+MOST_METRICS = 24
+LARGEST = 1e300  # an integer of JSON can be beyond any float
+ORDER = (  # of the charts; other metrics of the log follow
+    "image_nats", "text_nats", "loss", "recon", "psnr", "accuracy", "kl", "codebook", "codes_used", "perplexity",
+    "scale", "grad_norm", "lr",
+)  # fmt: skip
+ON_REQUEST = ("rate", "peak_memory")  # charted only if --keys names them
+SAME = {"code_perplexity": "perplexity"}  # a validation metric -> the training metric in whose chart it belongs
 
 
 @dataclass(frozen=True)
 class Line:
-    """One figure over one run: update or second, and value, in order."""
+    """One metric of one run: updates or seconds in `x`, values in `y`."""
 
     x: list[float] = field(default_factory=list)
     y: list[float] = field(default_factory=list)
 
+    def thin(self, most: int) -> "Line":
+        """At most `most` points, each the mean of equally many neighbors."""
+        each = -(-len(self.y) // most)
+        groups = [slice(start, start + each) for start in range(0, len(self.y), each)]
+        return Line(*([sum(values[g]) / len(values[g]) for g in groups] for values in (self.x, self.y)))
+
 
 @dataclass(frozen=True)
 class Curves:
-    """A run's name and its lines by figure, of training and of validation."""
+    """The lines of one run by metric: logged in training, and at each validation."""
 
     name: str
     training: dict[str, Line]
@@ -52,32 +45,36 @@ class Curves:
 
     @property
     def keys(self) -> list[str]:
-        """Figures that it has."""
+        """All metrics of the run."""
         return list(dict.fromkeys([*self.training, *self.validation]))
+
+    @property
+    def last(self) -> float:
+        """The last update or second."""
+        return max(line.x[-1] for lines in (self.training, self.validation) for line in lines.values())
 
 
 def read(paths: Sequence[Path], x: str = "step") -> list[Curves]:
-    """The logs of runs, each named so that no two are alike; `x` is `step` or `seconds`.
+    """The curves of several runs over `x` (`step` or `seconds`), named by the parts in which their paths differ.
 
     Raises:
-        DalleError: no such log, one without figures, or one that does not say how long it took.
+        DalleError: a log is missing, holds no metrics, or does not say when they were logged.
     """
     logs = [find(path) for path in paths]
     return [_read(log, name, x) for log, name in zip(logs, _names(logs), strict=True)]
 
 
 def find(path: Path) -> Path:
-    """The log that a weights file, the folder beside it, or the log itself leads to.
+    """The log of a run, given weights, the .run folder beside them, or the log itself.
 
     Raises:
         DalleError: there is none.
     """
     if path.is_dir():
         log = path / LOG
-    elif path.suffix == ".jsonl":
-        log = path
     else:
-        log = path.parent / f"{path.name.removesuffix('.safetensors')}.run" / LOG
+        run = path.with_name(f"{path.name.removesuffix('.safetensors')}.run")
+        log = path if path.suffix == ".jsonl" else run / LOG
     if not log.is_file():
         wanted = "give weights that lie beside their .run folder, such a folder, or a metrics.jsonl"
         raise DalleError(f"expected the log of a run, found none at {log}; {wanted}")
@@ -85,7 +82,6 @@ def find(path: Path) -> Path:
 
 
 def _names(logs: Sequence[Path]) -> list[str]:
-    """Of each run's path what is not the same in all; the last folder's name where nothing would be left."""
     parts = [_parts(log.resolve()) for log in logs]
     if len(set(map(tuple, parts))) == 1:
         return [p[-1] for p in parts]
@@ -102,76 +98,71 @@ def _parts(log: Path) -> list[str]:
 
 
 def _read(log: Path, name: str, x: str) -> Curves:
-    training: dict[str, Line] = {}
-    validation: dict[str, Line] = {}
-    rows = _rows(log)
+    run, rows = Curves(name, {}, {}), _rows(log)
     for row in rows:
-        held_out = row.get("validation")
-        lines, figures = (validation, held_out) if isinstance(held_out, dict) else (training, row)
-        for key, value in figures.items():
+        validation = row.get("validation")
+        lines, metrics = (run.validation, validation) if isinstance(validation, dict) else (run.training, row)
+        for key, value in metrics.items():
             if key not in AXES and _is_number(value) and _is_number(row.get(x)):
-                line = lines.setdefault(figure(key), Line())
+                line = lines.setdefault(metric(key), Line())
                 line.x.append(float(row[x]))
                 line.y.append(float(value))
-    if not training and not validation:
-        found = f"no {x} in any of {len(rows)} rows" if rows else "no row"
-        raise DalleError(f"expected figures of a run in {log}, found {found}; give the log of a run that has begun")
-    return Curves(name, training, validation)
+    if not run.keys:
+        found = f"no {x} in any of {len(rows)} rows" if rows else "no rows"
+        raise DalleError(f"expected metrics of a run in {log}, found {found}; give the log of a run that has begun")
+    return run
 
 
 def _rows(log: Path) -> list[dict[str, Any]]:
-    """The log's rows; a line that was cut, as by a kill or because it is being written, is left out."""
+    """The rows of a log, without an incomplete line: a kill may cut one, or training may be writing it."""
     rows = []
     try:
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                row = json.loads(line)
+                rows.append(json.loads(line))
             except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict):
-                rows.append(row)
     except OSError as error:
-        raise DalleError(f"expected the log of a run, found {error.strerror}: {log}; mend that") from None
-    return rows
+        raise DalleError(f"expected the log of a run, found {error.strerror}: {log}; make the file readable") from None
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
-def figure(key: str) -> str:
-    """What a figure is called in training: that of a validation shares its panel."""
-    key = key.removesuffix(HELD_OUT)
+def metric(key: str) -> str:
+    """The training metric in whose chart a logged name belongs: `psnr_held_out` -> `psnr`."""
+    key = key.removesuffix("_held_out")
     return SAME.get(key, key)
 
 
 def choose(runs: Sequence[Curves], keys: Sequence[str] = ()) -> list[str]:
-    """The figures to draw: those asked for, else all that tell something, in the their order.
+    """The metrics to chart: `keys`, or else each one that varies and does not repeat another.
 
     Raises:
-        DalleError: a figure that no run has, or too many.
+        DalleError: no run has a metric of `keys`, or there are too many to chart.
     """
     known = list(dict.fromkeys(key for run in runs for key in run.keys))
+    for key in keys:
+        if metric(key) not in known:
+            raise DalleError(f"expected --keys among {', '.join(known)}, found {key!r}; correct it")
     if keys:
-        for key in keys:
-            if figure(key) not in known:
-                raise DalleError(f"expected --keys among {', '.join(known)}, found {key!r}; correct it")
-        return list(dict.fromkeys(map(figure, keys)))
+        return list(dict.fromkeys(map(metric, keys)))
     known.sort(key=lambda key: ORDER.index(key) if key in ORDER else len(ORDER))
-    chosen: list[str] = []
+    chosen: dict[str, list[tuple[Line | None, Line | None]]] = {}
     for key in known:
         lines = [(run.training.get(key), run.validation.get(key)) for run in runs]
-        told = any(len(set(line.y)) > 1 or len(line.y) == 1 for pair in lines for line in pair if line)
-        twice = any(lines == [(r.training.get(other), r.validation.get(other)) for r in runs] for other in chosen)
-        if told and not twice and key not in ASIDE:
-            chosen.append(key)
-    if len(chosen) > MOST_FIGURES:
-        raise DalleError(f"expected at most {MOST_FIGURES} figures, found {len(chosen)}; choose some with --keys")
-    return chosen or known[:1]
+        varies = any(len(set(line.y)) > 1 or len(line.y) == 1 for pair in lines for line in pair if line)
+        if varies and key not in ON_REQUEST and lines not in chosen.values():
+            chosen[key] = lines
+    if len(chosen) > MOST_METRICS:
+        raise DalleError(f"expected at most {MOST_METRICS} metrics, found {len(chosen)}; choose some with --keys")
+    return list(chosen) or known[:1]
 
 
 def target(path: Path) -> Path:
-    """Where a run's picture goes without -o: beside its folder, under its name."""
+    """The default name of a chart: beside the .run folder, under its name."""
     log = find(path)
-    stem = _parts(log.resolve())[-1]
-    return (log.parent.parent if log.name == LOG else log.parent) / f"{stem}.png"
+    folder = log.parent.parent if log.name == LOG else log.parent
+    return folder / f"{_parts(log.resolve())[-1]}.png"

@@ -1,20 +1,26 @@
-"""Each score against the radius of blur, as in fig. 9 of Ramesh et al. 2021, as one picture."""
+"""Image metrics against the radius of blur, as in fig. 9 of Ramesh et al. 2021."""
 
-import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dalle_cli.viz.charts import COLORS, DPI, FAINT, HIGH, STYLE, WIDE, check_drawable
+from dalle_cli.viz.charts import COLORS, FAINT, HIGH, STYLE, WIDE, load_matplotlib, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ABOVE = 0.4  # inches for the title
+METRICS = {  # key in a table of scores: title, unit
+    "frechet": ("frechet", "lower is better"),
+    "kernel": ("kernel distance", "lower is better"),
+    "inception": ("Inception score", "higher is better"),
+    "precision": ("precision", "share, higher is better"),
+    "recall": ("recall", "share, higher is better"),
+    "clip": ("CLIP score", "100 x cosine"),
+}
 
 
 class Curve(NamedTuple):
-    """One score: a value for each radius, its interval where there is one, what it is by chance where that is known."""
+    """One metric by radius, with its interval and its value by chance where they are known (else empty lists)."""
 
     title: str
     unit: str
@@ -26,61 +32,41 @@ class Curve(NamedTuple):
 
 
 def curves(scores: Sequence[dict[str, Any]]) -> list[Curve]:
-    """What there is to draw: scores as `pictures.score` gives them, one table a radius."""
+    """The curves in the scores that `evaluate` wrote, one table for each radius."""
     found = []
-    for key, unit in (
-        ("frechet", "lower is better"), ("kernel", "lower is better"), ("inception", "higher is better"),
-        ("precision", "share, higher is better"), ("recall", "share, higher is better"), ("clip", "100 x cosine"),
-    ):  # fmt: skip
-        found += _curve([(s["blur"], s[key]) for s in scores if key in s], NAMES.get(key, key), unit, "shuffled")
-    for key in ("r1", "r5"):
-        tables = [(s["blur"], s["retrieval"]) for s in scores if "retrieval" in s]
-        name = f"retrieval, own among {key[1:]} nearest" if key != "r1" else "retrieval, own is nearest"
+    for key, (title, unit) in METRICS.items():
+        found += _curve([(s["blur"], s[key]) for s in scores if key in s], title, unit, "shuffled")
+    tables = [(s["blur"], s["retrieval"]) for s in scores if "retrieval" in s]
+    for key, title in (("r1", "retrieval, own is nearest"), ("r5", "retrieval, own among 5 nearest")):
         unit = f"of {tables[0][1]['k']}" if tables else ""
-        found += _curve([(blur, table[key]) for blur, table in tables if key in table], name, unit, "chance")
+        found += _curve([(blur, table[key]) for blur, table in tables if key in table], title, unit, "chance")
     return found
-
-
-NAMES = {"kernel": "kernel distance", "inception": "Inception score", "clip": "CLIP score"}
 
 
 def _curve(tables: list[tuple[float, dict[str, Any]]], name: str, unit: str, baseline: str) -> list[Curve]:
     if not tables:
         return []
     tables = sorted(tables, key=lambda pair: pair[0])
-    values = [float(table["value"]) for _, table in tables]
-    low, high, base = (
+    low, high, chance = (
         [float(table[key]) for _, table in tables if table.get(key) is not None] for key in ("low", "high", baseline)
     )
-    called, _, network = tables[0][1].get("called", name).partition(" (")  # a panel is too narrow for both in one
-    radii = [radius for radius, _ in tables]
-    return [Curve(called, network.rstrip(")") or unit, radii, values, low, high, base)]
+    title, _, network = tables[0][1].get("called", name).partition(" (")  # both do not fit into one panel's title
+    values = [float(table["value"]) for _, table in tables]
+    return [Curve(title, network.rstrip(")") or unit, [r for r, _ in tables], values, low, high, chance)]
 
 
 def draw(found: Sequence[Curve], title: str) -> "Figure":
-    """The picture: a panel for each score.
+    """A panel for each curve.
 
     Raises:
         DalleError: matplotlib is not installed.
     """
-    check_drawable()
-    matplotlib = importlib.import_module("matplotlib")
     columns = min(len(found), 3)
-    rows = -(-len(found) // columns)
-    wide, high = max(WIDE * columns, 5.0), HIGH * rows
-    with matplotlib.rc_context(STYLE):
-        new = importlib.import_module("matplotlib.figure").Figure
-        picture: Figure = new((wide, high + ABOVE), dpi=DPI, layout="constrained")
-        engine = picture.get_layout_engine()
-        assert engine is not None
-        engine.set(w_pad=0.1, h_pad=0.08, rect=(0, 0, 1, high / (high + ABOVE)))  # type: ignore[call-arg]
-        panels = picture.subplots(rows, columns, squeeze=False).flatten().tolist()
-        for panel in panels[len(found) :]:
-            panel.remove()
-        for panel, curve in zip(panels, found, strict=False):
+    with load_matplotlib().rc_context(STYLE):
+        figure, axes = panels(len(found), columns, (max(WIDE, 5.0 / columns), HIGH), title)
+        for panel, curve in zip(axes, found, strict=True):
             _panel(panel, curve)
-        picture.text(0.1 / wide, 1 - 0.1 / (high + ABOVE), title, fontsize=12, fontweight="bold", va="top")
-    return picture
+    return figure
 
 
 def _panel(panel: "Axes", curve: Curve) -> None:

@@ -1,57 +1,53 @@
-"""Pictures as colored characters: each cell of the terminal shows two pixels, one above the other."""
+"""Images as colored characters: each cell of the terminal shows two pixels, one above the other."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from dalle_cli.errors import DalleError
-
-Picture = NDArray[np.uint8]
+from dalle_cli.viz.grid import Pixels, to_image
 
 UPPER_HALF = "\N{UPPER HALF BLOCK}"
 RESET = "\x1b[0m"
-GAP = 1  # cells between pictures
-NARROWEST, WIDEST = 16, 64  # cells of a picture: fewer show nothing, more do not fit a screen's height
+GAP = 1  # cells between images
+NARROWEST, WIDEST = 16, 64  # cells of an image: fewer show nothing, more do not fit a screen's height
 LEVELS = (0, 95, 135, 175, 215, 255)  # of the 256-color palette's 6 x 6 x 6 cube
 
 
-def render(pictures: Sequence[Picture], columns: int = 80, per_row: int | None = None, truecolor: bool = True) -> str:
-    """Half-block preview of pictures, (3, H, W) or (H, W, 3) uint8, at most `columns` cells wide; ends in a newline.
+def render(images: Sequence[Pixels], columns: int = 80, per_row: int | None = None, truecolor: bool = True) -> str:
+    """Draw images, each (3, H, W) or (H, W, 3) uint8, with half blocks, at most `columns` cells wide.
 
-    Without `truecolor` the colors are the nearest ones of the 256-color palette.
+    Exclude `truecolor` each color becomes the nearest one of the 256-color palette.
 
-    Raises: DalleError where there is no picture.
+    Raises:
+        DalleError: there are no images.
     """
-    if not len(pictures):
-        raise DalleError("expected at least one picture to draw, found none; select more rows")
-    count = max(
-        1, min(len(pictures), per_row or max(1, (columns + GAP) // (NARROWEST + GAP)), (columns + GAP) // (1 + GAP))
-    )
+    if not len(images):
+        raise DalleError("expected at least one image to show, found none; select more rows")
+    per_row = per_row or (columns + GAP) // (NARROWEST + GAP)
+    count = max(1, min(len(images), max(1, per_row), (columns + GAP) // (1 + GAP)))
     width = max(1, min(WIDEST, (columns + GAP) // count - GAP))
     rows = []
-    for start in range(0, len(pictures), count):
-        grids = [_grid(picture, width) for picture in pictures[start : start + count]]
+    for start in range(0, len(images), count):
+        grids = [_resized(pixels, width) for pixels in images[start : start + count]]
         height = max(len(grid) for grid in grids)
         lines = [[_line(grid, y, width, truecolor) for grid in grids] for y in range(0, height, 2)]
         rows.append("".join((" " * GAP).join(line) + "\n" for line in lines))
     return "\n".join(rows)
 
 
-def _grid(picture: Picture, width: int) -> NDArray[np.uint8]:
-    """Resized to so many cells, never enlarged: -> (2 x lines, at most width, 3)."""
-    if picture.dtype != np.uint8 or picture.ndim != 3 or 3 not in (picture.shape[0], picture.shape[2]):
-        raise ValueError(f"expected a uint8 picture (3, H, W) or (H, W, 3), found {picture.dtype} {picture.shape}")
-    pixels = np.ascontiguousarray(picture.transpose(1, 2, 0) if picture.shape[0] == 3 else picture)
-    factor = min(1.0, width / max(pixels.shape[:2]))
-    size = (max(1, round(pixels.shape[1] * factor)), max(1, round(pixels.shape[0] * factor)))
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX), dtype=np.uint8)
+def _resized(pixels: Pixels, width: int) -> Pixels:
+    """Reduced to `width` cells, never enlarged: -> (2 x lines, at most width, 3)."""
+    image = to_image(pixels)
+    factor = min(1.0, width / max(image.size))
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return np.asarray(image.resize(size, Image.Resampling.BOX))
 
 
-def _line(grid: NDArray[np.uint8], y: int, width: int, truecolor: bool) -> str:
-    """Two rows of pixels as one line of cells, padded to the full width; a color is named only where it changes."""
+def _line(grid: Pixels, y: int, width: int, truecolor: bool) -> str:
+    """Two rows of pixels as one line of cells, padded to the full width; a color is set only where it changes."""
     if y >= len(grid):
         return " " * width
     parts: list[str] = []
@@ -65,7 +61,7 @@ def _line(grid: NDArray[np.uint8], y: int, width: int, truecolor: bool) -> str:
     return "".join(parts) + RESET + " " * (width - len(parts))
 
 
-def _color(pixel: NDArray[np.uint8], ground: int, truecolor: bool) -> str:
+def _color(pixel: Pixels, ground: int, truecolor: bool) -> str:
     """Parameters of the escape sequence that sets the foreground (38) or background (48)."""
     if truecolor:
         return f"{ground};2;{pixel[0]};{pixel[1]};{pixel[2]}"

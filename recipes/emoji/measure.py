@@ -102,9 +102,9 @@ def write_stand_ins(args: argparse.Namespace) -> None:
         from rates import dvae_codes
 
         from dalle_cli.devices import arithmetic
-        from dalle_cli.hub import bundles as bundle
+        from dalle_cli.hub import bundles
 
-        weights = bundle.weights(args.model, "weights.dvae")
+        weights = bundles.weights(args.model, "weights.dvae")
         shown = dvae_codes(weights, [e.picture for e in true], arithmetic("cpu", "float32"))[1]
     elif args.by == "true":
         shown = [e.picture for e in true]
@@ -202,18 +202,18 @@ def count_bits(args: argparse.Namespace) -> None:
     from rates import Kept, decibels, dvae_codes, others, prior_bits
 
     from dalle_cli.devices import arithmetic
-    from dalle_cli.hub import bundles as bundle
+    from dalle_cli.hub import bundles
 
     machine = arithmetic("cpu", "float32")
-    encoder = bundle.weights(args.model, "weights.dvae")
+    encoder = bundles.weights(args.model, "weights.dvae")
     entries = some_of(read_tar(args.tar), args.part, encoder, args.limit)
     pictures = [e.picture for e in entries]
     codes, shown = dvae_codes(encoder, pictures, machine)
     quality, n = decibels(pictures, shown), codes[0].numel()
-    plain = math.log2(encoder.fact("model", dict)["n_vocab"])
+    plain = math.log2(encoder.require("model", dict)["n_vocab"])
     kept = {f"{n} codes, written plainly ({plain:.2f} bits each)": Kept(np.full(len(codes), n * plain), quality)}
     if not args.no_prior:
-        prior = bundle.weights(args.model, "weights.prior.codes")
+        prior = bundles.weights(args.model, "weights.prior.codes")
         bits = prior_bits(prior, encoder, codes, [e.captions[0] for e in entries], machine)
         for name, given in (("caption", "given the caption"), ("none", "given nothing")):
             nats = float(bits[name].mean()) * math.log(2) / n
@@ -236,21 +236,22 @@ def some_of(entries: Sequence[Entry], part: str, weights: Any, limit: int | None
     Raises:
         DalleError: none.
     """
-    from dalle_cli.commands.judging import some, validation_share
     from dalle_cli.data.split import held_out
+    from dalle_cli.evaluation.heldout import validation_share
+    from dalle_cli.evaluation.image_sets import spread
 
     share = validation_share(weights) or 0.0
     kept = [e for e in entries if part in ("all", e.split) or (part == "validation" and held_out(e.key, share))]
     if not kept:
         raise DalleError(f"expected pictures of {part}, found none; name another tar or --part")
-    return [kept[i] for i in some(len(kept), limit).tolist()]
+    return [kept[i] for i in spread(len(kept), limit).tolist()]
 
 
 def draw_sheet(args: argparse.Namespace) -> None:
     """Draw a sheet: of each prompt the true picture, if there is one, and what was drawn; or --blind, for a judge."""
     from dalle_cli.artifacts.container import replace_file
-    from dalle_cli.commands.drawing import check_png
-    from dalle_cli.viz.grid import sheet
+    from dalle_cli.pipelines.output import check_png
+    from dalle_cli.viz.grid import image_grid
 
     check_png(args.out, True)
     asked = read_list(args.list)
@@ -264,7 +265,7 @@ def draw_sheet(args: argparse.Namespace) -> None:
         pixels += [*true, *own]
         texts += [f"true: {said}", *["drawn"] * len(own)] if true else [said] * len(own)
     columns = args.columns or (6 if args.blind else len(drawn[0]) + 1)
-    image = sheet(pixels, texts, columns=columns, title=args.title)
+    image = image_grid(pixels, texts, columns=columns, title=args.title)
     replace_file(args.out, lambda part: image.save(part, format="PNG"))
     print(args.out)
 

@@ -15,15 +15,14 @@ from PIL import Image
 from withheld import Pixels
 
 from dalle_cli.artifacts import Artifact
-from dalle_cli.commands import drawing
-from dalle_cli.commands.encode_images import encode
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation.likelihood import nats
 from dalle_cli.evaluation.reconstruction import psnr, squared_error
-from dalle_cli.hub import bundles as bundle
-from dalle_cli.pipelines import loading as load
+from dalle_cli.hub import bundles
+from dalle_cli.pipelines import loading
+from dalle_cli.pipelines.codec import Codec
+from dalle_cli.pipelines.scoring import nats
 
 AT_ONCE = 32
 METHOD = 6  # of WebP: the slowest, smallest
@@ -43,15 +42,15 @@ def dvae_codes(weights: Artifact, pictures: Sequence[Pixels], machine: Arithmeti
     Raises:
         DalleError: pictures of another size than the dVAE's.
     """
-    dvae = load.dvae(weights, machine.device)
-    if (side := pictures[0].shape[0]) != (wanted := dvae.config.image_size):
+    codec = Codec(weights, machine)
+    if (side := pictures[0].shape[0]) != (wanted := codec.size):
         raise DalleError(f"expected pictures of {wanted} pixels for {weights.path.name}, found {side}; make data again")
     codes, shown = [], []
     for at in range(0, len(pictures), AT_ONCE):
         lot = np.stack(pictures[at : at + AT_ONCE]).transpose(0, 3, 1, 2)
-        grid = encode(dvae, np.ascontiguousarray(lot), machine)
+        grid = codec.encode(np.ascontiguousarray(lot))
         codes.append(torch.from_numpy(grid.astype(np.int64)))
-        shown += list(drawing.decode(dvae, grid, machine).transpose(0, 2, 3, 1))
+        shown += list(codec.decode(grid).transpose(0, 2, 3, 1))
     return torch.cat(codes), shown
 
 
@@ -69,9 +68,9 @@ def prior_bits(
     Raises:
         DalleError: the prior was trained on another dVAE's codes.
     """
-    bundle.check_digest("dVAE", encoder.digest, weights.fact("encoder", str), weights.path)
-    prior = load.prior(weights, machine.device)
-    rows, n, _ = tokenizers.load(bundle.tokenizer(weights)).encode_batch(list(captions), prior.config.n_text)
+    bundles.check_digest("dVAE", encoder.digest, weights.require("encoder", str), weights.path)
+    prior = loading.prior(weights, machine.device)
+    rows, n, _ = tokenizers.load(bundles.tokenizer(weights)).encode_batch(list(captions), prior.config.n_text)
     tokens, lengths = torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(n.astype(np.int64))
     parts = []
     for at in range(0, len(codes), AT_ONCE):

@@ -13,10 +13,10 @@ import numpy as np
 
 from dalle_cli.artifacts import history, open_artifact, write_artifact
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation.image_sets import REFERENCE, Side, open_side
+from dalle_cli.evaluation.image_sets import REFERENCE, ImageSet, open_image_set
 
 
-def titles(side: Side) -> dict[str, str]:
+def titles(side: ImageSet) -> dict[str, str]:
     """A caption of each picture by id, none twice: the first of its own that no picture before it took.
 
     Raises:
@@ -25,7 +25,7 @@ def titles(side: Side) -> dict[str, str]:
     found: dict[str, str] = {}
     taken: set[str] = set()
     for row in side.rows.tolist():
-        own = side.pictures.ids[row]
+        own = side.images.ids[row]
         text = next((text for text in side.captions.get(own, ()) if text not in taken), None)
         if text is None:
             raise DalleError(f"expected a caption of its own for each picture, found none for {own}; give others")
@@ -36,26 +36,24 @@ def titles(side: Side) -> dict[str, str]:
 
 def write_prompts(args: argparse.Namespace) -> None:
     """Write the captions of so many pictures, evenly spread as `evaluate --limit` has them, one a line."""
-    side = open_side(REFERENCE, str(args.dataset), args.count)
+    side = open_image_set(REFERENCE, str(args.dataset), args.count)
     args.out.write_text("\n".join(titles(side).values()) + "\n", encoding="utf-8")
 
 
 def write_rebuilt(args: argparse.Namespace) -> None:
     """Write what a dVAE makes of the same pictures, with their captions."""
-    from dalle_cli.commands import drawing
-    from dalle_cli.commands.encode_images import encode
     from dalle_cli.data.loader import sequential
     from dalle_cli.devices import arithmetic
-    from dalle_cli.hub import bundles as bundle
-    from dalle_cli.pipelines import loading as load
+    from dalle_cli.hub import bundles
+    from dalle_cli.pipelines.codec import Codec
 
-    side, machine = open_side(REFERENCE, str(args.dataset), args.count), arithmetic("auto", "float32")
-    weights, texts = bundle.weights(args.model, "weights.dvae"), titles(side)
-    dvae = load.dvae(weights, machine.device)
+    side, machine = open_image_set(REFERENCE, str(args.dataset), args.count), arithmetic("auto", "float32")
+    weights, texts = bundles.weights(args.model, "weights.dvae"), titles(side)
+    codec = Codec(weights, machine)
     pixels, ids = [], []
-    for rows, images in sequential(side.pictures, dvae.config.image_size, side.rows.tolist(), 64):
-        pixels.append(drawing.decode(dvae, encode(dvae, images, machine), machine))
-        ids += [side.pictures.ids[row] for row in rows.tolist()]
+    for rows, images in sequential(side.images, codec.size, side.rows.tolist(), 64):
+        pixels.append(codec.decode(codec.encode(images)))
+        ids += [side.images.ids[row] for row in rows.tolist()]
     columns = {"images": np.concatenate(pixels), "ids": ids, "text": [texts[own] for own in ids]}
     write_artifact(args.out, "images", columns, {}, history("rebuilt", {}, pictures=side.digest, model=weights))
 
@@ -76,11 +74,11 @@ def write_mistitled(args: argparse.Namespace) -> None:
 
 def print_table(args: argparse.Namespace) -> None:
     """Print a row for each NAME=FILE that `evaluate` wrote, a column for each score, as Markdown."""
-    from dalle_cli.evaluation.tables import picture_rows
+    from dalle_cli.evaluation.tables import image_rows
 
     names, files = zip(*(row.rsplit("=", 1) for row in args.rows), strict=True)
     told = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
-    columns = [["pictures", *names], *picture_rows([one["scores"][0] for one in told])]
+    columns = [["pictures", *names], *image_rows([one["scores"][0] for one in told])]
     columns.insert(1, ["number", *(f"{one['counts']['generated']['pictures']:,}" for one in told)])
     lines = [[cell.strip() for cell in line] for line in zip(*columns, strict=True)]
     for line in (lines[0], ["---"] * len(columns), *lines[1:]):

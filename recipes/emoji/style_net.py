@@ -72,7 +72,7 @@ def numbers(entries: Sequence[Entry]) -> Tensor:
 
 
 def augment(images: Tensor, g: torch.Generator) -> Tensor:
-    """Shift, turn round, blur and add noise, so that sharpness alone does not tell the style.
+    """Shift, turn round, blur and add noise, so that qk_scale alone does not tell the style.
 
     (B, 3, S, S) -> the same.
     """

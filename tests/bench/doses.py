@@ -23,10 +23,11 @@ from dalle_cli.data.loader import Pictures
 from dalle_cli.devices import arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.blur import gaussian_blur
-from dalle_cli.evaluation.cache import Pass
+from dalle_cli.evaluation.cache import FeaturePass
 from dalle_cli.evaluation.features import ClipFeatures, Features, load_features, title
-from dalle_cli.evaluation.image_sets import GENERATED, Side, open_side
-from dalle_cli.evaluation.images import Comparison, Settings, score
+from dalle_cli.evaluation.image_metrics import Comparison, score
+from dalle_cli.evaluation.image_sets import GENERATED, ImageSet, open_image_set
+from dalle_cli.evaluation.options import EvaluateOptions
 from dalle_cli.evaluation.retrieval import shuffled
 from dalle_cli.evaluation.tables import NAMES
 from dalle_cli.models.pixels import from_uint8, to_uint8
@@ -92,10 +93,12 @@ class Trial:
 
     def __init__(self, dataset: str, features: str, folder: Path, limit: int | None = None):
         machine = arithmetic("auto", "float32")
-        self.whole = open_side(GENERATED, dataset, limit)
+        self.whole = open_image_set(GENERATED, dataset, limit)
         self.network: Features = load_features(features, None, machine)
         size = self.whole.size()
-        self.run = Pass(folder / "doses.features", [self.network], [0.0], size, machine, batch_size=64, workers=2)
+        self.run = FeaturePass(
+            folder / "doses.features", [self.network], [0.0], size, machine, batch_size=64, workers=2
+        )
         self.half = replace(self.whole, rows=self.whole.rows[1::2])
         self.references = {
             FAR: replace(self.whole, name=FAR, rows=self.whole.rows[0::2]),
@@ -109,7 +112,7 @@ class Trial:
 
     def texts(self) -> dict[str, str]:
         """The first caption of each picture that is harmed, by id; no more where one has none."""
-        ids = [self.half.pictures.ids[row] for row in self.half.rows.tolist()]
+        ids = [self.half.images.ids[row] for row in self.half.rows.tolist()]
         return {own: self.half.captions[own][0] for own in ids if self.half.captions.get(own)}
 
     def exchanged(self, share: float) -> dict[str, str]:
@@ -130,15 +133,13 @@ class Trial:
             for i, (own, text) in enumerate(texts.items())
         }
 
-    def harmed(self, kind: str, dose: float) -> Side:
+    def harmed(self, kind: str, dose: float) -> ImageSet:
         """The harmed half."""
         texts = self.exchanged(dose) if kind == CAPTIONS else self.texts()
-        harmed = Harmed(self.whole.pictures, self.run.size, kind, dose)
+        harmed = Harmed(self.whole.images, self.run.size, kind, dose)
         pixels = "" if kind == CAPTIONS else f"{kind} {dose:g}"
         source = digest_bytes(f"{self.whole.digest} {pixels}".encode())
-        return replace(
-            self.half, pictures=harmed, captions={own: (text,) for own, text in texts.items()}, source=source
-        )
+        return replace(self.half, images=harmed, captions={own: (text,) for own, text in texts.items()}, source=source)
 
     def scores(self, kind: str = "none", dose: float = 0.0) -> Row:
         """All scores at one dose."""
@@ -147,9 +148,9 @@ class Trial:
         own = self._against(side, OWN, ["retrieval"])
         return _cells({**far, **own["retrieval"], "retrieval": None})
 
-    def _against(self, side: Side, reference: str, names: Sequence[str]) -> dict[str, Any]:
-        settings = Settings(names, SEED, 100, None, frozenset())
-        comparison = Comparison((side, self.references[reference]), self.network, self.clip, self.run, settings)
+    def _against(self, side: ImageSet, reference: str, names: Sequence[str]) -> dict[str, Any]:
+        options = EvaluateOptions(scores=",".join(names), seed=SEED)
+        comparison = Comparison((side, self.references[reference]), self.network, self.clip, self.run, options)
         return score(comparison)[0][0]
 
 

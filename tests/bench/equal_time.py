@@ -138,10 +138,10 @@ def load(captions: str, codes: str, config: str | None, sets: list[str]) -> Any:
 
     texts, latents = open_artifact(Path(captions), "captions"), open_artifact(Path(codes), "codes")
     known = {
-        "n_text_vocab": texts.fact("n_vocab", int),
-        "n_text": texts.fact("n_text", int),
-        "n_image_vocab": latents.fact("n_vocab", int),
-        "grid": latents.fact("grid", int),
+        "n_text_vocab": texts.require("n_vocab", int),
+        "n_text": texts.require("n_text", int),
+        "n_image_vocab": latents.require("n_vocab", int),
+        "grid": latents.require("grid", int),
     }
     table = recipes.read(Path(config) if config else None, sets)
     model, options = recipes.section(table, "prior", PriorConfig, known, train=PriorTrain)

@@ -16,7 +16,7 @@ from dalle_cli.data.pairs import Pairs
 from dalle_cli.devices import autocast
 from dalle_cli.models.packed import pack
 from dalle_cli.models.pixels import from_uint8, to_uint8
-from dalle_cli.pipelines import loading as load
+from dalle_cli.pipelines import loading
 from dalle_cli.sampling.autoregressive import draw, uniforms
 
 CPU = torch.device("cpu")
@@ -31,14 +31,14 @@ def report(folder: Path, n_pairs: int = 64) -> str:
     """A recipe's build folder -> a Markdown table, of held-out pairs (of all, should there be fewer than asked for)."""
     pairs = Pairs(open_artifact(folder / "captions.safetensors"), open_artifact(folder / "codes.safetensors"))
     weights = open_artifact(folder / "model" / "prior.safetensors")
-    places = pairs.split(weights.fact("train", dict)["validation"])[1][:n_pairs]
+    places = pairs.split(weights.require("train", dict)["validation"])[1][:n_pairs]
     rows = pairs.draw(places, np.zeros((len(places), 2)))
     tokens, lengths, codes = (torch.from_numpy(x) for x in (*pairs.tokens(rows[0]), pairs.codes(rows[1])))
     noise = torch.stack([uniforms(0, k, codes[0].numel()) for k in range(len(codes))])
     lines = ["| arithmetic | nats per code | drawn codes that differ from float32's |", "|---|---|---|"]
     exact: list[Tensor] = []
     for name, form in FORMS.items():
-        prior = pack(load.prior(weights, CPU), len(codes), **form)
+        prior = pack(loading.prior(weights, CPU), len(codes), **form)
         nats, drawn = [], []
         for j, logits in enumerate(steps(prior, tokens, lengths, codes)):
             nats.append(torch.nn.functional.cross_entropy(logits, codes.flatten(1)[:, j]))
@@ -61,7 +61,7 @@ def steps(prior: Any, tokens: Tensor, lengths: Tensor, codes: Tensor) -> Iterato
 @torch.inference_mode()
 def encoded(folder: Path, codes: Tensor) -> str:
     """How many codes of pictures stay the same in bfloat16; the pictures are those that the codes stand for."""
-    dvae = load.dvae(open_artifact(folder / "model" / "dvae.safetensors"), CPU)
+    dvae = loading.dvae(open_artifact(folder / "model" / "dvae.safetensors"), CPU)
     exact = to_uint8(dvae.decode(codes))
     images = from_uint8(exact)
     with autocast(CPU, torch.bfloat16):

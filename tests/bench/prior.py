@@ -40,7 +40,7 @@ class Given:
         """Nothing is held out."""
         return {}
 
-    def sheet(self, model: nn.Module, device: torch.device, path: Path) -> None:
+    def sample_grid(self, model: nn.Module, device: torch.device, path: Path) -> None:
         """No picture."""
 
 

@@ -21,12 +21,13 @@ from dalle_cli.artifacts import ShardWriter
 from dalle_cli.artifacts.weights import save_tensors
 from dalle_cli.data.skips import SkipLog
 from dalle_cli.devices import arithmetic
-from dalle_cli.evaluation.cache import Pass, collect
+from dalle_cli.evaluation.cache import FeaturePass, collect
 from dalle_cli.evaluation.features import load_features
 from dalle_cli.evaluation.frechet import Moments, between
-from dalle_cli.evaluation.image_sets import GENERATED, REFERENCE, Side, open_side
-from dalle_cli.evaluation.images import Comparison, Settings, score
-from dalle_cli.evaluation.store import Rows
+from dalle_cli.evaluation.image_metrics import Comparison, score
+from dalle_cli.evaluation.image_sets import GENERATED, REFERENCE, ImageSet, open_image_set
+from dalle_cli.evaluation.options import EvaluateOptions
+from dalle_cli.evaluation.store import FeatureRows
 from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.inception import InceptionV3
 
@@ -59,9 +60,9 @@ class Made:
         """The same as a picture."""
         return Image.fromarray(self.pixels(i))
 
-    def side(self, name: str) -> Side:
+    def side(self, name: str) -> ImageSet:
         """All of them as one side of a comparison, without captions."""
-        return Side(name, self, np.arange(len(self)), {}, f"made by seed {self.seed}")
+        return ImageSet(name, self, np.arange(len(self)), {}, f"made by seed {self.seed}")
 
 
 def inception(path: Path) -> Path:
@@ -84,17 +85,17 @@ def ours(pictures: int, batch: int, size: int, width: int) -> Subject:
     def run() -> Moments:
         with passing(network, size, batch) as way:
             found = collect(side, way)[network.name, 0.0]
-            return Moments.of(Rows(found).blocks(), width)
+            return Moments.of(FeatureRows(found).blocks(), width)
 
     return Subject(run, pictures, warmup=1)
 
 
 @contextmanager
-def passing(network: Any, size: int, batch: int) -> Iterator[Pass]:
+def passing(network: Any, size: int, batch: int) -> Iterator[FeaturePass]:
     """A pass that finds nothing kept, and leaves nothing behind."""
     with tempfile.TemporaryDirectory() as folder:
         machine = arithmetic("cpu", "float32")
-        yield Pass(Path(folder) / "made.features", [network], [0.0], size, machine, batch, WORKERS)
+        yield FeaturePass(Path(folder) / "made.features", [network], [0.0], size, machine, batch, WORKERS)
 
 
 def features(rows: int, width: int) -> list[npt.NDArray[np.float32]]:
@@ -123,8 +124,8 @@ def memory(pictures: int, size: int = 64, batch: int = 64) -> Subject:
 
     def run() -> list[dict[str, Any]]:
         with folder, passing(network, size, batch) as way:
-            sides = open_side(GENERATED, str(drawn)), Made(pictures, size, seed=0).side(REFERENCE)
-            return score(Comparison(sides, network, None, way, Settings([], 0, 100, None, frozenset())))[0]
+            sides = open_image_set(GENERATED, str(drawn)), Made(pictures, size, seed=0).side(REFERENCE)
+            return score(Comparison(sides, network, None, way, EvaluateOptions()))[0]
 
     return Subject(run, 2 * pictures, warmup=0, once=True)
 

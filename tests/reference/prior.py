@@ -103,7 +103,7 @@ def attention(stream, kind, weights, name, sizes):
             def query(p, part=part, h=h):
                 x = qkv[p][:width][part]
                 if sizes["block"] == "modern":
-                    x = turned(unit(x), p, sizes) * weights[name + ".sharpness"][h]
+                    x = turned(unit(x), p, sizes) * weights[name + ".qk_scale"][h]
                 return x
 
             def key(p, part=part):
