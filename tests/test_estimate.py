@@ -219,13 +219,13 @@ def test_the_optimizers_arithmetic_is_counted_once(tmp_path):
 
 
 def test_a_sketch_is_part_of_the_update(tmp_path):
-    plain, both, alone, redrawn = (
+    plain, both, alone, resampled = (
         estimated(workload_of(SMALL, "prior", tmp_path, *sets))
         for sets in (
-            (), SKETCH, (*SKETCH, "prior.train.sketch_only=true"), (*SKETCH, "prior.train.sketch_redrawn=0.5"),
+            (), SKETCH, (*SKETCH, "prior.train.sketch_only=true"), (*SKETCH, "prior.train.sketch_resampled=0.5"),
         )
     )  # fmt: skip
     assert plain.weights < both.weights == alone.weights
     assert both.gradients == both.weights > alone.gradients > 0
     assert alone.flops < both.flops
-    assert redrawn.gradients + alone.gradients == both.weights
+    assert resampled.gradients + alone.gradients == both.weights

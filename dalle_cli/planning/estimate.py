@@ -29,14 +29,15 @@ from dalle_cli.models.clip import CLIP
 from dalle_cli.models.decoder import Decoder
 from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.models.dvae import DVAE
-from dalle_cli.models.embedding_prior import EmbeddingPrior
+from dalle_cli.models.embedding_prior import AutoregressivePrior
 from dalle_cli.models.prior import Prior
 from dalle_cli.models.upsampler import Upsampler
 from dalle_cli.planning.workload import Workload
 from dalle_cli.training.blocks import blocks
 from dalle_cli.training.config import TrainConfig
-from dalle_cli.training.loop import Splits, Trainer
+from dalle_cli.training.loop import Trainer
 from dalle_cli.training.run import Run
+from dalle_cli.training.task import Splits
 
 aten = torch.ops.aten
 FORMULAS = {  # of operations; torch's table lacks its own attention for CPUs
@@ -223,7 +224,7 @@ def models_on_meta() -> Iterator[None]:
         return initialize_on_meta
 
     with ExitStack() as stack:
-        for model in (DVAE, CLIP, Prior, DiffusionPrior, EmbeddingPrior, Decoder, Upsampler):
+        for model in (DVAE, CLIP, Prior, DiffusionPrior, AutoregressivePrior, Decoder, Upsampler):
             stack.enter_context(mock.patch.object(model, "__init__", on_meta(model.__init__)))
         yield
 

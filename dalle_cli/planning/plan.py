@@ -84,9 +84,12 @@ class Needs:
     def sharded(self, rows: int, devices: int, parts: int = 1) -> Memory:
         """Weights and all that goes with them in shards; those of two blocks are gathered at a time, in 16 bits."""
         e = self.update(rows, parts=parts)
-        own = [math.ceil(n / devices) for n in (e.weights, e.gradients, e.moments, e.average)]
-        held = (*own, self.gathered(e), e.activations)
-        return Memory(*held, peak=sum(held) + int((self.slack - 1) * e.activations))
+        weights, gradients, moments, average = (
+            math.ceil(n / devices) for n in (e.weights, e.gradients, e.moments, e.average)
+        )
+        gathered = self.gathered(e)
+        peak = weights + gradients + moments + average + gathered + int(self.slack * e.activations)
+        return Memory(weights, gradients, moments, average, gathered, e.activations, peak)
 
     def gathered(self, e: Estimate) -> int:
         """Bytes of the block at work and of the next one."""

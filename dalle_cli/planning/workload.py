@@ -18,21 +18,20 @@ from dalle_cli.models.clip import CLIPConfig
 from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
 from dalle_cli.models.dvae import DVAEConfig
-from dalle_cli.models.embedding_prior import EmbeddingPriorConfig
+from dalle_cli.models.embedding_prior import AutoregressivePriorConfig
 from dalle_cli.models.prior import PriorConfig
 from dalle_cli.models.upsampler import UpsamplerConfig
 from dalle_cli.pipelines import loading
+from dalle_cli.training import embedding_prior
 from dalle_cli.training import prior as token_prior
 from dalle_cli.training.clip import CLIPTask, CLIPTrain
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.decoder import DecoderTask, DecoderTrain
 from dalle_cli.training.dvae import DVAETask, DVAETrain
 from dalle_cli.training.embedding_prior import AutoregressivePriorTask, DiffusionPriorTask, EmbeddingPriorTrain
-from dalle_cli.training.loop import Batch, Task
 from dalle_cli.training.prior import PriorTask, PriorTrain
+from dalle_cli.training.task import Batch, Task
 from dalle_cli.training.upsampler import UpsamplerTask, UpsamplerTrain
-
-PRIORS = ("diffusion", "autoregressive")  # over embeddings
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def _prior(table: Mapping[str, Any], name: str) -> list[Workload]:
         return (*_captions(n, config.n_text_vocab, config.n_text), grid)
 
     def batch(n: int) -> Batch:
-        return (*codes(n), *(codes(train.sketch_batch) if config.sketch and not train.sketch_redrawn else ()))
+        return (*codes(n), *(codes(train.sketch_batch) if config.sketch and not train.sketch_resampled else ()))
 
     def task(train: PriorTrain) -> PriorTask:
         with (  # a sketch is made of the colors of a trained dVAE's codes
@@ -172,19 +171,12 @@ def _embedding_priors(table: Mapping[str, Any], name: str) -> list[Workload]:
 
     The number of components that training would measure is taken as the paper's.
     """
+    chosen_kind, _ = embedding_prior.chosen(table)  # refuses what training would
     body, known, made = table[name], condition_sizes(table), []
-    if not isinstance(body, dict):
-        raise DalleError(f"expected a table [{name}], found {body!r}")
-    if unknown := set(body) - {"kind", *PRIORS}:
-        raise DalleError(f"expected kind, diffusion or autoregressive in [{name}], found {min(unknown)!r}")
-    if body.get("kind", PRIORS[0]) not in PRIORS:
-        raise DalleError(f"expected {name}.kind among {', '.join(PRIORS)}, found {body['kind']!r}; correct it")
-    for kind in [k for k in PRIORS if k in body] or [body.get("kind", PRIORS[0])]:
+    for kind in [kind for kind in embedding_prior.KINDS if kind in body] or [chosen_kind]:
         where, numbers = f"{name}.{kind}", body.get(kind, {})
-        if not isinstance(numbers, dict):
-            raise DalleError(f"expected a table [{where}], found {numbers!r}")
-        config: Any = DiffusionPriorConfig if kind == "diffusion" else EmbeddingPriorConfig
-        if config is EmbeddingPriorConfig and not numbers.get("n_component"):
+        config: Any = DiffusionPriorConfig if kind == "diffusion" else AutoregressivePriorConfig
+        if config is AutoregressivePriorConfig and isinstance(numbers, dict) and not numbers.get("n_component"):
             width = {**numbers, **known}.get("n_embedding", config.n_embedding)
             numbers = {**numbers, "n_component": min(config.n_component, width)}
         settings = recipes.section({where: numbers}, where, config, {"kind": kind, **known}, train=EmbeddingPriorTrain)
@@ -226,7 +218,9 @@ def _upsampler(table: Mapping[str, Any], name: str) -> list[Workload]:
     side, low = config.image_size // train.crop, config.image_size // train.crop // config.factor
 
     def batch(n: int) -> Batch:
-        return (*_noised(n, side, config.n_timestep), torch.randn(n, 3, low, low), torch.full((n,), -1))
+        small = torch.randn(n, 3, low, low)
+        noise = torch.randn(n, 3, low, low) if int(config.low_noise * config.n_timestep) else torch.zeros(n, 0)
+        return (*_noised(n, side, config.n_timestep), small, torch.full((n,), -1), noise)
 
     return [Workload(name, train, lambda train: UpsamplerTask(config, train, NO_DATA, 0, 0), batch)]
 
