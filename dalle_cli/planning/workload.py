@@ -55,21 +55,20 @@ class NoData:
         return np.zeros(1, np.int64), np.zeros(0, np.int64)
 
 
-class UnmeasuredDiffusionPrior(DiffusionPriorTask):
-    """The task without statistics of the training embeddings, of which a workload has none."""
+class Unmeasured:
+    """A task that keeps the initial statistics of its training embeddings, for a workload has none."""
 
-    def _measure(self) -> None:
-        """Keep the initial statistics."""
+    def _measure(self) -> None: ...
+
+    def _measure_ranges(self) -> None: ...
 
 
-class UnmeasuredAutoregressivePrior(AutoregressivePriorTask):
-    """The task without statistics of the training embeddings, of which a workload has none."""
+class SyntheticDiffusionPrior(Unmeasured, DiffusionPriorTask):
+    """The diffusion prior's task on random embeddings."""
 
-    def _measure(self) -> None:
-        """Keep the initial statistics."""
 
-    def _measure_ranges(self) -> None:
-        """Keep the initial ranges."""
+class SyntheticAutoregressivePrior(Unmeasured, AutoregressivePriorTask):
+    """The autoregressive prior's task on random embeddings."""
 
 
 NO_DATA = cast(Any, NoData())
@@ -192,7 +191,7 @@ def _embedding_prior(config: Any, train: EmbeddingPriorTrain) -> Workload:
         read = (*_captions(n, config.n_text_vocab, config.n_text), z_t, z_i)
         return (*read, torch.randint(0, config.n_timestep, (n,)), noise) if diffusion else read
 
-    cls: Any = UnmeasuredDiffusionPrior if diffusion else UnmeasuredAutoregressivePrior
+    cls: Any = SyntheticDiffusionPrior if diffusion else SyntheticAutoregressivePrior
     name = "diffusion_prior" if diffusion else "autoregressive_prior"
     return Workload(name, train, lambda train: cls(config, train, NO_DATA, 0), batch)
 
