@@ -39,7 +39,7 @@ def run(
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Look a trained model over for the usual failures; ends with status 0 whatever it finds."""
+    """Check a trained model for the usual failures; the exit status is 0 whatever it finds."""
     from dalle_cli import console
     from dalle_cli.devices import arithmetic
     from dalle_cli.doctor import checks, kinds, overfit, tables

@@ -34,7 +34,7 @@ def run(
     title: Annotated[str | None, typer.Option(metavar="TEXT", help="A title above the chart.")] = None,
     force: Force = False,
 ) -> None:
-    """Plot the training curves of one or several runs."""
+    """Plot the metrics of training runs, several in one chart."""
     from dalle_cli import console
     from dalle_cli.artifacts.container import replace_file
     from dalle_cli.paths import given_or_piped

@@ -29,7 +29,7 @@ def run(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Write one HTML page of a run: curves, images, scores, and the provenance of every artifact."""
+    """Write one HTML page about a run: charts, images, metrics, and each artifact's history."""
     from dalle_cli import console
     from dalle_cli.artifacts.container import SHARDS
     from dalle_cli.artifacts.text import write_text
