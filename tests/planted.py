@@ -143,7 +143,7 @@ def main():
         train, test = plant(args.source, Path(folder), args.most)
         out = Path(folder) / "overlap.txt"
         more = ("--features", args.features) if args.features else ()
-        run_ok("overlap", train, test, "-o", out, *more, *(("--grid", args.sheet) if args.sheet else ()))
+        run_ok("overlap", train, test, "-o", out, *more, *(("--grid", args.grid) if args.grid else ()))
         pairs = json.loads(out.with_suffix(".json").read_text())["pairs"]
         ids = open_dataset(test, need_captions=False).ids
     others = [p for p in pairs if p["test"].startswith("other/")]
