@@ -195,7 +195,7 @@ def compress(folder, rank):
     c = config(steps=40, powersgd_rank=rank, warmup=3, schedule="constant")
     loop = Trainer(SplitToy(c), c, run_of(Path(folder), c), machine(), 0, group())
     losses = [loop.update(loop.task.batch(step))["loss"].item() for step in range(40)]
-    powersgd = loop.spread.powersgd
+    powersgd = loop.strategy.powersgd
     return losses, [p.detach().clone() for p in loop.model.parameters()], powersgd and powersgd.compression_stats()[0]
 
 
@@ -233,7 +233,7 @@ def averaged(folder):
     loop = Trainer(BufferToy(c := config()), c, run_of(Path(folder), c), machine(), 0, group())
     sent, all_reduce = [], dist.all_reduce
     with mock.patch.object(dist, "all_reduce", lambda t, *args: sent.append(t.numel()) or all_reduce(t, *args)):
-        loop.spread.average_buffers()
+        loop.strategy.average_buffers()
     loop.update(loop.task.batch(0))
     return sent, loop.model.seen.item(), loop.task.batch(0)[1].sum().item()
 
@@ -255,7 +255,7 @@ def scales(folder, parallel, overflow):
         grad = pieces.local(loop.model.blocks[1].inner.weight.grad)
         if parallel == "replicate" or dist.get_rank() == 1:
             grad[-1, -1] = math.inf
-    loop.scales.unscale(loop.spread.overflowed)
+    loop.scales.unscale(loop.strategy.overflowed)
     found = {n: None if p.grad is None else pieces.whole(p.grad) for n, p in loop.model.named_parameters()}
     return loop.scales.log2, found
 

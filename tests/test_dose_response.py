@@ -19,7 +19,7 @@ from dalle_cli.evaluation.blur import gaussian_blur
 from dalle_cli.evaluation.frechet import Moments, between
 from dalle_cli.evaluation.image_sets import open_image_set
 from dalle_cli.evaluation.manifold import precision_recall
-from dalle_cli.evaluation.store import Rows
+from dalle_cli.evaluation.store import FeatureRows
 from dalle_cli.models.clip import CLIP, CLIPConfig
 
 SMALL = Path(__file__).parent.parent / "recipes" / "emoji" / "small.tar"
@@ -107,7 +107,7 @@ def captioned(halves, embed, tmp_path_factory):
     for name, values in (("pictures", pictures), ("captions", captions)):
         columns = {"embeddings": values.astype(np.float32), "ids": [str(i) for i in range(len(values))]}
         path = write_artifact(folder / f"{name}.safetensors", "embeddings", columns, {}, [])
-        rows.append(Rows(open_artifact(path)))
+        rows.append(FeatureRows(open_artifact(path)))
     return rows
 
 

@@ -343,6 +343,15 @@ def test_weights_go_to_their_judges(chain, tmp_path):
     assert "give PRIOR CAPTIONS CODES" in run_bad("evaluate", chain.prior, chain.captions, "-o", out)
 
 
+def test_each_metric_has_its_function_and_its_row():
+    from dalle_cli.evaluation.image_metrics import METRICS
+    from dalle_cli.evaluation.options import SCORES
+    from dalle_cli.evaluation.tables import NAMES as ROWS
+
+    assert set(METRICS) == set(SCORES)
+    assert set(SCORES) - {"frechet", "retrieval"} == set(ROWS) - {"r1", "r5"}
+
+
 def test_figures_are_told_with_their_errors():
     told = {"psnr": 21.789, "psnr_error": 0.1786, "pairs": 1472, "held_out": True, "of": {"nats": 1.0}, "by": [[1.0]]}
     assert plain_rows({**told, "one": 2.0, "one_error": None, "lone_error": 0.5, "none": None}) == [

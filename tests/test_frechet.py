@@ -113,7 +113,7 @@ import numpy as np
 from pathlib import Path
 from dalle_cli.artifacts import ShardWriter, open_artifact
 from dalle_cli.evaluation.frechet import Moments
-from dalle_cli.evaluation.store import Rows
+from dalle_cli.evaluation.store import FeatureRows
 out, n, width = Path(sys.argv[1]), int(sys.argv[2]), 256
 writer = ShardWriter(out, "embeddings", n, 1024, {}, [])
 for i in writer.missing():
@@ -121,7 +121,7 @@ for i in writer.missing():
     rows = np.random.default_rng(i).standard_normal((high - low, width)).astype(np.float32)
     writer.write(i, {"embeddings": rows, "ids": [str(k) for k in range(low, high)]})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-moments = Moments.of(Rows(open_artifact(out)).blocks(), width)
+moments = Moments.of(FeatureRows(open_artifact(out)).blocks(), width)
 assert moments.count == n
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -29,8 +29,8 @@ from conftest import run_cli
 from dalle_cli.hub import transfer
 for line in sys.stdin:
     given = json.loads(line)
-    hub._resolve.cache_clear()
-    hub._kind.cache_clear()
+    transfer._resolve.cache_clear()
+    transfer._kind.cache_clear()
     print(json.dumps(run_cli(*given["args"], env=given["env"])), flush=True)
 """
 
@@ -454,7 +454,7 @@ def test_a_kind_that_a_bundle_has_not(quiet, bad, good, planted, tmp_path, envir
     assert "expected weights.prior.codes or " in found
     assert "found none in the bundle hf://me/noprior" in found
     good("pull", "hf://me/noprior")
-    code = "from dalle_cli.hub import transfer; hub.fetch('hf://me/noprior', ['weights.prior.codes'])"
+    code = "from dalle_cli.hub import transfer; transfer.fetch('hf://me/noprior', ['weights.prior.codes'])"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env={**environment, **NOWHERE}, capture_output=True, text=True, check=False)
     error = done.stderr.splitlines()[-1]
@@ -602,7 +602,7 @@ def test_shipped_bundles_by_name_and_by_default(chain, monkeypatch, tmp_path):
         run_ok("sample", "a red circle on white", "-n", 4, *options, "-o", tmp_path / "drawn.safetensors", "--force")
         assert (tmp_path / "drawn.safetensors").read_bytes() == chain.drawn.read_bytes()
     told = run_cli("generate", "a red circle on white", "-n", 2, "-o", tmp_path / "a.png").stderr
-    assert f"drawn by emoji, the model that comes with the package; what it knows: {shipped / 'README.md'}" in told
+    assert f"sampled from emoji, the model that comes with the package; what it knows: {shipped / 'README.md'}" in told
     told = run_cli("generate", "a red circle on white", "-n", 2, "-m", "emoji", "-o", tmp_path / "b.png").stderr
     assert "drawn by" not in told
     assert "check -m (shipped: emoji)" in run_bad("sample", "x", "-m", "emojy", "-o", "x.safetensors")

@@ -115,12 +115,12 @@ def test_broken_pictures_are_left_out_and_listed(chain, tmp_path):
         of_dvae(chain, tmp_path, data)
 
 
-def test_the_sheet_shows_the_worst_first_each_beside_its_original(chain, tmp_path):
+def test_the_grid_shows_the_worst_first_each_beside_its_original(chain, tmp_path):
     from dalle_cli.viz.grid import GAP, MARGIN, TITLE_LINE
 
     images, shown, _ = rebuilt(chain)
     worst = int(torch.argsort(psnr(squared_error(images, shown)), stable=True)[0])
-    of_dvae(chain, tmp_path, sheet=tmp_path / "worst.png")
+    of_dvae(chain, tmp_path, grid=tmp_path / "worst.png")
     drawn = np.asarray(Image.open(tmp_path / "worst.png"))
     top, side = MARGIN + TITLE_LINE + GAP, 112  # 16 pixels, enlarged seven times
     for place, pixels in enumerate((images[worst], shown[worst])):
@@ -129,7 +129,7 @@ def test_the_sheet_shows_the_worst_first_each_beside_its_original(chain, tmp_pat
         assert abs(middles - pixels.permute(1, 2, 0).numpy()).mean() < 3  # enlarging blends at edges
     (tmp_path / "notes.png").write_text("mine")
     with pytest.raises(DalleError, match="expected to write a PNG"):
-        of_dvae(chain, tmp_path, sheet=tmp_path / "notes.png")
+        of_dvae(chain, tmp_path, grid=tmp_path / "notes.png")
     assert (tmp_path / "notes.png").read_text() == "mine"
 
 

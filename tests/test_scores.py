@@ -12,7 +12,7 @@ from dalle_cli.evaluation import bootstrap, classes, kernel, manifold
 from dalle_cli.evaluation import retrieval as matches
 from dalle_cli.evaluation.blur import gaussian_blur
 from dalle_cli.evaluation.frechet import Moments, between
-from dalle_cli.evaluation.store import Rows
+from dalle_cli.evaluation.store import FeatureRows
 from reference import evaluation as reference
 
 
@@ -22,7 +22,7 @@ def rng(seed):
 
 @pytest.fixture
 def stored(tmp_path):
-    """Rows as `Rows` reads them, from shards of 16."""
+    """Rows as `FeatureRows` reads them, from shards of 16."""
     made = []
 
     def write(rows, kept=None):
@@ -32,7 +32,7 @@ def stored(tmp_path):
             part = np.asarray(rows[low:high], np.float32)
             writer.write(i, {"embeddings": part, "ids": [str(k) for k in range(low, high)]})
         made.append(writer)
-        return Rows(open_artifact(writer.out), kept=kept)
+        return FeatureRows(open_artifact(writer.out), kept=kept)
 
     return write
 

@@ -1,5 +1,6 @@
 """Stages that train: a run that was stopped anywhere ends in the very bytes of one that was not."""
 
+import copy
 import itertools
 import math
 import os
@@ -13,6 +14,8 @@ from conftest import run_bad, run_cli, run_ok, write_pictures
 from interruptions import Crash, after_update
 from stage_runs import TRAINERS, checkpoints, rows, training
 
+from dalle_cli import config as recipes
+from dalle_cli import training as training_room
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
@@ -354,3 +357,21 @@ def test_temperature_and_beta_are_functions_of_the_update_alone(chain, tmp_path,
         assert seen[step] == pytest.approx((0.0625 + 0.9375 * falling, 6.6 * rising))
     assert len(seen) == 12
     assert seen[7][0] > seen[8][0] == 0.0625  # the floor is reached at its step, not before
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_python_functions_write_what_the_commands_write(chain, tmp_path, name, capsys):
+    """By a recipe's tables in place of its file; nothing goes to stdout."""
+    out, table = tmp_path / f"{name}.safetensors", recipes.read(chain.recipe)
+    inputs = {
+        "dvae": (chain.data,), "clip": (chain.data, chain.tokenizer), "prior": (chain.captions, chain.codes),
+    }[name]  # fmt: skip
+    more = {"tokenizer": chain.tokenizer} if name == "prior" else {}
+    before = copy.deepcopy(table)
+    metrics = getattr(training_room, f"train_{name}")(*inputs, out, config=table, dtype="float32", **more)
+    assert out.read_bytes() == getattr(chain, name).read_bytes()
+    assert table == before
+    assert metrics == rows(out)[-1]["validation"]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(TypeError, match="no_such_option"):
+        getattr(training_room, f"train_{name}")(*inputs, out, no_such_option=1)

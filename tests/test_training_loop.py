@@ -22,7 +22,7 @@ from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.training import run as runs
 from dalle_cli.training.blocks import blocks, recompute, wrap_forward
 from dalle_cli.training.clip import CLIPTrain
-from dalle_cli.training.config import TrainConfig, affecting, for_overfitting
+from dalle_cli.training.config import TrainConfig, affecting, deterministic
 from dalle_cli.training.decoder import DecoderTrain
 from dalle_cli.training.dvae import DVAETrain
 from dalle_cli.training.embedding_prior import EmbeddingPriorTrain
@@ -120,15 +120,16 @@ def test_what_settings_affect():
     [
         (DVAETrain, {"augment": "center", "flip": False}),
         (CLIPTrain, {"augment": "center", "flip": False}),
-        (PriorTrain, {"bpe_dropout": 0, "caption_dropout": 0, "sketch_batch": 8}),
+        (PriorTrain, {"bpe_dropout": 0, "caption_dropout": 0, "sketch_batch": 8, "code_noise": 0}),
         (EmbeddingPriorTrain, {"caption_dropout": 0}),
         (DecoderTrain, {"augment": "center", "flip": False, "caption_dropout": 0, "embedding_dropout": 0}),
         (UpsamplerTrain, {"augment": "center", "flip": False, "corruption": "none"}),
     ],
 )  # fmt: skip
-def test_overfitting_leaves_nothing_to_chance(train, quiet):
+def test_deterministic_settings(train, quiet):
     usual = train(batch_size=32, accumulate=4)
-    assert for_overfitting(usual, 8) == replace(usual, batch_size=8, accumulate=1, **quiet)
+    sizes = {"batch_size": 8, "max_validation": 8, "accumulate": 1, "validation": 0.0}
+    assert deterministic(usual, 8) == replace(usual, **sizes, **quiet)
 
 
 # Plateau

@@ -52,7 +52,7 @@ def run(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say whether a recipe's models fit on a machine, and how long their training takes."""
+    """Estimate whether a recipe's models fit on a machine, and how long training takes."""
     from dataclasses import asdict
 
     from dalle_cli import config, console

@@ -1,7 +1,6 @@
 """Opens weights and the inputs of their kind, and makes the `Subject` to examine."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +23,8 @@ from dalle_cli.hub import bundles
 from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.pipelines import loading
 from dalle_cli.training import clip, decoder, dvae, embedding_prior, prior, upsampler
+from dalle_cli.training.config import deterministic
 
-DETERMINISTIC: dict[str, Any] = {  # training settings with which a batch is its rows and nothing else
-    "accumulate": 1, "augment": "center", "flip": False, "bpe_dropout": 0.0, "caption_dropout": 0.0,
-    "embedding_dropout": 0.0, "embedding_noise": 0.0, "code_noise": 0.0, "corruption": "none", "sketch_only": False,
-    "sketch_resampled": 0.0, "validation": 0.0,
-}  # fmt: skip
 COUNTED = 4096  # training pairs, evenly spread, whose codes and tokens are counted
 
 
@@ -71,7 +66,7 @@ KINDS = {
     ),
     "weights.upsampler": Kind(
         ("DATASET",), loading.upsampler, upsampler.UpsamplerTask, upsampler.UpsamplerTrain,
-        "images noise t low levels", "width", _mse,
+        "images noise t low levels low_noise", "width", _mse,
     ),
 }  # fmt: skip
 
@@ -154,9 +149,7 @@ def _of_pairs(request: Request) -> Subject:
 
 def _subject(request: Request, n: int, before: Sequence[Any], *after: Any, **facts: Any) -> Subject:
     """A subject on n rows; a task takes its data before the seed, and what else it needs after it."""
-    kind, known = KINDS[request.weights.kind], {field.name for field in fields(KINDS[request.weights.kind].settings)}
-    same = DETERMINISTIC | dict.fromkeys(("batch_size", "sketch_batch", "max_validation"), n)
-    options = replace(_settings(request.weights), **{name: value for name, value in same.items() if name in known})
+    kind, options = KINDS[request.weights.kind], deterministic(_settings(request.weights), n)
     model = kind.load(request.weights, request.machine.device)
     facts |= {"model": model, "width": getattr(model.config, kind.width), "error": kind.error}
     names, arguments = tuple(kind.columns.split()), (model.config, options, *before, request.seed, *after)

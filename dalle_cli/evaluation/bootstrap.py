@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dalle_cli.evaluation.frechet import Floats, quick_frechet
-from dalle_cli.evaluation.store import Rows
+from dalle_cli.evaluation.store import FeatureRows
 
 FRECHET_ROWS = 5000  # rows of each set, at most, that the Frechet distance is resampled from
 
@@ -28,7 +28,7 @@ def of_mean(values: npt.NDArray[np.generic], replicates: int, seed: int, stream:
     return out
 
 
-def of_frechet(value: float, a: Rows, b: Rows, replicates: int, seed: int) -> dict[str, float]:
+def of_frechet(value: float, a: FeatureRows, b: FeatureRows, replicates: int, seed: int) -> dict[str, float]:
     """The distance plus and minus 1.96 standard deviations of its replicates.
 
     Percentiles would be biased: a replicate has fewer distinct rows, so its distance is larger. A set of more than

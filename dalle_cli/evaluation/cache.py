@@ -19,7 +19,7 @@ from dalle_cli.artifacts import Artifact, ShardWriter, digest_bytes, history, op
 from dalle_cli.data.loader import sequential
 from dalle_cli.devices import Arithmetic
 from dalle_cli.evaluation.blur import gaussian_blur
-from dalle_cli.evaluation.features import ClipFeatures, Features
+from dalle_cli.evaluation.features import ClipFeatures, FeatureBatch, Features
 from dalle_cli.evaluation.image_sets import ImageSet
 from dalle_cli.models.pixels import from_uint8
 
@@ -84,8 +84,7 @@ def _shard(
 ) -> dict[Key, dict[str, Any]]:
     """The columns of one shard for each key."""
     networks = {network.name: network for network in run.networks}
-    features: dict[Key, list[Any]] = {key: [np.zeros((0, networks[key[0]].width), np.float32)] for key in keys}
-    logits: dict[Key, list[Any]] = {key: [np.zeros((0, networks[key[0]].classes), np.float32)] for key in keys}
+    found: dict[Key, list[FeatureBatch]] = {key: [] for key in keys}
     ids: list[str] = []
     for kept, batch in sequential(images.images, run.size, rows, run.batch_size, run.workers):
         pixels = from_uint8(torch.from_numpy(batch).to(run.machine.device))
@@ -93,14 +92,16 @@ def _shard(
         for radius in dict.fromkeys(r for _, r in keys):
             blurred = gaussian_blur(pixels, radius)
             for key in (key for key in keys if key[1] == radius):
-                found = networks[key[0]](blurred)
-                features[key].append(found.features.astype(np.float32))
-                if found.logits is not None:
-                    logits[key].append(found.logits.astype(np.float32))
+                found[key].append(networks[key[0]](blurred))
         advance(len(kept))
-    columns = {key: {"embeddings": np.concatenate(features[key]), "ids": ids} for key in keys}
-    for key in (key for key in keys if networks[key[0]].classes):
-        columns[key]["logits"] = np.concatenate(logits[key])
+    columns: dict[Key, dict[str, Any]] = {}
+    for key, parts in found.items():
+        network = networks[key[0]]
+        features = [np.zeros((0, network.width), np.float32), *(part.features for part in parts)]
+        columns[key] = {"embeddings": np.concatenate(features), "ids": ids}
+        if network.classes:
+            logits = [part.logits for part in parts if part.logits is not None]
+            columns[key]["logits"] = np.concatenate([np.zeros((0, network.classes), np.float32), *logits])
     return columns
 
 

@@ -37,8 +37,8 @@ def evaluate_dvae(
     Raises:
         DalleError: no image can be read, too few for the features, or no PNG lies where the grid goes.
     """
-    if options.sheet is not None:
-        check_png(options.sheet, force)
+    if options.grid is not None:
+        check_png(options.grid, force)
     codec = Codec(weights, machine)
     excluded, skips = (
         read_exclude_list(options.exclude, images.ids),
@@ -46,7 +46,7 @@ def evaluate_dvae(
     )
     left = [row for row, name in enumerate(images.ids) if name not in excluded]
     rows = [left[place] for place in spread(len(left), options.limit).tolist()]
-    found = Reconstructions(codec.n_vocab, WORST if options.sheet is not None else 0)
+    found = Reconstructions(codec.n_vocab, WORST if options.grid is not None else 0)
     features = load_features(options.features, None, machine) if options.features else None
     distance = ReconstructionDistance(features) if features else None
     if distance is not None:
@@ -60,8 +60,8 @@ def evaluate_dvae(
     metrics = {**found.image_metrics(), "skipped": len(rows) - len(found.rows), **found.code_metrics()}
     metrics |= {"exclude": len(excluded)} if options.exclude is not None else {}
     metrics |= {"frechet": distance.metrics()} if distance is not None else {}
-    if options.sheet is not None:
-        _write_worst(options.sheet, found, images.ids, codec.size)
+    if options.grid is not None:
+        _write_worst(options.grid, found, images.ids, codec.size)
     return metrics | held_out_metrics(weights, digest, images.ids, excluded, found)
 
 

@@ -134,25 +134,22 @@ def load_features(spec: str | None, model: str | None, machine: Arithmetic) -> F
     if spec is None:
         return ClipFeatures(bundles.weights(model, "weights.clip"), machine)
     name, output = _split(spec)
-    path = _download(name) if name.startswith("hf://") and name.count("/") > 3 else _located(name)
+    try:
+        path = _download(name) if name.startswith("hf://") and name.count("/") > 3 else bundles.locate(name)
+    except DalleError as error:
+        raise DalleError(str(error).replace("check -m", "check --features")) from None
     if path.suffix == ".onnx":
         from dalle_cli.evaluation.onnx import OnnxFeatures
 
         return OnnxFeatures(path, output, machine)
     if path.is_file() and (path.suffix in CHECKPOINTS or _is_plain(path)):
-        return InceptionFeatures(path, _width(output), machine)
+        if output not in ("", *(known := list(map(str, WIDTHS)))):
+            raise DalleError(f"expected a width of {', '.join(known)} after the colon, found {output}; choose one")
+        return InceptionFeatures(path, int(output or WIDTHS[-1]), machine)
     if output:
         raise DalleError(f"expected a CLIP without an output's name, found {spec}; leave out :{output}")
-    return ClipFeatures(
-        bundles.weights(name, "weights.clip") if path.is_dir() else open_artifact(path, "weights.clip"), machine
-    )
-
-
-def _located(name: str) -> Path:
-    try:
-        return bundles.locate(name)
-    except DalleError as error:
-        raise DalleError(str(error).replace("check -m", "check --features")) from None
+    clip = bundles.weights(name, "weights.clip") if path.is_dir() else open_artifact(path, "weights.clip")
+    return ClipFeatures(clip, machine)
 
 
 def _split(spec: str) -> tuple[str, str]:
@@ -169,13 +166,6 @@ def _is_plain(path: Path) -> bool:
     except DalleError as error:
         return "plain safetensors" in str(error)
     return False
-
-
-def _width(output: str) -> int:
-    if output and output not in map(str, WIDTHS):
-        known = ", ".join(map(str, WIDTHS))
-        raise DalleError(f"expected a width of {known} after the colon, found {output}; choose one")
-    return int(output or WIDTHS[-1])
 
 
 def _download(name: str) -> Path:

@@ -39,9 +39,8 @@ class Moments:
             return
         block = np.asarray(rows, np.float64)
         if not np.isfinite(block).all():
-            raise DalleError(
-                "expected finite features, found NaN or infinity; give --dtype float32 or other --features"
-            )
+            found = "NaN or infinity; give --dtype float32 or other --features"
+            raise DalleError(f"expected finite features, found {found}")
         mean = block.mean(axis=0)
         block = block - mean
         total = self.count + len(rows)

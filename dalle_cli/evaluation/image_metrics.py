@@ -1,4 +1,7 @@
-"""The metrics of generated images against real ones. A new metric is a function here and a row in METRICS.
+"""The metrics of generated images against real ones.
+
+A new metric is a function here, a row in METRICS, and its name in `options.SCORES`, in `tables.NAMES`, which the table
+shows, and in `viz.metric_charts.METRICS`, which the chart shows.
 
 Shapes: N M rows of the two sets, D features, k images to choose among.
 """
@@ -18,7 +21,7 @@ from dalle_cli.evaluation.features import ClipFeatures, Features, title
 from dalle_cli.evaluation.frechet import Moments, between
 from dalle_cli.evaluation.image_sets import GENERATED, REFERENCE, ImageSet
 from dalle_cli.evaluation.options import SCORES, EvaluateOptions
-from dalle_cli.evaluation.store import Rows
+from dalle_cli.evaluation.store import FeatureRows
 
 MANIFOLD_ROWS = 10_000  # rows of each set, at most, for precision and recall, whose work is quadratic
 CANDIDATES = 100  # images that retrieval chooses among
@@ -64,11 +67,13 @@ class Comparison:
         used, read = len(self.kept[name]), len(self.found[name][self.features.name, self.run.radii[0]])
         return {"pictures": used, "exclude": read - used, "skipped": len(self.sets[name].rows) - read}
 
-    def rows(self, name: str, radius: float, column: str = "embeddings", network: Features | None = None) -> Rows:
+    def rows(
+        self, name: str, radius: float, column: str = "embeddings", network: Features | None = None
+    ) -> FeatureRows:
         """The features of a set that are compared."""
-        return Rows(self.found[name][(network or self.features).name, radius], column, self.kept[name])
+        return FeatureRows(self.found[name][(network or self.features).name, radius], column, self.kept[name])
 
-    def both(self, radius: float, fewest: int = 0, reason: str = "") -> tuple[Rows, Rows]:
+    def both(self, radius: float, fewest: int = 0, reason: str = "") -> tuple[FeatureRows, FeatureRows]:
         """The features of both sets. Raises: DalleError if one has too few rows."""
         _check_enough({name: len(kept) for name, kept in self.kept.items()}, fewest, reason)
         return self.rows(GENERATED, radius), self.rows(REFERENCE, radius)
@@ -190,7 +195,7 @@ def _clip(c: Comparison, radius: float) -> Metric:
         raise Unavailable("generated images without captions")
     artifact, rows, own = c.captions
     all_rows = c.rows(GENERATED, radius, network=c.clip)
-    images, captions = Rows(all_rows.artifact, kept=all_rows.kept[rows]), Rows(artifact)
+    images, captions = FeatureRows(all_rows.artifact, kept=all_rows.kept[rows]), FeatureRows(artifact)
     interval = c.mean(retrieval.cosines(images, captions, own), 4)
     other = retrieval.shuffled(own, c.options.seed)
     wrong = None if other is None else retrieval.clip_score(retrieval.cosines(images, captions, other).mean())
@@ -208,7 +213,7 @@ def _retrieval(c: Comparison, radius: float) -> Metric:
     k = c.options.candidates or min(CANDIDATES, spare + 1)
     if not 2 <= k <= spare + 1:
         raise Unavailable(f"{len(real)} real images to choose {k} among")
-    generated = Rows(generated.artifact, kept=generated.kept[having])
+    generated = FeatureRows(generated.artifact, kept=generated.kept[having])
     ranks = retrieval.ranks(generated, real, own, k, c.options.seed)
     out: Metric = {f"r{n}": {**c.mean(ranks < n, 5), "chance": n / k} for n in (1, 5) if n < k}
     return {**out, "k": k, "pictures": len(having)}

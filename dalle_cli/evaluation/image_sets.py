@@ -59,15 +59,8 @@ class ImageSet:
         return self.source.digest if isinstance(self.source, Artifact) else self.source
 
     def size(self) -> int:
-        """The shorter side of the first image that can be read, in pixels.
-
-        Raises:
-            DalleError: none can be read.
-        """
-        for row in self.rows.tolist():
-            with suppress(BadSample):
-                return min(self.images.read(row).size)
-        raise DalleError(f"expected {self.name} images, found none that can be read; check them")
+        """The shorter side of the first image that can be read, in pixels. Raises: DalleError if none can."""
+        return first_side(self.images, self.rows.tolist(), self.name)
 
 
 def open_image_set(name: str, source: str, limit: int | None = None) -> ImageSet:
@@ -88,6 +81,14 @@ def open_image_set(name: str, source: str, limit: int | None = None) -> ImageSet
         captioned = open_dataset(source, need_captions=True, all_lines=True)
         captions = dict(zip(captioned.ids, captioned.captions, strict=True))
     return ImageSet(name, data, spread(len(data), limit), captions, data.digest)
+
+
+def first_side(images: Pictures, rows: Sequence[int], name: str) -> int:
+    """The shorter side of the first image that can be read, in pixels. Raises: DalleError if none can."""
+    for row in rows:
+        with suppress(BadSample):
+            return min(images.read(row).size)
+    raise DalleError(f"expected {name} images, found none of {len(rows):,} that can be read; check them")
 
 
 def open_images(source: str) -> tuple[Pictures, str]:

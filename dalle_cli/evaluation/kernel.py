@@ -6,14 +6,14 @@ Shapes: N M rows of the two sets, D features, S rows of a subset.
 import numpy as np
 import numpy.typing as npt
 
-from dalle_cli.evaluation.store import Rows
+from dalle_cli.evaluation.store import FeatureRows
 
 Floats = npt.NDArray[np.float64]
 SUBSETS, SUBSET = 100, 1000  # as published
 FEWEST = 4  # rows of each set: subsets of two
 
 
-def kernel_distance(a: Rows, b: Rows, seed: int) -> dict[str, float]:
+def kernel_distance(a: FeatureRows, b: FeatureRows, seed: int) -> dict[str, float]:
     """Mean over random subsets, their standard deviation `error`, and an interval of 95% for the mean.
 
     A subset has half of the smaller set's rows if those are fewer than 2,000. Subsets of s out of n rows, without
@@ -27,7 +27,7 @@ def kernel_distance(a: Rows, b: Rows, seed: int) -> dict[str, float]:
     return {"value": value, "low": value - half, "high": value + half, "error": error, "subset": size}
 
 
-def _subset(a: Rows, b: Rows, size: int, seed: int, number: int) -> float:
+def _subset(a: FeatureRows, b: FeatureRows, size: int, seed: int, number: int) -> float:
     picked = (np.random.default_rng([seed, number, side]).choice(len(x), size, False) for side, x in enumerate((a, b)))
     return squared_mmd(*(x.take(np.sort(rows)) for x, rows in zip((a, b), picked, strict=True)))
 

@@ -54,15 +54,14 @@ class OnnxFeatures:
     def __call__(self, images: Tensor) -> FeatureBatch:
         """(B, 3, S, S) in [0, 1] -> (B, D), (B, K)."""
         pixels = self._pixels(images)
-        at_once = self.input.batch or len(pixels)
-        made: list[list[Floats]] = [[] for _ in self.outputs]
-        for start in range(0, len(pixels), at_once):
-            lot = pixels[start : start + at_once]
-            full = np.concatenate([lot, np.repeat(lot[-1:], at_once - len(lot), axis=0)])
-            for kept, out in zip(made, self._run(full), strict=True):
-                kept.append(out[: len(lot)])
-        both = [np.concatenate(parts) for parts in made]
-        return FeatureBatch(both[0], both[1] if len(both) > 1 else None)
+        rows = self.input.batch or len(pixels)
+        parts = []
+        for start in range(0, len(pixels), rows):
+            part = pixels[start : start + rows]
+            padded = np.concatenate([part, np.repeat(part[-1:], rows - len(part), axis=0)])
+            parts.append([out[: len(part)] for out in self._run(padded)])
+        features, *logits = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        return FeatureBatch(features, logits[0] if logits else None)
 
     def _pixels(self, images: Tensor) -> Any:
         """Images in the size, layout and type of the input."""
@@ -78,10 +77,8 @@ class OnnxFeatures:
         try:
             outs = self.session.run(self.outputs, {self.input.name: pixels})
         except Exception as error:  # the errors of onnxruntime have no other base class
-            reason = str(error).splitlines()[0]
-            raise DalleError(
-                f"expected the ONNX file to take images {pixels.shape}, found {reason}; check it"
-            ) from None
+            found = f"{str(error).splitlines()[0]}; check it"
+            raise DalleError(f"expected the ONNX file to take images {pixels.shape}, found {found}") from None
         outs = [np.asarray(out).astype(np.float32) for out in outs]
         outs = [out.reshape(out.shape[:2]) if out.ndim > 2 and out[0, 0].size == 1 else out for out in outs]
         for name, out in zip(self.outputs, outs, strict=True):

@@ -39,7 +39,7 @@ class EvaluateOptions:
     exclude: Exclude = None
     limit: Limit = None
     plot: Annotated[Path | None, opt("FILE", "Plot metrics by blur, or a prior's loss by position, as PNG.")] = None
-    sheet: Annotated[Path | None, opt("FILE", "Of a dVAE: an image grid of its worst reconstructions, as PNG.")] = None
+    grid: Annotated[Path | None, opt("FILE", "Of a dVAE: an image grid of its worst reconstructions, as PNG.")] = None
     everything: Annotated[bool, opt(None, "Of a prior: use all pairs, not only held-out ones.", "--everything")] = False
     batch_size: BatchSize = 64
     workers: Workers = 2
@@ -68,7 +68,7 @@ class EvaluateOptions:
 
     def check_for(self, subject: str, *taken: str) -> None:
         """Raises: DalleError for an option that was given and that `subject` has no use for."""
-        special = ("reference", "features", "blur", "scores", "size", "candidates", "plot", "sheet", "everything")
+        special = ("reference", "features", "blur", "scores", "size", "candidates", "plot", "grid", "everything")
         default = replace(self, **{name: getattr(EvaluateOptions, name) for name in special})
         for name in special:
             if name not in taken and getattr(self, name) != getattr(default, name):

@@ -6,7 +6,6 @@ Shapes: B batch, S side in pixels, M TEST images, V views, D features, K neighbo
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,11 +20,11 @@ from torch import Tensor
 from dalle_cli import console
 from dalle_cli.data.augment import Augment, Pixels, center
 from dalle_cli.data.loader import Pictures
-from dalle_cli.data.skips import BadSample
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation import thumbnails
 from dalle_cli.evaluation.features import load_features
+from dalle_cli.evaluation.image_sets import first_side
 from dalle_cli.models.pixels import from_uint8
 from dalle_cli.viz.grid import image_grid
 
@@ -76,16 +75,8 @@ def network_matcher(spec: str, test: Pictures, machine: Arithmetic) -> Matcher:
         found = features(from_uint8(images)).features
         return F.normalize(torch.from_numpy(found).float().to(machine.device), dim=1)
 
-    size = min(LARGEST, first_side(test))
+    size = min(LARGEST, first_side(test, range(len(test)), "TEST"))
     return Matcher(features.name, size, center, keys, lambda images: keys(images)[:, None], None, machine.device)
-
-
-def first_side(images: Pictures) -> int:
-    """The shorter side of the first image that can be read. Raises: DalleError if none can."""
-    for row in range(len(images)):
-        with suppress(BadSample):
-            return min(images.read(row).size)
-    raise DalleError(f"expected images in TEST, found none of {len(images):,} that can be read; check them")
 
 
 class Nearest:
@@ -170,8 +161,8 @@ def _compared(pairs: Sequence[Pair], train: Pictures, test: Pictures, matcher: M
                 )
             both = [pair for pair in batch if pair.test in sides[0] and pair.train in sides[1]]
             if both:
-                a, b = (matcher.tensor(np.stack([side[int(pair[i])] for pair in both])) for i, side in enumerate(sides))
-                values = matcher.similarity(a, b).tolist()
+                a, b = np.stack([sides[0][p.test] for p in both]), np.stack([sides[1][p.train] for p in both])
+                values = matcher.similarity(matcher.tensor(a), matcher.tensor(b)).tolist()
                 out += [Pair(p.test, p.train, round(value, DIGITS)) for p, value in zip(both, values, strict=True)]
             advance(len(batch))
     return out

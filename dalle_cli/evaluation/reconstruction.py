@@ -6,7 +6,7 @@ in which all is computed.
 
 import bisect
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,20 +79,14 @@ def usage(counts: Tensor) -> tuple[int, float, float]:
     return int((counts > 0).sum()), math.exp(entropy), entropy / math.log(2)
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """An image and its reconstruction, (3, H, W) uint8 each, its row in the data set, and its metrics."""
+class Reconstruction(NamedTuple):
+    """An image and its reconstruction, (3, H, W) uint8 each. The order of the fields sorts by PSNR, then by row."""
 
+    psnr: float
     row: int
     image: Tensor
     decoded: Tensor
-    psnr: float
     ssim: float | None
-
-    @property
-    def order(self) -> tuple[float, int]:
-        """What the worst ones are sorted by: PSNR, then row."""
-        return self.psnr, self.row
 
 
 class Reconstructions:
@@ -117,10 +111,12 @@ class Reconstructions:
         self._errors.append(errors)
         self._ssim += [] if similarity is None else [similarity]
         for i, (row, value) in enumerate(zip(rows, psnr(errors).tolist(), strict=True)):
-            if len(self.worst) < self.keep or (self.keep and (value, row) < self.worst[-1].order):
+            if len(self.worst) < self.keep or (self.keep and (value, row) < self.worst[-1][:2]):
                 pixels = images[i].cpu().clone(), decoded[i].cpu().clone()  # a view would hold the whole batch
-                one = Reconstruction(row, *pixels, value, None if similarity is None else float(similarity[i]))
-                bisect.insort(self.worst, one, key=lambda other: other.order)
+                bisect.insort(
+                    self.worst,
+                    Reconstruction(value, row, *pixels, None if similarity is None else float(similarity[i])),
+                )
                 del self.worst[self.keep :]
 
     def image_metrics(self, which: Tensor | None = None) -> dict[str, object]:

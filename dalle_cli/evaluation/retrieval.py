@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dalle_cli.evaluation.store import Rows
+from dalle_cli.evaluation.store import FeatureRows
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 BLOCK = 256
 
 
-def cosines(images: Rows, captions: Rows, own: Ints) -> Floats:
+def cosines(images: FeatureRows, captions: FeatureRows, own: Ints) -> Floats:
     """Cosine of each image with the caption of number own[i]: (N,)."""
     out = np.empty(len(images))
     for start in range(0, len(images), BLOCK):
@@ -48,7 +48,7 @@ def shuffled(own: Ints, seed: int) -> Ints | None:
     return out
 
 
-def ranks(generated: Rows, real: Rows, own: Sequence[Sequence[int]], k: int, seed: int) -> Ints:
+def ranks(generated: FeatureRows, real: FeatureRows, own: Sequence[Sequence[int]], k: int, seed: int) -> Ints:
     """How many of k - 1 other real images have at least the cosine of the nearest own one: (N,), 0 is best.
 
     `own` has the real rows of each generated row's caption; the others are a random choice per row. A tie counts as a

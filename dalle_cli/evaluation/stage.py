@@ -16,6 +16,11 @@ from dalle_cli.evaluation.prior import evaluate_prior
 from dalle_cli.paths import named_after
 
 KINDS = "images, a data set, weights.dvae or weights.prior.codes"
+TAKEN = {  # what each kind is called, and the special options that it takes
+    "images": ("images", "reference", "features", "blur", "scores", "candidates", "size", "plot"),
+    "weights.dvae": ("a dVAE", "reference", "features", "grid"),
+    "weights.prior.codes": ("a prior", "plot", "everything"),
+}
 
 
 def evaluate(
@@ -27,26 +32,21 @@ def evaluate(
         DalleError: inputs or options that do not fit, something else at `out`, or a metric that is no number.
     """
     weights = _open_weights(inputs[0])
-    if weights is None:
-        taken = ("reference", "features", "blur", "scores", "candidates", "size", "plot")
-        options.check_for("images", *taken)
-    elif weights.kind == "weights.dvae":
-        options.check_for("a dVAE", "reference", "features", "sheet")
-    else:
-        options.check_for("a prior", "plot", "everything")
+    kind = "images" if weights is None else weights.kind
+    options.check_for(*TAKEN[kind])
     target = out or named_after(inputs[0], ".scores.json")
     check_overwrite(target, "scores", lambda path: read_json_key(path, "stage") == "evaluate", force)
     if weights is None:
         if len(inputs) > 1:
             raise DalleError(f"expected images alone, found {inputs[1]} after them; real images go to --reference")
-        metrics = {"kind": "images", **evaluate_images(inputs[0], target, options, machine, force)}
+        metrics = evaluate_images(inputs[0], target, options, machine, force)
     elif weights.kind == "weights.dvae":
         metrics = _dvae(weights, inputs, target, options, machine, force)
     else:
         metrics = _prior(weights, inputs, options, machine, force)
     if options.exclude is not None:
         metrics["inputs"]["exclude"] = digest_file(options.exclude)
-    metrics = {"stage": "evaluate", **metrics}
+    metrics = {"stage": "evaluate", "kind": kind, **metrics}
     write_text(target, as_text(metrics))
     return target, metrics
 
@@ -57,7 +57,7 @@ def _open_weights(first: str) -> Artifact | None:
     if path.suffix != ".safetensors":
         return None
     found = open_artifact(path)
-    if found.kind not in ("images", "weights.dvae", "weights.prior.codes"):
+    if found.kind not in TAKEN:
         raise DalleError(f"expected {KINDS}, found {found.kind}: {path}; give one of those")
     return None if found.kind == "images" else found
 
@@ -70,7 +70,7 @@ def _dvae(
         raise DalleError(f"expected images for a dVAE to reconstruct, found {found}; give --reference DATASET")
     images, digest = open_images(options.reference)
     metrics = evaluate_dvae(weights, images, digest, out, options, machine, force)
-    return {"kind": weights.kind, "inputs": {"model": weights.digest, "reference": digest}, "scores": metrics}
+    return {"inputs": {"model": weights.digest, "reference": digest}, "scores": metrics}
 
 
 def _prior(
@@ -81,7 +81,7 @@ def _prior(
     captions, codes = open_artifact(Path(inputs[1]), "captions"), open_artifact(Path(inputs[2]), "codes")
     metrics = evaluate_prior(weights, captions, codes, options, machine, force)
     digests = {"model": weights.digest, "captions": captions.digest, "codes": codes.digest}
-    return {"kind": weights.kind, "inputs": digests, "scores": metrics}
+    return {"inputs": digests, "scores": metrics}
 
 
 def as_text(metrics: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dalle_cli.artifacts import Artifact
 
 
-class Rows:
+class FeatureRows:
     """Rows of a column of an artifact: all, or those of the numbers `kept` (N,), in rising order."""
 
     def __init__(self, artifact: Artifact, column: str = "embeddings", kept: npt.NDArray[np.int64] | None = None):

@@ -81,8 +81,8 @@ class _HeadLoss(torch.autograd.Function):
             matrix, grad_weight, grad_bias = weight.to(low), torch.zeros_like(weight), torch.zeros_like(bias)
             for part, wanted in _chunks(4 * chunk, x, targets):
                 grad = torch.empty(len(part), len(weight), dtype=low, device=x.device)
-                for rows, ids, out in _chunks(chunk, part.to(weight.dtype), wanted[:, None], grad):
-                    total += _logit_gradients(_linear(rows, weight, bias, low), ids, out, grad_bias)
+                chunks = _chunks(chunk, part.to(weight.dtype), wanted[:, None], grad)
+                total += sum(_logit_gradients(_linear(r, weight, bias, low), i, g, grad_bias) for r, i, g in chunks)
                 grads.append(grad @ matrix)
                 grad_weight += grad.mT @ part.to(low)
         ctx.save_for_backward(torch.cat(grads).to(x.dtype), grad_weight, grad_bias)

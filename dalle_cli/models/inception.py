@@ -47,7 +47,7 @@ def _same(kernel: Kernel) -> Kernel:
     return kernel // 2 if isinstance(kernel, int) else (kernel[0] // 2, kernel[1] // 2)
 
 
-class Block(nn.Module):
+class InceptionBlock(nn.Module):
     """Branches of convolutions side by side, and a pool, 3 x 3; with `halve` the last step of each has stride 2.
 
     `n_pool` channels of a 1 x 1 convolution follow the pool; 0 is no convolution.
@@ -89,33 +89,37 @@ class Block(nn.Module):
         return torch.cat((*out, self.branch_pool(pooled)), 1)
 
 
-def _block_a(n_in: int, n_pool: int) -> Block:
+def _block_a(n_in: int, n_pool: int) -> InceptionBlock:
     """At 35 x 35."""
-    double = ("branch3x3dbl", [(64, 1), (96, 3), (96, 3)])
-    return Block(n_in, [("branch1x1", [(64, 1)]), ("branch5x5", [(48, 1), (64, 5)]), double], n_pool)
+    double: Branch = ("branch3x3dbl", [(64, 1), (96, 3), (96, 3)])
+    return InceptionBlock(n_in, [("branch1x1", [(64, 1)]), ("branch5x5", [(48, 1), (64, 5)]), double], n_pool)
 
 
-def _block_b(n_in: int) -> Block:
+def _block_b(n_in: int) -> InceptionBlock:
     """From 35 x 35 to 17 x 17."""
-    return Block(n_in, [("branch3x3", [(384, 3)]), ("branch3x3dbl", [(64, 1), (96, 3), (96, 3)])], halve=True)
+    return InceptionBlock(n_in, [("branch3x3", [(384, 3)]), ("branch3x3dbl", [(64, 1), (96, 3), (96, 3)])], halve=True)
 
 
-def _block_c(n_in: int, n: int) -> Block:
+def _block_c(n_in: int, n: int) -> InceptionBlock:
     """At 17 x 17: kernels of 7 x 7 as rows and columns."""
     double: Branch = ("branch7x7dbl", [(n, 1), (n, COLUMN), (n, ROW), (n, COLUMN), (192, ROW)])
-    return Block(n_in, [("branch1x1", [(192, 1)]), ("branch7x7", [(n, 1), (n, ROW), (192, COLUMN)]), double], 192)
+    return InceptionBlock(
+        n_in, [("branch1x1", [(192, 1)]), ("branch7x7", [(n, 1), (n, ROW), (192, COLUMN)]), double], 192
+    )
 
 
-def _block_d(n_in: int) -> Block:
+def _block_d(n_in: int) -> InceptionBlock:
     """From 17 x 17 to 8 x 8."""
     seven: Branch = ("branch7x7x3", [(192, 1), (192, ROW), (192, COLUMN), (192, 3)])
-    return Block(n_in, [("branch3x3", [(192, 1), (320, 3)]), seven], halve=True)
+    return InceptionBlock(n_in, [("branch3x3", [(192, 1), (320, 3)]), seven], halve=True)
 
 
-def _block_e(n_in: int, max_pool: bool) -> Block:
+def _block_e(n_in: int, max_pool: bool) -> InceptionBlock:
     """At 8 x 8: kernels of 3 x 3 as rows beside columns."""
-    double = ("branch3x3dbl", [(448, 1), (384, 3), (384, None)])
-    return Block(n_in, [("branch1x1", [(320, 1)]), ("branch3x3", [(384, 1), (384, None)]), double], 192, max_pool)
+    double: Branch = ("branch3x3dbl", [(448, 1), (384, 3), (384, None)])
+    return InceptionBlock(
+        n_in, [("branch1x1", [(320, 1)]), ("branch3x3", [(384, 1), (384, None)]), double], 192, max_pool
+    )
 
 
 class InceptionV3(nn.Module):

@@ -223,7 +223,7 @@ def score(
                 advance(len(texts))
             writer.write(shard, _join(parts))
             rows.skipped.write(skip_list(out))
-    return {**summary(open_artifact(out, rows.kind), scorer), "skipped": rows.skipped.summary() or None}
+    return {**_summary(open_artifact(out, rows.kind), scorer), "skipped": rows.skipped.summary() or None}
 
 
 def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return joined
 
 
-def summary(scored: Artifact, scorer: PriorScorer) -> dict[str, Any]:
+def _summary(scored: Artifact, scorer: PriorScorer) -> dict[str, Any]:
     """Scores in nats of a whole grid: how many rows, codes per row, mean, best, and each row's."""
     scores = np.asarray(scored.array("score")).astype(np.float64)
     listed = zip(scored.strings("ids"), scored.strings("text"), scores.tolist(), strict=True)

@@ -37,7 +37,7 @@ class CLIPTrain(ImageTrainConfig):
     eps: float = 1e-6
     weight_decay: float = 0.2
     clip_norm: float = 1.0
-    augment: str = setting("prior", overfit="center")
+    augment: str = setting("prior", deterministic="center")
 
 
 class CLIPTask(ImageTask):

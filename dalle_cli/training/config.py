@@ -20,14 +20,13 @@ SAVE_DTYPES = ("float32", "bfloat16", "float16", "int8")
 C = TypeVar("C", bound="TrainConfig")
 
 
-def setting(default: Any, *, affects: str = "updates", overfit: Any = None) -> Any:
+def setting(default: Any, *, affects: str = "updates", deterministic: Any = None) -> Any:
     """A field that needs more said than its default.
 
     `affects` says what the field changes: "updates"; "end", only what is written at the end, so that a run may resume
-    with another value; or "nothing" of the result. `overfit` is the value for learning a few samples by heart, without
-    any chance.
+    with another value; or "nothing". With the `deterministic` values a batch is its rows and nothing else.
     """
-    return field(default=default, metadata={"affects": affects, "overfit": overfit})
+    return field(default=default, metadata={"affects": affects, "deterministic": deterministic})
 
 
 def affecting(config: type, what: str) -> set[str]:
@@ -40,10 +39,11 @@ def with_defaults(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {**{f.name: f.default for f in fields(config)}, **values}
 
 
-def for_overfitting(config: C, batch_size: int) -> C:
-    """The same training on one batch of a few samples: no augmentation, no dropout of conditions."""
-    values = {f.name: f.metadata.get("overfit") for f in fields(config)}
-    return replace(config, **{name: v for name, v in values.items() if v is not None}, batch_size=batch_size)
+def deterministic(config: C, n: int) -> C:
+    """The same training on one batch of n rows, without augmentation, dropout of conditions, noise or validation."""
+    values: dict[str, Any] = {f.name: f.metadata.get("deterministic") for f in fields(config)}
+    values |= {name: n for name in ("batch_size", "sketch_batch", "max_validation") if name in values}
+    return replace(config, **{name: value for name, value in values.items() if value is not None})
 
 
 def check_at_least(config: object, least: float, *names: str) -> None:
@@ -100,9 +100,11 @@ class TrainConfig:
     validate_every: int = 500
     checkpoint_every: int = 500
     keep: int = 2
-    validation: float = 0.05  # share of ids held out
+    validation: float = setting(0.05, deterministic=0.0)  # share of ids held out
     max_validation: int = 1024
-    accumulate: int = setting(1, overfit=1)  # parts that a batch is computed in, one after another, to save memory
+    accumulate: int = setting(
+        1, deterministic=1
+    )  # parts that a batch is computed in, one after another, to save memory
     checkpoint_activations: bool = False  # compute each block again in the backward pass, to save memory
     compile: bool = False  # the loss by torch.compile; needs a C++ compiler, on a GPU Triton
     tensorboard: bool = setting(False, affects="nothing")  # also write the log for TensorBoard, into the run's folder
@@ -144,8 +146,8 @@ class TrainConfig:
 class ImageTrainConfig(TrainConfig):
     """What every training on images shares."""
 
-    augment: str = setting("center", overfit="center")  # or "dvae", "prior"
-    flip: bool = setting(False, overfit=False)
+    augment: str = setting("center", deterministic="center")  # or "dvae", "prior"
+    flip: bool = setting(False, deterministic=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

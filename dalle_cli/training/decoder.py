@@ -42,9 +42,10 @@ class DecoderTrain(DenoisingTrain):
 
     steps: int = 800_000
     batch_size: int = 2048
-    embedding_dropout: float = setting(0.1, overfit=0.0)  # share of null embeddings, for guidance
-    caption_dropout: float = setting(0.5, overfit=0.0)
-    embedding_noise: float = 0.0  # up to this share of their rms is added to the entries of z_i: a prior errs, too
+    embedding_dropout: float = setting(0.1, deterministic=0.0)  # share of null embeddings, for guidance
+    caption_dropout: float = setting(0.5, deterministic=0.0)
+    # noise of up to this share of their rms is added to the entries of z_i: a prior errs, too
+    embedding_noise: float = setting(0.0, deterministic=0.0)
     grid_images: int = setting(12, affects="nothing")
     grid_steps: int = setting(20, affects="nothing")
 

@@ -46,8 +46,8 @@ class DVAETrain(ImageTrainConfig):
     temperature_steps: int = 150_000
     beta: float = 6.6
     beta_steps: int = 5000
-    augment: str = setting("dvae", overfit="center")
-    flip: bool = setting(True, overfit=False)
+    augment: str = setting("dvae", deterministic="center")
+    flip: bool = setting(True, deterministic=False)
     revive_every: int = 100  # vq: updates between revivals of dead codes
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dalle_cli import config as recipes
 from dalle_cli import console
-from dalle_cli.artifacts import Artifact, history, open_artifact
+from dalle_cli.artifacts import Artifact, history
 from dalle_cli.data.datasets import Dataset, open_dataset
 from dalle_cli.data.exclude import exclude_digest, read_exclude_list
 from dalle_cli.data.filters import Filters
@@ -122,8 +122,3 @@ class TrainingStage:
         if skipped is not None and group.rank == 0:
             skipped.write(skip_list(self.out))
         return metrics | ({"skipped": skipped.summary()} if skipped is not None and skipped.count else {})
-
-
-def artifacts(**paths: "str | Path | None") -> dict[str, Artifact]:
-    """The given artifacts, each opened as the kind of its name."""
-    return {kind: open_artifact(path, kind) for kind, path in paths.items() if path is not None}

@@ -39,7 +39,7 @@ class UpsamplerTrain(DenoisingTrain):
     steps: int = 1_000_000
     batch_size: int = 1024
     crop: int = 4  # an image's side is this many times that of a crop
-    corruption: str = setting("blur", overfit="none")  # of the small image; or "bsr", for the second, or "none"
+    corruption: str = setting("blur", deterministic="none")  # of the small image; or "bsr", for the second, or "none"
     blur_sigma: float = 0.6  # pixels of the small image; from memory, not in the paper
     corruption_strength: float = 1.0  # share of the ranges of "bsr"
     low_noise: float = setting(0.0, affects="end")  # sampling default that the weights record; 0 = none

@@ -27,7 +27,7 @@ from dalle_cli.evaluation.frechet import Moments, between
 from dalle_cli.evaluation.image_metrics import Comparison, score
 from dalle_cli.evaluation.image_sets import GENERATED, REFERENCE, ImageSet, open_image_set
 from dalle_cli.evaluation.options import EvaluateOptions
-from dalle_cli.evaluation.store import Rows
+from dalle_cli.evaluation.store import FeatureRows
 from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.inception import InceptionV3
 
@@ -85,7 +85,7 @@ def ours(pictures: int, batch: int, size: int, width: int) -> Subject:
     def run() -> Moments:
         with passing(network, size, batch) as way:
             found = collect(side, way)[network.name, 0.0]
-            return Moments.of(Rows(found).blocks(), width)
+            return Moments.of(FeatureRows(found).blocks(), width)
 
     return Subject(run, pictures, warmup=1)
 
