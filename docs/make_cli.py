@@ -1,4 +1,4 @@
-"""Writes docs/cli.md to stdout, from the help of `dalle` and of its stages, without importing torch.
+"""Write docs/cli.md to stdout, from the help of `dalle` and of its commands, without importing torch.
 
 Run `make docs`. The help is laid out at a width of 100 columns, whatever the terminal, so that it is the same anywhere.
 """
@@ -15,14 +15,14 @@ HEAD = """# Command reference
 
 Made from the commands' own `--help` by `make docs`; edit the help, not this page.
 
-A stage takes its input as arguments and writes to `-o`. Standard output is the path of what was written, so stages
-chain in a pipe; everything else goes to standard error. The exit status is 0; 1 for a fault that a person can mend,
-told in one line; 2 for wrong usage; 130 when interrupted.
+A command takes its inputs as arguments and writes to `-o`. It prints the path of what it wrote to standard output, so
+commands chain in a pipe; everything else goes to standard error. The exit status is 0; 1 for an error that a person can
+mend, in one line; 2 for wrong usage; 130 after an interruption.
 """
 
 
 def context_of(command: Any, name: str, parent: Any = None) -> Any:
-    """A command's context, as if it was called without arguments, laid out at WIDTH."""
+    """A command's context, as if called without arguments, laid out at WIDTH."""
     widths = {"terminal_width": WIDTH, "max_content_width": WIDTH}
     return command.make_context(name, [], parent, resilient_parsing=True, **widths)
 
@@ -34,7 +34,7 @@ def help_of(context: Any) -> str:
 
 
 def stage_help(root: Any, name: str) -> str:
-    """One stage: its help without the example, which follows as a block of its own that can be copied."""
+    """One command: its help without the example, which follows as a block of its own that can be copied."""
     command = root.command.get_command(root, name)
     command.epilog = None
     shown = help_of(context_of(command, name, root))

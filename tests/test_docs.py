@@ -1,83 +1,210 @@
-"""Every stage has help, an example that parses, and a row in the README."""
+"""The pages agree with the code: commands, links, files, rooms, artifact kinds; and README.ko.md with README.md."""
 
-import importlib
-import inspect
+import contextlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import typer
-from conftest import run_cli
+import typer.main
+from test_imports import FLOORS
 
-from dalle_cli import cli
+from dalle_cli.artifacts.kinds import KINDS, VERSION
+from dalle_cli.cli import STAGES, app
 
 ROOT = Path(__file__).parent.parent
-STAGES = {name: text for group in cli.STAGES.values() for name, text in group.items()}
+README, KOREAN, ARTIFACTS = ROOT / "README.md", ROOT / "README.ko.md", ROOT / "docs" / "artifacts.md"
+ARCHITECTURE, CONTRIBUTING = ROOT / "docs" / "architecture.md", ROOT / "docs" / "contributing.md"
+NAMES = [name for group in STAGES.values() for name in group]
+GLOBS = ("*.md", "docs/*.md", "recipes/*/*.md", "dalle_cli/bundles/*/README.md")
+PAGES = sorted(page for glob in GLOBS for page in ROOT.glob(glob))
+FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+DTYPES = {"U8", "U16", "I32", "I64", "F16", "F32"}
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
-def module(name):
-    return importlib.import_module(f"dalle_cli.commands.{name.replace('-', '_')}")
+def text_of(page):
+    return page.read_text(encoding="utf-8")
 
 
-def command(name):
-    group = typer.main.get_command(cli.app)
-    return group.get_command(None, name)
+def commands(page):
+    """Every command line of `dalle` in a page's code, pipes and continued lines taken apart."""
+    text = re.sub(r"\\\n\s*", " ", text_of(page))
+    lines = [part.strip() for line in text.splitlines() for part in line.split(" | ")]
+    return [line for line in lines if re.match(r"dalle [a-z-]+ ", line)]
 
 
-def test_every_stage_is_in_the_table():
-    """A module of commands/ with a `run` is a stage; the others are what stages share."""
-    files = [path.stem for path in (ROOT / "dalle_cli/commands").glob("*.py")]
-    stages = {name.replace("_", "-") for name in files if hasattr(module(name), "run")}
-    assert stages == set(STAGES)
+def inline_commands(page):
+    """Every `dalle COMMAND ...` within a paragraph or a table but those with placeholders."""
+    found = re.findall(r"`(dalle [a-z-]+ [^`]+)`", re.sub(r"\n(?=\S)", " ", FENCE.sub("", text_of(page))))
+    return [line for line in found if "..." not in line and not re.search(r" [A-Z](?= |$)", line)]
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_help(name):
-    shown = run_cli(name, "--help")
-    assert shown.status == 0
-    assert f"Usage: dalle {name} " in shown.stdout
-    assert STAGES[name] == inspect.getdoc(module(name).run).splitlines()[0]
-    assert STAGES[name].split()[0] in shown.stdout
-    assert "Example:\n" in shown.stdout
-    for parameter in command(name).params:
-        if parameter.param_type_name == "option" and parameter.name != "help":
-            assert parameter.help, f"{name} {parameter.opts} has no help"
+def links(page):
+    text = re.sub(r"<!--.*?-->", "", text_of(page), flags=re.DOTALL)
+    return re.findall(r"\]\(([^)\s]+)\)", text)
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_the_example_parses(name):
-    lines = [line for line in module(name).EXAMPLE.splitlines() if not line.startswith("export DALLE_MODEL=")]
-    parts = [shlex.split(part) for line in lines for part in line.split(" | ")]
-    assert any(words[1] == name for words in parts)
-    for words in parts:
-        assert words[0] == "dalle"
-        command(words[1]).make_context(words[1], words[2:], resilient_parsing=False).close()
+def blocks(page):
+    """The code of a page: fenced blocks, and runs of lines indented by four."""
+    fenced = FENCE.findall(text_of(page))
+    return fenced + re.findall(r"(?:^ {4}.*\n)+", FENCE.sub("", text_of(page)), re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("width", ["40", "200"])
-def test_help_can_be_read_and_its_example_copied(name, width):
-    """Arguments and values by plain names, no bounds of 19 digits, and an example that no narrow terminal breaks."""
-    shown = run_cli(name, "--help", env={"COLUMNS": width, "TERMINAL_WIDTH": width}).stdout
-    usage, _, rest = shown.partition("\n\n")
-    assert not set("{}<>") & set(usage)
-    assert " <" not in rest
-    assert "92233720" not in rest
-    assert shown.endswith("Example:\n" + "".join(f"  {line}\n" for line in module(name).EXAMPLE.splitlines()))
-    for parameter in command(name).params:
-        if parameter.param_type_name == "option" and not getattr(parameter, "is_flag", False):
-            assert parameter.metavar, f"{name} {parameter.opts} has no word for its value"
-        shown_n = "-n" in parameter.opts and not parameter.hidden  # everywhere the number of candidates
-        assert not shown_n or "--samples" in parameter.opts
+def rows(page):
+    return re.findall(r"^\| `dalle ([a-z-]+)` \| (.+) \| (.+) \|$", text_of(page), re.MULTILINE)
 
 
-def table_rows(text):
-    """The first cell of each row of each table of a Markdown text."""
-    return [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|") and line.count("|") > 2]
+def parse(line):
+    """Let the command line's own parser check a line; the command is not run. Raises what it raises."""
+    root = typer.main.get_command(app).make_context("dalle", [], resilient_parsing=True)
+    words = shlex.split(line, comments=True)
+    stage = root.command.get_command(root, words[1])
+    assert stage is not None, f"no such command: {line}"
+    return stage.make_context(words[1], words[2:], parent=root)
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_row_in_the_readme(name):
-    rows = table_rows((ROOT / "README.md").read_text())
-    assert any(re.search(rf"`(dalle )?{name}\b[^`]*`", cell) for cell in rows), name
+# Commands and links
+
+
+@every_page
+def test_every_command_shown_is_one_that_parses(page):
+    for line in [*commands(page), *inline_commands(page)]:
+        with contextlib.suppress(typer.Exit):  # after --help
+            parse(line.replace("FILE", "file"))
+
+
+def test_wrong_commands_would_be_noticed():
+    assert {shlex.split(line)[1] for line in commands(ROOT / "docs" / "cli.md")} == set(NAMES)
+    assert len(commands(README)) >= 12
+    with pytest.raises(Exception, match=r"(?i)no such option"):
+        parse("dalle sample red --no-such-option 3")
+    with pytest.raises(Exception, match=r"(?i)missing"):
+        parse("dalle train-dvae photos/")
+
+
+def anchors(page):
+    """The anchors that a forge makes of a page's headings."""
+    heads = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for target in links(page):
+        name, _, anchor = target.partition("#")
+        if ":" in name:
+            continue
+        found = (page.parent / name) if name else page
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_readme_has_a_row_for_every_command_in_the_order_of_help():
+    assert [row[0] for row in rows(README)] == NAMES
+    assert len(text_of(README).splitlines()) <= 150
+
+
+def test_the_index_lists_every_page():
+    assert {"../README.md", *(page.name for page in ROOT.glob("docs/*.md"))} - {"README.md"} == set(
+        links(ROOT / "docs" / "README.md")
+    )
+
+
+# README.ko.md
+
+
+def test_the_korean_readme_shows_the_same_code():
+    assert blocks(KOREAN) == blocks(README)
+    assert len(blocks(README)) >= 7
+
+
+def test_the_korean_readme_names_the_same_commands_and_links():
+    assert [row[0] for row in rows(KOREAN)] == NAMES
+    assert sorted({*links(KOREAN)} - {"README.md"}) == sorted({*links(README)} - {"README.ko.md"})
+    assert len(links(KOREAN)) >= len(links(README))
+    assert text_of(KOREAN).count("\n## ") == text_of(README).count("\n## ")
+    quoted = [set(re.findall(r"`([^`\n]+)`", FENCE.sub("", text_of(page)))) for page in (KOREAN, README)]
+    assert quoted[0] == quoted[1]
+
+
+# Rooms
+
+
+def test_the_picture_of_the_rooms_is_the_order_of_imports():
+    section = text_of(ARCHITECTURE).partition("## Import order")[2]
+    picture = re.search(r"```text\n(.*?)```", section, re.DOTALL)[1]
+    assert tuple(tuple(line.split()) for line in picture.splitlines()) == FLOORS
+
+
+def test_every_room_has_a_row():
+    section = text_of(ARCHITECTURE).partition("## Rooms")[2].partition("## Import order")[0]
+    named = {cell.rstrip("/") for cell in re.findall(r"^\| `([a-z]+/?)` \|", section, re.MULTILINE)}
+    assert named == {room for floor in FLOORS for room in floor}
+
+
+@pytest.mark.parametrize("page", [ARCHITECTURE, CONTRIBUTING], ids=lambda page: page.name)
+def test_files_and_names_of_the_code_exist(page):
+    """A path in backquotes is a file; a constant named before `of PATH` or `in PATH` stands in that file."""
+    text = FENCE.sub("", text_of(page))
+    examples = {"recipe.toml", "build/NAME.txt", "utils.py"}
+    places = [ROOT, ROOT / "dalle_cli", ROOT / "dalle_cli/training", ROOT / "docs"]
+
+    def found(path):
+        return next((place / path for place in places if (place / path).exists()), None)
+
+    paths = set(re.findall(r"`([\w./]+\.(?:py|mk|toml|txt|yaml|yml|md))`", text)) - examples
+    assert [path for path in paths if found(path) is None] == []
+    for name, path in re.findall(r"`([A-Za-z_]\w+)` (?:of|in) `([\w/]+\.py)`", text):
+        assert re.search(rf"^(?:def |class )?{name}\b", text_of(found(path)), re.MULTILINE), (name, path)
+
+
+# Artifacts
+
+
+def kind_rows():
+    """The table of kinds: (kind, column) -> (dtypes, number of dimensions, always there); strings have no dtypes."""
+    rows, kind = {}, ""
+    text = text_of(ARTIFACTS).partition("## Kinds")[2].partition("\n## ")[0]
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 5 or cells[0] == "kind" or set(cells[0]) == {"-"}:
+            continue
+        kind = cells[0].strip("`") or kind
+        dtypes = tuple(word for word in cells[2].split() if word in DTYPES)
+        shape = cells[3].strip("()").split(",") if dtypes else []
+        rows[kind, cells[1].strip("`")] = (dtypes, len(shape), "always" in cells[4])
+    return rows
+
+
+def test_the_format_names_every_kind_and_column_as_the_code_has_them():
+    expected = {}
+    for kind in KINDS.values():
+        for name, column in kind.columns.items():
+            expected[kind.name, name] = (column.dtypes, column.ndim, column.required)
+        for stem, required in kind.strings.items():
+            expected[kind.name, f"{stem}.*"] = ((), 0, required)
+    written = kind_rows()
+    with_rows = {key: value for key, value in written.items() if KINDS[key[0]].rows}
+    assert with_rows == expected
+    assert {kind for kind, _ in written} == set(KINDS)
+
+
+def test_the_format_names_every_key_that_headers_have(chain):
+    from dalle_cli.artifacts import open_artifact
+
+    text = text_of(ARTIFACTS).partition("## Config")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(.+?)` \| (.+) \|$", text, re.MULTILINE)
+    table = {kind: set(re.findall(r"`([a-z_]+)`", keys)) for kind, keys in rows}
+    paths = [chain.captions, chain.codes, chain.dvae, chain.clip, chain.prior, chain.drawn, chain.images, chain.best]
+    for artifact in map(open_artifact, paths):
+        assert set(artifact.config) == table[artifact.kind], artifact.path.name
+    run = chain.prior.with_name("prior.run")
+    checkpoint = open_artifact(max(run.glob("checkpoint-*.safetensors")), "checkpoint")
+    assert set(checkpoint.config) == table["weights.prior.codes"] | {"step"}
+    assert {name.partition("/")[0] for name in checkpoint.headers[0].tensors} == {"model", "ema", "optimizer", "loop"}
+
+
+def test_the_format_names_the_version():
+    assert f"specification, version {VERSION}." in text_of(ARTIFACTS).replace("\n", " ")
