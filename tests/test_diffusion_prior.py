@@ -195,7 +195,7 @@ def test_loss_is_the_process_own():
     assert (len(process.schedule), process.prediction) == (100, "x_start")
     x_start, noise = torch.randn(2, 4, 6, dtype=torch.double)
     t = torch.tensor([0, 33, 66, 99])
-    x = process.noised(x_start, t, noise)
+    x = process.add_noise(x_start, t, noise)
     output = model(x, t, tokens, lengths, z_t)
     expected = losses(process, output, x_start, x, t, noise).total.mean()
     torch.testing.assert_close(model.loss(x, t, tokens, lengths, z_t, x_start)[0], expected)

@@ -221,7 +221,7 @@ def test_brightness_is_not_lost_at_the_first_step(monkeypatch):
 
     ours = lost()
     monkeypatch.setattr(painting, "_into_noise", lambda denoise, x, way, n: ddim_invert(
-        denoise, x, type(way)(way.timesteps[:1], way.levels[:2]), n))  # fmt: skip
+        denoise, x, type(way)(way.timesteps[:1], way.alphas_cumprod[:2]), n))  # fmt: skip
     assert ours < 0.5 * lost()
     assert ours <= 2
 

@@ -91,7 +91,7 @@ def _diffusion(config: DiffusionPriorConfig, train: EmbeddingPriorTrain) -> Subj
     def loss(model: DiffusionPrior, batch: Any, generator: torch.Generator) -> Loss:
         tokens, lengths, z_t, z_i, noise, t = batch
         x_start = model.principal.standardize(z_i)
-        return model.loss(process_of(model).noised(x_start, t, noise), t, tokens, lengths, z_t, x_start)
+        return model.loss(process_of(model).add_noise(x_start, t, noise), t, tokens, lengths, z_t, x_start)
 
     return Subject("diffusion_prior", train, partial(DiffusionPrior, config), batch, loss)
 

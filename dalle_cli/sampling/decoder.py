@@ -14,7 +14,7 @@ from dalle_cli.diffusion.denoiser import Denoiser, Guidance, Network, Threshold,
 from dalle_cli.diffusion.noise import Noise
 from dalle_cli.diffusion.process import Process
 from dalle_cli.diffusion.samplers import SAMPLERS, ddim_invert, sample
-from dalle_cli.diffusion.schedules import Steps, named, spaced
+from dalle_cli.diffusion.schedules import Timesteps, make_schedule, select_timesteps
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder
 from dalle_cli.models.pixels import from_uint8, to_uint8
@@ -49,7 +49,7 @@ def process(config: UNetConfig) -> Process:
 
     Raises: DalleError for one that does not exist.
     """
-    schedule = named(config.schedule, config.n_timestep, config.zero_snr)
+    schedule = make_schedule(config.schedule, config.n_timestep, config.zero_snr)
     return Process(schedule, config.prediction, config.learned_variance)
 
 
@@ -106,20 +106,20 @@ def invert(
     model = process(decoder.config)
     told = network(decoder, embeddings, tokens, lengths, given, guidance != 1)
     denoise = denoiser(told, model, Guidance(guidance), Threshold(1.0))
-    x, way = to_signed(pictures.to(decoder.null_embedding.device)), spaced(model.schedule, steps)
+    x, way = to_signed(pictures.to(decoder.null_embedding.device)), select_timesteps(model.schedule, steps)
     if steps == 1:
         return ddim_invert(denoise, x, way, iterations)
-    x = ddim_invert(denoise, x, Steps(way.timesteps[1:], way.levels[1:]), iterations)
+    x = ddim_invert(denoise, x, Timesteps(way.timesteps[1:], way.alphas_cumprod[1:]), iterations)
     return _into_noise(denoise, x, way, iterations)
 
 
-def _into_noise(denoise: Denoiser, x: Tensor, way: Steps, iterations: int) -> Tensor:
+def _into_noise(denoise: Denoiser, x: Tensor, way: Timesteps, iterations: int) -> Tensor:
     """The first step of DDIM read backwards, x_start being taken at the point known rather than epsilon.
 
     Where hardly any data is left epsilon is x itself: however often it is taken anew it does not tell x_start, which a
     picture's brightness depends on.
     """
-    level, following = way.levels[:2]
+    level, following = way.alphas_cumprod[:2]
     found = x
     for _ in range(iterations):
         x_start = denoise(found, way.timesteps[0]).x_start
@@ -135,7 +135,7 @@ def enlarge_noised(model: Process, low: Tensor, factor: int, level: Tensor, nois
     of the small image (Ho et al. 2021, sec. 4.2), so it is enlarged as well.
     """
     enlarged = enlarge(low, factor)
-    noised = model.noised(enlarged, level.clamp(min=0).cpu(), resize(noise, factor))
+    noised = model.add_noise(enlarged, level.clamp(min=0).cpu(), resize(noise, factor))
     return torch.where((level < 0)[:, None, None, None], enlarged, noised)
 
 

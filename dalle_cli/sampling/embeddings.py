@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_cli.diffusion import samplers, schedules
-from dalle_cli.diffusion.denoiser import denoiser, guided_span
+from dalle_cli.diffusion.denoiser import denoiser, guidance_interval
 from dalle_cli.diffusion.noise import Noise, noise_for
 from dalle_cli.diffusion.process import Process
 from dalle_cli.errors import DalleError
@@ -57,7 +57,7 @@ class Group(NamedTuple):
 
 def process_of(prior: DiffusionPrior) -> Process:
     """The noise that a diffusion prior was trained with, and what it predicts."""
-    return Process(schedules.named(prior.config.schedule, prior.config.n_timestep), "x_start")
+    return Process(schedules.make_schedule(prior.config.schedule, prior.config.n_timestep), "x_start")
 
 
 def diffused(
@@ -86,7 +86,7 @@ def diffused(
     if best_of < 1:
         raise DalleError(f"expected 1 draw or more to choose from, found {best_of}; 2 is the paper's")
     process, n = process_of(prior), prior.config.n_embedding
-    guidance = guided_span(process.schedule, guidance_scale, *guidance_span)
+    guidance = guidance_interval(process.schedule, guidance_scale, *guidance_span)
     for group in _groups(prior, read, indices, captions, batch_size, guidance_scale != 1):
         rows = len(group.indices) * best_of
 

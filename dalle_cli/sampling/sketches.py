@@ -29,7 +29,7 @@ def sketch_losses(prior: Prior, tokens: Tensor, lengths: Tensor, pictures: Tenso
 
     Raises: DalleError where the prior draws no sketch.
     """
-    x = PROCESS.noised(pictures, t, noise)
+    x = PROCESS.add_noise(pictures, t, noise)
     sketch = _of(prior)
     output = sketch(x, t, sketch.read(tokens, prior.written(lengths)))
     return losses(PROCESS, output, pictures, x, t, noise).total
@@ -64,7 +64,7 @@ def sample_sketches(
             if known is None:
                 return found
             x_start = torch.where(known[1], known[0], found.x_start)
-            return Denoised(x_start, to_epsilon("x_start", x_start, x, PROCESS.schedule.level(t)))
+            return Denoised(x_start, to_epsilon("x_start", x_start, x, PROCESS.schedule.alpha_bar(t)))
 
         return denoise
 
@@ -124,7 +124,7 @@ def _drawn(
         null = sketch.read(tokens[:1], torch.zeros_like(written[:1]))
         rows = torch.cat([words, null.expand_as(words)])
         free = denoiser(lambda x, t: sketch(x, t, rows[: len(x)]), PROCESS, Guidance(guidance_scale), Threshold())
-        drawn = samplers.ddim(partly(free), x, schedules.spaced(PROCESS.schedule, steps))
+        drawn = samplers.ddim(partly(free), x, schedules.select_timesteps(PROCESS.schedule, steps))
     sketch.train(training)
     return drawn
 

@@ -76,7 +76,7 @@ def denoising(
     """The loss of a network at noised images, uint8 (B, 3, S, S), and its parts: -> ()."""
     here = t.cpu()  # where the schedule is; the one wait for the device
     x_start = to_signed(images)
-    x = process.noised(x_start, here, noise)
+    x = process.add_noise(x_start, here, noise)
     found = losses(process, predict(x, t), x_start, x, here, noise, min_snr=min_snr or None)
     figures = {"mse": found.simple.mean()}
     if found.bound is not None:
@@ -98,7 +98,7 @@ class Bins:
             within = [(number + i * _GOLDEN % 1) / n_bins for i in numbers]
             t = torch.tensor([min(int(share * self.n), self.n - 1) for share in within])
             noise = noise_for(0, numbers, number, x_start.shape[1:], "validation").to(x_start.device)
-            x = self.process.noised(x_start, t, noise)
+            x = self.process.add_noise(x_start, t, noise)
             found = losses(self.process, predict(x, t.to(x.device)), x_start, x, t, noise)
             sums, counts = by_timestep(found.simple.cpu(), t, self.n, N_BINS)
             self.sums += sums

@@ -204,7 +204,7 @@ class DiffusionPriorTask(EmbeddingPriorTask):
         self, model: DiffusionPrior, read: Read, z_i: Tensor, t: Tensor, noise: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         x_start = model.principal.standardize(z_i)
-        return model.loss(self.process.noised(x_start, t, noise), t, *read, x_start)
+        return model.loss(self.process.add_noise(x_start, t, noise), t, *read, x_start)
 
     def _held_out_loss(self, model: Any, read: Read, z_i: Tensor, numbers: range) -> Tensor:
         """At timesteps spread evenly over the images."""
