@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from by_keyword import sample_autoregressive
 from test_diffusion_prior import inputs as diffusion_inputs
 from test_diffusion_prior import prior as diffusion_prior
 from test_embedding_prior import prior as autoregressive_prior
 
 from dalle_cli.diffusion.noise import noise_for
 from dalle_cli.errors import DalleError
-from dalle_cli.sampling.autoregressive import draw, uniforms
-from dalle_cli.sampling.embeddings import Read, autoregressed, diffused, upper_half_dots
+from dalle_cli.sampling.categorical import sample_categorical, uniforms
+from dalle_cli.sampling.embeddings import PromptBatch, sample_diffusion, upper_half_dots
 
 CAPTIONS = [1, 1, 1, 2, 3, 3, 0, 1]
 INDICES = [5 << 32 | 3, 1, 2, 9, 4, 2**160, 6, 7]
@@ -17,12 +18,12 @@ INDICES = [5 << 32 | 3, 1, 2, 9, 4, 2**160, 6, 7]
 
 def read():
     _, _, tokens, lengths, z_t = diffusion_inputs()
-    return Read(tokens, lengths, z_t)
+    return PromptBatch(tokens, lengths, z_t)
 
 
 def by_diffusion(model=None, captions=CAPTIONS, indices=INDICES, seed=0, **more):
     model = model or diffusion_prior(n_timestep=50)
-    return torch.cat(list(diffused(model, read(), indices, seed, captions=captions, **{"steps": 6, **more})))
+    return torch.cat(list(sample_diffusion(model, read(), indices, seed, captions=captions, **{"steps": 6, **more})))
 
 
 def by_buckets(model=None, captions=CAPTIONS, indices=INDICES, seed=0, **more):
@@ -30,7 +31,7 @@ def by_buckets(model=None, captions=CAPTIONS, indices=INDICES, seed=0, **more):
         model = autoregressive_prior(n_bucket=64)
         for part in (model.captions.token, model.captions.z_in, model.head):
             part.weight *= 4  # so that captions move many a bucket
-    return torch.cat(list(autoregressed(model, read(), indices, seed, captions=captions, **more)))
+    return torch.cat(list(sample_autoregressive(model, read(), indices, seed, captions=captions, **more)))
 
 
 both = pytest.mark.parametrize("drawn", [by_diffusion, by_buckets])
@@ -129,8 +130,8 @@ def test_drawn_bucket_by_bucket():
     buckets = torch.zeros(1, 5, dtype=torch.int64)
     for component in range(5):
         logits = model(*rows, torch.tensor([dot]), buckets)[:, component]
-        buckets[0, component] = draw(logits / 0.7, noise[None, 1 + component])
-    got = torch.cat(list(autoregressed(model, rows, [index], 3, temperature=0.7)))
+        buckets[0, component] = sample_categorical(logits / 0.7, noise[None, 1 + component])
+    got = torch.cat(list(sample_autoregressive(model, rows, [index], 3, temperature=0.7)))
     torch.testing.assert_close(got, model.dequantize(buckets))
 
 
@@ -150,7 +151,7 @@ def test_training_mode_is_left_as_it_was():
 
 def test_settings_out_of_range():
     cases = {
-        "best_of": (by_diffusion, 0, "1 draw or more"),
+        "best_of": (by_diffusion, 0, "1 sample or more"),
         "sampler": (by_diffusion, "euler", "found 'euler'"),
         "steps": (by_diffusion, 51, "1 to 50 steps"),
         "guidance_span": (by_diffusion, (0.7, 0.2), "0.7 to 0.2"),

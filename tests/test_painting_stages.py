@@ -338,11 +338,12 @@ def planted(folder, unclip, chain, upsamplers=()):
     header = {"model": asdict(c), "train": {}, "encoder": unclip.encoder, "tokenizer": told["tokenizer"]}
     model = randomized(Decoder(c), scale=0.2)
     save_tensors(folder / "decoder.safetensors", "weights.decoder", model.state_dict(), header, [])
-    for low, high in upsamplers:
-        u = UpsamplerConfig(**sizes, image_size=high, low_size=low)
+    for low, high, *noise in upsamplers:
+        u = UpsamplerConfig(**sizes, image_size=high, low_size=low, low_noise=noise[0] if noise else 0.0)
         tensors = randomized(Upsampler(u), scale=0.2).state_dict()
         path = folder / f"up{high}.safetensors"
-        save_tensors(path, "weights.upsampler", tensors, {"model": asdict(u), "train": {}}, [])
+        train = {"low_noise": noise[1]} if noise else {}
+        save_tensors(path, "weights.upsampler", tensors, {"model": asdict(u), "train": train}, [])
     return folder
 
 
@@ -435,6 +436,30 @@ def test_a_chain_of_upsamplers(model, large, drawn, tmp_path):
     other = decode(drawn, large, tmp_path / "c.safetensors", "--upsampler-steps", 3)
     assert np.abs(other - pictures).max() > 3
     assert len(bundles.whole(list(large.glob("up*.safetensors")))) == 2
+
+
+def test_low_noise_is_passed_to_the_upsamplers_trained_with_it(unclip, chain, drawn, tmp_path):
+    """By default as their weights say; a value given wins; the history says what changed the images."""
+
+    def made(folder, *more):
+        images = decode(drawn, folder, tmp_path / "x.safetensors", "--upsampler-steps", 2, *more)
+        return images, open_artifact(tmp_path / "x.safetensors").history[-1]["options"].get("low_noise")
+
+    sizes = [(16, 32), (8, 16, 0.5, 0.0)]
+    silent = planted(tmp_path / "silent", unclip, chain, sizes)
+    noisy = planted(tmp_path / "noisy", unclip, chain, [sizes[0], (8, 16, 0.5, 0.25)])
+    none, some, default = made(silent), made(silent, "--low-noise", 0.25), made(noisy)
+    assert none[1] is None
+    assert some[1] == default[1] == [0.25, 0.0]  # of 8 to 16 pixels, and of 16 to 32, which was trained without
+    assert np.abs(some[0] - none[0]).max() > 3
+    assert (default[0] == some[0]).all()
+    off = made(noisy, "--low-noise", 0)
+    assert off[1] is None
+    assert (off[0] == none[0]).all()
+    assert np.abs(made(silent, "--low-noise", 0.5)[0] - some[0]).max() > 3
+    assert "--low-noise of at most 0.5" in run_bad("decode", drawn, "-m", silent, "--low-noise", 0.6)
+    without = planted(tmp_path / "without", unclip, chain, [(8, 16)])
+    assert "for --low-noise, found none" in run_bad("decode", drawn, "-m", without, "--low-noise", 0.1)
 
 
 def test_upsamplers_that_do_not_follow(unclip, chain, drawn, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from artifact_files import array, strings
+from by_keyword import sample_codes
 from conftest import run_bad, run_ok
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from dalle_cli.artifacts import digest_bytes, open_artifact, write_artifact
 from dalle_cli.errors import DalleError
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.pipelines.inpainting import white_cells
-from dalle_cli.sampling.autoregressive import draw, sample_codes, uniforms
+from dalle_cli.sampling.categorical import sample_categorical, uniforms
 
 SMALL = PriorConfig(n_layer=3, n_head=2, n_embd=32, n_text_vocab=11, n_text=6, n_image_vocab=40, grid=5, conv_kernel=3)
 TOKENS, LENGTHS = torch.tensor([[1, 2, 3, 4, 0, 0]]), torch.tensor([4])
@@ -55,7 +56,7 @@ def chess():
 def test_the_rest_is_drawn_as_without_a_cache(attention, scale):
     """The whole grid again, one full pass for each code, with kept codes in their places."""
     model, codes, kept = build(torch.double, attention=attention), some_codes(2), chess()
-    drawn = sample(model, 2, given=codes, kept=kept, guidance_scale=scale)
+    drawn = sample(model, 2, known=codes, keep=kept, guidance_scale=scale)
     expected = torch.where(kept, codes, 0).flatten(1)
     noise = torch.stack([uniforms(7, i, 25) for i in range(2)])
     for j in range(25):
@@ -63,7 +64,7 @@ def test_the_rest_is_drawn_as_without_a_cache(attention, scale):
         conditional = model(TOKENS.expand(2, -1), LENGTHS.expand(2), grid)[1][:, j]
         null = model(TOKENS.expand(2, -1), torch.zeros(2, dtype=torch.int64), grid)[1][:, j]
         if not kept.flatten()[j]:
-            expected[:, j] = draw(null + scale * (conditional - null), noise[:, j])
+            expected[:, j] = sample_categorical(null + scale * (conditional - null), noise[:, j])
     assert torch.equal(drawn.flatten(1), expected)
     assert torch.equal(drawn[:, kept], codes[:, kept])
     assert not torch.equal(drawn[:, ~kept], sample(model, 2, guidance_scale=scale)[:, ~kept])
@@ -74,10 +75,10 @@ def test_keeping_nothing_is_plain_and_keeping_all_is_the_codes(monkeypatch, scal
     model, codes = build(), some_codes()
     none, all_ = torch.zeros(5, 5, dtype=torch.bool), torch.ones(5, 5, dtype=torch.bool)
     plain = sample(model, guidance_scale=scale)
-    assert torch.equal(sample(model, guidance_scale=scale, given=codes, kept=none), plain)
+    assert torch.equal(sample(model, guidance_scale=scale, known=codes, keep=none), plain)
     monkeypatch.setattr(Prior, "step", lambda *_: pytest.fail("nothing is drawn"))
-    assert torch.equal(sample(model, guidance_scale=scale, given=codes, kept=all_), codes)
-    assert torch.equal(sample(model, guidance_scale=scale, given=codes[0], kept=all_), codes[:1].expand(4, -1, -1))
+    assert torch.equal(sample(model, guidance_scale=scale, known=codes, keep=all_), codes)
+    assert torch.equal(sample(model, guidance_scale=scale, known=codes[0], keep=all_), codes[:1].expand(4, -1, -1))
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -86,7 +87,7 @@ def test_the_noise_of_what_is_drawn_stays(scale):
     model = build()
     plain = sample(model, guidance_scale=scale)
     for kept in (chess(), ~chess(), torch.arange(25).view(5, 5) > 12, torch.arange(25).view(5, 5) <= 12):
-        assert torch.equal(sample(model, guidance_scale=scale, given=plain, kept=kept), plain)
+        assert torch.equal(sample(model, guidance_scale=scale, known=plain, keep=kept), plain)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -95,8 +96,8 @@ def test_a_kept_code_is_seen_by_all_after_it_and_by_none_before(scale):
     kept[1, 2] = kept[3, 3] = True
     other = codes.clone()
     other[1, 2] = (codes[1, 2] + 1) % 40
-    options = {"n": 400, "batch_size": 400, "guidance_scale": scale, "kept": kept}
-    differs = (sample(model, given=codes, **options) != sample(model, given=other, **options)).any(0).flatten()
+    options = {"n": 400, "batch_size": 400, "guidance_scale": scale, "keep": kept}
+    differs = (sample(model, known=codes, **options) != sample(model, known=other, **options)).any(0).flatten()
     assert not differs[:7].any()
     free = ~kept.flatten()[8:]
     assert differs[7]
@@ -107,20 +108,20 @@ def test_a_kept_code_is_seen_by_all_after_it_and_by_none_before(scale):
 def test_batches_are_of_any_size_and_rows_have_codes_of_their_own():
     model, codes = build(), some_codes(7)
     for scale in (1.0, 3.0):
-        options = {"n": 7, "guidance_scale": scale, "kept": chess()}
-        drawn = sample(model, given=codes, batch_size=7, **options)
+        options = {"n": 7, "guidance_scale": scale, "keep": chess()}
+        drawn = sample(model, known=codes, batch_size=7, **options)
         assert torch.equal(drawn[:, chess()], codes[:, chess()])
         for batch_size in (1, 3):
-            assert torch.equal(sample(model, given=codes, batch_size=batch_size, **options), drawn)
-        one = sample_codes(model, TOKENS, LENGTHS, [5], 7, given=codes[5], kept=chess(), guidance_scale=scale)
+            assert torch.equal(sample(model, known=codes, batch_size=batch_size, **options), drawn)
+        one = sample_codes(model, TOKENS, LENGTHS, [5], 7, known=codes[5], keep=chess(), guidance_scale=scale)
         assert torch.equal(one[0], drawn[5])
 
 
 def test_static_caches_are_fed_kept_codes(monkeypatch):
     model, codes = build(), some_codes()
-    drawn = sample(model, given=codes, kept=chess(), guidance_scale=2.0)
+    drawn = sample(model, known=codes, keep=chess(), guidance_scale=2.0)
     monkeypatch.setattr(devices, "compiled", lambda step, *_: step)  # what is compiled, but as it stands
-    assert torch.equal(sample(model, given=codes, kept=chess(), guidance_scale=2.0, compiled=True), drawn)
+    assert torch.equal(sample(model, known=codes, keep=chess(), guidance_scale=2.0, compiled=True), drawn)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_static_caches_are_fed_kept_codes(monkeypatch):
 )
 def test_codes_that_do_not_fit_are_refused(codes, kept, found):
     with pytest.raises(DalleError, match=found):
-        sample(build(), given=codes, kept=kept)
+        sample(build(), known=codes, keep=kept)
 
 
 # ---- masks

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from by_keyword import sample_codes
 from sketch_priors import LENGTHS, SIZES, TOKENS, codes, made, pictures
 
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.cache import Prompt
 from dalle_cli.models.prior import Prior, PriorConfig
-from dalle_cli.sampling.autoregressive import sample_codes
 from dalle_cli.sampling.sketches import resample_sketches, sample_sketches
 from dalle_cli.training.prior import PriorTrain
 
@@ -200,11 +200,11 @@ def test_what_is_kept_of_a_picture_is_in_its_sketch():
     kept[2, :2] = True  # half a cell
     captions = (TOKENS[:2], LENGTHS[:2], [0, 1], 0)
     free = sample_sketches(prior, *captions)
-    drawn = sample_sketches(prior, *captions, kept=(given, kept))
+    drawn = sample_sketches(prior, *captions, known=(given, kept))
     torch.testing.assert_close(drawn[:, :, 0], prior.sketch.of(given)[:, :, 0])
     assert (drawn[:, :, 1] - prior.sketch.of(given)[:, :, 1]).abs().amin((1, 2)).max() > 1e-3
     assert (drawn[:, :, 1] - free[:, :, 1]).abs().max() > 1e-3
-    found = sample_codes(prior, TOKENS, LENGTHS, [0, 1], 0, captions=[0, 1], given=given, kept=kept)
+    found = sample_codes(prior, TOKENS, LENGTHS, [0, 1], 0, captions=[0, 1], known=given, keep=kept)
     assert torch.equal(found[:, kept], given[:, kept])
 
 

@@ -6,15 +6,16 @@ import math
 
 import pytest
 import torch
+from by_keyword import sample_codes
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.prior import Prior, PriorConfig
-from dalle_cli.sampling import autoregressive
-from dalle_cli.sampling.autoregressive import draw, guide, guided_positions, sample_batches, sample_codes, uniforms
-from dalle_cli.sampling.truncation import top_k, top_p
+from dalle_cli.sampling import categorical
+from dalle_cli.sampling.autoregressive import sample_batches
+from dalle_cli.sampling.categorical import guide, guided_positions, sample_categorical, top_k, top_p, uniforms
 
 SMALL = PriorConfig(n_layer=3, n_head=2, n_embd=32, n_text_vocab=11, n_text=6, n_image_vocab=40, grid=5, conv_kernel=3)
 TOKENS = torch.tensor([[1, 2, 3, 4, 0, 0]])
@@ -52,7 +53,7 @@ def test_sample_equals_uncached_drawing(attention, options):
         null = model(TOKENS.expand(2, -1), torch.zeros(2, dtype=torch.int64), grid)[1][:, j]
         logits = (null + scale * (conditional - null)) / options.get("temperature", 1.0)
         logits = top_k(logits, options.get("top_k", 40))
-        codes[:, j] = draw(top_p(logits, options.get("top_p", 1.0)), noise[:, j])
+        codes[:, j] = sample_categorical(top_p(logits, options.get("top_p", 1.0)), noise[:, j])
     assert torch.equal(drawn.flatten(1), codes)
 
 
@@ -184,7 +185,9 @@ def test_guidance_of_scale_zero_ignores_the_caption():
 def test_guidance_by_part_of_the_grid(monkeypatch, span):
     """Within the span logits are guided, elsewhere they are the conditional ones of the codes drawn so far."""
     model, seen = build(torch.double), []
-    monkeypatch.setattr(autoregressive, "draw", lambda logits, noise: seen.append(logits) or draw(logits, noise))
+    monkeypatch.setattr(
+        categorical, "sample_categorical", lambda logits, u: seen.append(logits) or sample_categorical(logits, u)
+    )
     codes = sample(model, range(4), guidance_scale=3.0, guidance_span=span)
     logits = torch.stack(seen, dim=1)
     monkeypatch.undo()
@@ -238,7 +241,7 @@ def test_frequencies_are_the_softmax(cut, n_vocab):
     n = 20_000
     logits = cut(LOGITS.repeat(100)[:n_vocab].double())
     noise = uniforms(11, n_vocab, n)
-    drawn = torch.cat([draw(logits.expand(len(u), -1), u) for u in noise.split(2000)])
+    drawn = torch.cat([sample_categorical(logits.expand(len(u), -1), u) for u in noise.split(2000)])
     assert chi_square(torch.bincount(drawn, minlength=n_vocab).double(), torch.softmax(logits, 0)) > 0.01
 
 
@@ -299,7 +302,7 @@ def test_draw_never_gives_what_was_cut():
     logits[:, [5, 1500, 2999]] = torch.tensor([-90.0, 0.0, -1e-3])
     edges = torch.tensor([0.0, 1 - 2**-24])
     noise = torch.cartesian_prod(edges, edges, edges)[:, :3]
-    drawn = draw(logits[:1].expand(8, -1), noise)
+    drawn = sample_categorical(logits[:1].expand(8, -1), noise)
     assert set(drawn.tolist()) <= {5, 1500, 2999}
 
 
@@ -311,7 +314,7 @@ def test_rounding_seldom_changes_a_draw():
         logits = torch.randn(500, 8192, generator=generator)
         rounded = logits + 1e-3 * torch.randn(500, 8192, generator=generator)
         noise = uniforms(0, block, 500)
-        changed += int((draw(logits, noise) != draw(rounded, noise)).sum())
+        changed += int((sample_categorical(logits, noise) != sample_categorical(rounded, noise)).sum())
         shares = [torch.softmax(x.double(), -1).cumsum(-1) for x in (logits, rounded)]
         flat += int(torch.ne(*(torch.searchsorted(x, noise[:, :1].double()) for x in shares)).sum())
     assert flat > 6 * changed > 0

@@ -1,4 +1,4 @@
-"""Writing images: an image grid as PNG, an artifact of images."""
+"""Write images: an image grid as PNG, an artifact of images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +25,10 @@ def _is_png(path: Path) -> bool:
 
 
 def check_outputs(grid: Path, images: Path | None, force: bool, sources: Sequence[str] = ()) -> None:
-    """Check before hours of work that a grid and an artifact of images can be written.
+    """Check, before hours of work, that a grid and an artifact of images can be written.
 
     Raises:
-        DalleError: something else lies there, or one of the sources would be written over.
+        DalleError: something else lies there, or a source would be overwritten.
     """
     for source in sources:
         if grid.is_file() and Path(source).is_file() and grid.samefile(source):
@@ -42,10 +42,10 @@ def write_grid(
     path: Path, images: Sequence[Any], texts: Sequence[str], scores: Sequence[float] | None = None, *,
     columns: int = 0, title: str | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
-    """Write images (3, S, S) uint8 as an image grid, PNG, with a caption below each; a row per prompt of several.
+    """Write images (3, S, S) uint8 as an image grid, PNG, with a caption below each and a row for each prompt.
 
     Raises:
-        DalleError: something that is no PNG lies there.
+        DalleError: something that is not a PNG lies there.
     """
     check_png(path, force)
     several = len(set(texts)) < len(texts)

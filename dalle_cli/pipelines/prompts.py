@@ -1,4 +1,4 @@
-"""Prompts, and the candidates that are sampled for them."""
+"""Prompts and their candidates."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Progress(Protocol):
 
 
 class Quiet:
-    """Progress that nobody sees: the default of the Python API."""
+    """No progress report: the default of the Python API."""
 
     def __init__(self, label: str = "", total: int = 0, *, unit: str = ""):
         pass
@@ -33,7 +33,7 @@ class Quiet:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One sample of a prompt: its prompt, the prompt's number in the list, and its own number among the prompt's."""
+    """One sample of a prompt: the prompt, its number in the list, and the sample's own number among the prompt's."""
 
     text: str
     prompt: int
@@ -68,16 +68,16 @@ def read_prompts(prompts: Sequence[str] | None, file: Path | None = None) -> lis
     return texts
 
 
-class Rows(NamedTuple):
-    """Candidates as the samplers take them: P distinct texts, and of N candidates the text and the noise."""
+class SamplerInputs(NamedTuple):
+    """N candidates as samplers take them: P distinct texts, and for each candidate its text and its noise."""
 
     texts: list[str]
     captions: list[int]  # (N,) rows of texts
-    indices: list[int]  # (N,) noise: a function of the text and of the candidate's number, of nothing else
+    indices: list[int]  # (N,) identify the noise: functions of the text and the candidate's number alone
 
     @classmethod
-    def of(cls, rows: Sequence[Candidate]) -> "Rows":
-        """The noise of a candidate is the same whatever is sampled beside it."""
+    def of(cls, rows: Sequence[Candidate]) -> "SamplerInputs":
+        """The inputs of these candidates."""
         texts = list(dict.fromkeys(row.text for row in rows))
         number = {text: i for i, text in enumerate(texts)}
         noise = {text: int(digest_bytes(text.encode(errors="surrogatepass"))[:16], 16) << 32 for text in texts}
@@ -85,7 +85,7 @@ class Rows(NamedTuple):
 
 
 def columns(rows: Sequence[Candidate], seed: int) -> dict[str, Any]:
-    """The columns that sampled latents have beside them: ids, texts, prompts' numbers and the seed."""
+    """The columns of sampled latents beside the latents: ids, texts, prompts' numbers and the seed."""
     import numpy as np
 
     return {

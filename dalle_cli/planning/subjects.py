@@ -21,8 +21,8 @@ from dalle_cli.models.embedding_prior import AutoregressivePrior, Autoregressive
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge
 from dalle_cli.planning import standin
 from dalle_cli.planning.standin import Loss, Subject, caption_sizes
-from dalle_cli.sampling.decoder import process
-from dalle_cli.sampling.embeddings import process_of
+from dalle_cli.sampling.decoder import unet_process
+from dalle_cli.sampling.embeddings import prior_process
 from dalle_cli.training.clip import CLIPTrain
 from dalle_cli.training.decoder import DecoderTrain, loss_of
 from dalle_cli.training.denoising import denoising
@@ -65,7 +65,7 @@ def _noising(n: int, side: int) -> Batch:
 
 
 def _process(config: unet.UNetConfig) -> Process:
-    made = process(replace(config, prediction="v"))  # which looks at no number of a schedule that has no memory
+    made = unet_process(replace(config, prediction="v"))  # which looks at no number of a schedule that has no memory
     object.__setattr__(made, "prediction", config.prediction)
     return made
 
@@ -91,7 +91,7 @@ def _diffusion(config: DiffusionPriorConfig, train: EmbeddingPriorTrain) -> Subj
     def loss(model: DiffusionPrior, batch: Any, generator: torch.Generator) -> Loss:
         tokens, lengths, z_t, z_i, noise, t = batch
         x_start = model.principal.standardize(z_i)
-        return model.loss(process_of(model).add_noise(x_start, t, noise), t, tokens, lengths, z_t, x_start)
+        return model.loss(prior_process(model).add_noise(x_start, t, noise), t, tokens, lengths, z_t, x_start)
 
     return Subject("diffusion_prior", train, partial(DiffusionPrior, config), batch, loss)
 

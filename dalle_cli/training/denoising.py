@@ -22,7 +22,7 @@ from dalle_cli.diffusion.losses import by_timestep, losses
 from dalle_cli.diffusion.noise import noise_for
 from dalle_cli.diffusion.process import Process
 from dalle_cli.models.unet import UNetConfig
-from dalle_cli.sampling.decoder import process, to_signed
+from dalle_cli.sampling.decoder import to_signed, unet_process
 from dalle_cli.training.config import ImageTrainConfig, check_at_least, setting
 from dalle_cli.training.task import Batch, EqualParts, ImageTask
 
@@ -127,7 +127,7 @@ class DenoisingTask(EqualParts, ImageTask, ABC):
 
     def __init__(self, config: UNetConfig, train: DenoisingTrain, data: Dataset, seed: int, workers: int):
         super().__init__(train, data, seed, workers)
-        self.config, self.process = config, process(config)
+        self.config, self.process = config, unet_process(config)
 
     @abstractmethod
     def conditioning(self, batch: loader.Batch, own: Draws, pool: ThreadPoolExecutor) -> Batch:
