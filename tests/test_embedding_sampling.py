@@ -1,4 +1,4 @@
-"""Drawing embeddings: noise that belongs to the candidate, guidance, the best of two, and the dot product."""
+"""Sample embeddings: noise per candidate, guidance, the best of two, and the dot product."""
 
 import pytest
 import torch
@@ -121,7 +121,7 @@ def test_dot_products_of_the_upper_half():
     assert set(upper_half_dots(noise, 2).tolist()) == {1}
 
 
-def test_drawn_bucket_by_bucket():
+def test_sampled_bucket_by_bucket():
     """As by hand from the logits of whole streams, without a cache."""
     model, given = autoregressive_prior(), read()
     rows, index = given.rows([2]), 77

@@ -202,7 +202,7 @@ def again(chain, source, out, *more):
     return run_ok("sample", "--from", source, "-m", chain.model, "-o", out, *more)
 
 
-def test_rows_are_drawn_again(chain, drawn, tmp_path):
+def test_rows_are_sampled_again(chain, drawn, tmp_path):
     made = again(chain, drawn, tmp_path / "y.safetensors", "--rows", "3,17,0")
     for name in ("codes", "prompt", "seed"):
         assert array(made, name).tobytes() == array(drawn, name)[[3, 17, 0]].tobytes()
@@ -265,12 +265,12 @@ def test_another_prior_is_refused(chain, drawn, tmp_path):
         (("--temperature", "nan"), "temperature"),
     ],
 )
-def test_what_cannot_be_drawn_again_is_told(chain, drawn, tmp_path, more, message):
+def test_what_cannot_be_sampled_again_is_refused(chain, drawn, tmp_path, more, message):
     line = run_bad("sample", "--from", drawn, *more, "-m", chain.model, "-o", tmp_path / "y.safetensors")
     assert message in line
 
 
-def test_codes_that_were_not_drawn_are_refused(chain, drawn, tmp_path):
+def test_codes_that_were_not_sampled_are_refused(chain, drawn, tmp_path):
     out = ("-m", chain.model, "-o", tmp_path / "y.safetensors")
     assert "that `sample` wrote" in run_bad("sample", "--from", chain.codes, *out)
     assert "expected --from beside --rows" in run_bad("sample", PROMPT, "--rows", 3, *out)

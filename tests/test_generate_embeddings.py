@@ -26,7 +26,7 @@ PROMPT, OTHER = "a red circle on white", "a blue bar on black"
 KINDS = ("diffusion", "autoregressive")
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_embedding": 16}
 UNET = {"width": 8, "multipliers": (1, 2), "depth": 1, "head_width": 4, "groups": 4, "n_timestep": 40}
-DRAWN = {
+SAMPLING = {
     "diffusion": ("--sampler", "ddim", "--steps", 4, "--guidance", 2, "--seed", 5),
     "autoregressive": ("--temperature", 0.9, "--top-k", 12, "--guidance", 2, "--seed", 5),
 }
@@ -58,6 +58,9 @@ def plant(chain, folder, kind):
     return folder
 
 
+DECODING = ("--decoder-steps", 3, "--decoder-sampler", "ddim", "--eta", 0.5, "--decoder-guidance", 3)
+
+
 @pytest.fixture(scope="module")
 def models(chain, tmp_path_factory):
     root = tmp_path_factory.mktemp("unclip")
@@ -87,26 +90,11 @@ def piped(models, tmp_path_factory):
     for kind, model in models.items():
         folder = folders[kind] = tmp_path_factory.mktemp(kind)
         drawn, images, best = (folder / f"{name}.safetensors" for name in ("drawn", "images", "best"))
-        run_ok("sample", PROMPT, OTHER, "-n", 6, "-m", model, *DRAWN[kind], "-o", drawn)
-        painted = (
-            "--decoder-steps",
-            3,
-            "--decoder-sampler",
-            "ddim",
-            "--eta",
-            0.5,
-            "--decoder-guidance",
-            3,
-            "--upsampler-steps",
-            2,
-        )
-        run_ok("decode", drawn, "-m", model, *painted, "--seed", 5, "-o", images)
+        run_ok("sample", PROMPT, OTHER, "-n", 6, "-m", model, *SAMPLING[kind], "-o", drawn)
+        run_ok("decode", drawn, "-m", model, *DECODING, "--upsampler-steps", 2, "--seed", 5, "-o", images)
         run_ok("rerank", images, "-m", model, "--keep", 3, "-o", best)
         run_ok("show", best, "-o", folder / "best.png")
     return folders
-
-
-PAINTED = ("--decoder-steps", 3, "--decoder-sampler", "ddim", "--eta", 0.5, "--decoder-guidance", 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,7 +102,7 @@ PAINTED = ("--decoder-steps", 3, "--decoder-sampler", "ddim", "--eta", 0.5, "--d
 def test_generate_is_the_four_stages(models, piped, tmp_path, monkeypatch, kind, batch_size):
     if batch_size == 5:
         monkeypatch.setattr(pipeline, "AT_ONCE", 2)
-    more = (*DRAWN[kind], *PAINTED, "--keep", 3, "--batch-size", batch_size)
+    more = (*SAMPLING[kind], *DECODING, "--keep", 3, "--batch-size", batch_size)
     result = generate(models[kind], tmp_path, *more, n=6, prompts=(PROMPT, OTHER))
     assert (result.status, result.stdout) == (0, f"{tmp_path / 'a.png'}\n"), result.stderr
     made, best = tmp_path / "a.safetensors", piped[kind] / "best.safetensors"
@@ -154,7 +142,7 @@ def test_a_candidate_is_the_same_among_few(models, tmp_path):
     ],
     ids=str,
 )
-def test_each_option_changes_the_pictures(models, tmp_path, kind, base, more):
+def test_each_option_changes_the_image(models, tmp_path, kind, base, more):
     plain = pictures(models[kind], tmp_path, *base)
     assert plain.shape == (4, 3, 16, 16)
     changed = np.abs(pictures(models[kind], tmp_path, *base, *more) - plain).reshape(4, -1).max(1)
@@ -164,7 +152,7 @@ def test_each_option_changes_the_pictures(models, tmp_path, kind, base, more):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_history_tells_how_and_by_what(models, tmp_path, kind):
     model = models[kind]
-    assert generate(model, tmp_path, *DRAWN[kind], *PAINTED, "--keep", 1).status == 0
+    assert generate(model, tmp_path, *SAMPLING[kind], *DECODING, "--keep", 1).status == 0
     drawn, made = open_artifact(tmp_path / "a.safetensors").history[-2:]
     said = {"diffusion": {"sampler": "ddim", "steps": 4}, "autoregressive": {"temperature": 0.9, "top_k": 12}}[kind]
     said |= {"top_p": 1.0} if kind == "autoregressive" else {}
@@ -225,7 +213,7 @@ def test_an_interrupt_keeps_the_best_so_far(models, tmp_path, monkeypatch):
     assert len(strings(tmp_path / "a.safetensors", "ids")) == 2
 
 
-def test_progress_tells_of_painted_candidates_and_the_best(models, tmp_path, monkeypatch):
+def test_progress_tells_of_decoded_candidates_and_the_best(models, tmp_path, monkeypatch):
     told = []
 
     @contextlib.contextmanager

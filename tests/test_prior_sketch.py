@@ -131,7 +131,7 @@ def test_a_true_sketch_is_the_mean_color_of_each_cells_codes():
 # ---- Drawing
 
 
-def test_a_sketch_of_one_picture_is_that_picture():
+def test_a_sketch_of_one_image_is_that_image():
     """A denoiser that knows the answer: whatever the noise, the guidance and the steps, it is what is drawn."""
     prior, true = made(), pictures(1)
 
@@ -192,7 +192,7 @@ def test_null_rows_see_the_sketch_and_no_caption(monkeypatch):
     torch.testing.assert_close(torch.stack(seen, 1), expected[:, 1:], atol=2e-5, rtol=1e-4)
 
 
-def test_what_is_kept_of_a_picture_is_in_its_sketch():
+def test_what_is_kept_of_an_image_is_in_its_sketch():
     """Only cells all of whose codes are kept are known; the rest is drawn beside them, and so otherwise."""
     prior, given = made(), codes(2)
     kept = torch.zeros(4, 4, dtype=torch.bool)
@@ -208,7 +208,7 @@ def test_what_is_kept_of_a_picture_is_in_its_sketch():
     assert torch.equal(found[:, kept], given[:, kept])
 
 
-def test_redrawn_from_all_noise_it_is_drawn_and_from_none_the_picture():
+def test_resampled_from_all_noise_it_is_sampled_and_from_none_the_image():
     """Between, some stay, each from a timestep of its own."""
     prior, true = made(), pictures(3)
     noise = row_noise(3, [5, 6, 7], "sketch")(0, true.shape[1:])
@@ -228,7 +228,7 @@ def test_redrawn_from_all_noise_it_is_drawn_and_from_none_the_picture():
     assert torch.equal(noise, row_noise(3, [5, 6, 7], "sketch")(0, true.shape[1:]))
 
 
-def test_redrawing_is_ddim_by_plain_loops():
+def test_resampling_is_ddim_by_plain_loops():
     """One picture at a time, in float64, by equation 12 of DDIM and the cosine of its own."""
     prior, true = made().double(), pictures(2).double()
     noise = torch.randn(true.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)

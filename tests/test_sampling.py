@@ -1,4 +1,4 @@
-"""Drawing codes: guidance, truncation, frequencies, and samples that depend on seed and index only."""
+"""Sample codes: guidance, truncation, frequencies, and samples that depend on seed and index only."""
 
 import dataclasses
 import itertools
@@ -40,7 +40,7 @@ def sample(model, indices, seed=7, **options):
 
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 3.0, "top_k": 20, "temperature": 0.8}, {"top_p": 0.9}])
 @pytest.mark.parametrize("attention", ["sparse", "full"])
-def test_sample_equals_uncached_drawing(attention, options):
+def test_sample_equals_uncached_sampling(attention, options):
     """The whole grid again, one full pass for each code, with the same numbers."""
     model = build(torch.double, attention=attention)
     drawn = sample(model, [3, 8], batch_size=2, **options)
@@ -120,7 +120,7 @@ def test_global_random_state_is_neither_read_nor_written():
     assert torch.equal(sample(model, [0, 1]), first)
 
 
-def test_batches_come_as_they_are_drawn_and_progress_is_told():
+def test_batches_come_as_they_are_sampled_and_progress_is_reported():
     model, told = build(), []
     batches = sample_batches(model, TOKENS, LENGTHS, range(5), 7, batch_size=2, progress=told.append)
     first = next(batches)
@@ -297,7 +297,7 @@ def test_noise_is_uniform_independent_and_a_function_of_its_names():
     assert (uniforms(0, 0, 1) * 2**24).tolist() == [[15773741, 5362364, 5230431]]
 
 
-def test_draw_never_gives_what_was_cut():
+def test_sampling_never_gives_what_was_cut():
     logits = torch.full((4, 3000), float("-inf"))
     logits[:, [5, 1500, 2999]] = torch.tensor([-90.0, 0.0, -1e-3])
     edges = torch.tensor([0.0, 1 - 2**-24])
@@ -306,7 +306,7 @@ def test_draw_never_gives_what_was_cut():
     assert set(drawn.tolist()) <= {5, 1500, 2999}
 
 
-def test_rounding_seldom_changes_a_draw():
+def test_rounding_seldom_changes_a_sample():
     """Beside one inversion over the whole vocabulary, where rounding moves thousands of boundaries past the noise."""
     generator = torch.Generator().manual_seed(0)
     changed = flat = 0

@@ -1,5 +1,6 @@
 """Weights files to models, ready to run."""
 
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -66,19 +67,12 @@ def load_model(model: type[M], weights: Artifact, device: torch.device) -> M:
     return made.to(device).eval().requires_grad_(False)
 
 
-def dvae(weights: Artifact, device: torch.device) -> DVAE:
-    """The dVAE of a weights file."""
-    return load_model(DVAE, weights, device)
-
-
-def prior(weights: Artifact, device: torch.device) -> Prior:
-    """The prior over codes of a weights file."""
-    return load_model(Prior, weights, device)
-
-
-def clip(weights: Artifact, device: torch.device) -> CLIP:
-    """The CLIP of a weights file."""
-    return load_model(CLIP, weights, device)
+# (weights, device) -> the model
+dvae = partial(load_model, DVAE)
+prior = partial(load_model, Prior)
+clip = partial(load_model, CLIP)
+decoder = partial(load_model, Decoder)
+upsampler = partial(load_model, Upsampler)
 
 
 def embedding_prior(weights: Artifact, device: torch.device) -> DiffusionPrior | AutoregressivePrior:
@@ -86,13 +80,3 @@ def embedding_prior(weights: Artifact, device: torch.device) -> DiffusionPrior |
     if weights.require("model", dict).get("kind") == "diffusion":
         return load_model(DiffusionPrior, weights, device)
     return load_model(AutoregressivePrior, weights, device)
-
-
-def decoder(weights: Artifact, device: torch.device) -> Decoder:
-    """The diffusion decoder of a weights file."""
-    return load_model(Decoder, weights, device)
-
-
-def upsampler(weights: Artifact, device: torch.device) -> Upsampler:
-    """The upsampler of a weights file."""
-    return load_model(Upsampler, weights, device)

@@ -28,7 +28,7 @@ from dalle_cli.pipelines.ranking import TopK, check_keep
 
 KEEP = 4  # images kept of each prompt by default
 AT_ONCE = 64  # images decoded and scored at once, whatever the batch size of sampling
-GROUPS = {"sampling": SamplingOptions, "decoder": DecoderOptions, "inpainting": InpaintingOptions}
+GROUPS: dict[str, type[Any]] = {"sampling": SamplingOptions, "decoder": DecoderOptions, "inpainting": InpaintingOptions}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from dalle_cli.artifacts import digest_bytes
 from dalle_cli.errors import DalleError
 
@@ -86,8 +88,6 @@ class SamplerInputs(NamedTuple):
 
 def columns(rows: Sequence[Candidate], seed: int) -> dict[str, Any]:
     """The columns of sampled latents beside the latents: ids, texts, prompts' numbers and the seed."""
-    import numpy as np
-
     return {
         "prompt": np.array([row.prompt for row in rows], dtype=np.int32),
         "seed": np.full(len(rows), seed, dtype=np.int64),

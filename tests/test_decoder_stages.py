@@ -1,4 +1,4 @@
-"""Training decoders and upsamplers, and painting embeddings, from the command line on a tiny chain."""
+"""Train decoders and upsamplers, and decode embeddings, from the command line on a tiny chain."""
 
 import json
 import shutil
@@ -221,7 +221,7 @@ def test_float16(unclip, tmp_path):
     assert np.isfinite(rows(tmp_path / "x.safetensors")[0]["loss"])
 
 
-def test_pictures_without_an_embedding(unclip, tmp_path):
+def test_images_without_an_embedding(unclip, tmp_path):
     table = open_artifact(unclip.embeddings)
     columns = {"embeddings": table.array("embeddings")[:14], "ids": list(table.strings("ids"))[:14]}
     some = write_artifact(tmp_path / "some.safetensors", "embeddings", columns, table.config, [])
@@ -372,7 +372,7 @@ def decode(source, model, out, *more):
     return array(out, "images").astype(int)
 
 
-def test_decode_paints(model, drawn, tmp_path):
+def test_decode_samples_images(model, drawn, tmp_path):
     whole = decode(drawn, model, tmp_path / "a.safetensors")
     assert whole.shape == (5, 3, 8, 8)
     found = open_artifact(tmp_path / "a.safetensors", "images")
@@ -486,7 +486,7 @@ def test_what_decode_refuses(chain, model, drawn, tmp_path):
     assert "tokenizer" in run_bad("decode", drawn, "-m", lone)
 
 
-def test_a_trained_bundle_paints(trained, unclip, drawn, tmp_path):
+def test_a_trained_bundle_samples_images(trained, unclip, drawn, tmp_path):
     folder = tmp_path / "bundle"
     folder.mkdir()
     for path in (*trained.glob("*.safetensors"), unclip.tokenizer):

@@ -1,4 +1,4 @@
-"""Slerp, text diffs and the way back to the noise, against closed forms."""
+"""Slerp, text diffs and DDIM inversion, against closed forms."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Picture prompts: codes of a picture that are kept while the rest is drawn, by rows or by a mask, and drawn again."""
+"""Inpainting: codes of an image that stay while the rest is sampled, by rows or by a mask, and sampled again."""
 
 import dataclasses
 import shutil
@@ -53,7 +53,7 @@ def chess():
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("attention", ["sparse", "full"])
-def test_the_rest_is_drawn_as_without_a_cache(attention, scale):
+def test_the_rest_is_sampled_as_without_a_cache(attention, scale):
     """The whole grid again, one full pass for each code, with kept codes in their places."""
     model, codes, kept = build(torch.double, attention=attention), some_codes(2), chess()
     drawn = sample(model, 2, known=codes, keep=kept, guidance_scale=scale)
@@ -82,7 +82,7 @@ def test_keeping_nothing_is_plain_and_keeping_all_is_the_codes(monkeypatch, scal
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_the_noise_of_what_is_drawn_stays(scale):
+def test_the_noise_of_what_is_sampled_stays(scale):
     """Kept are the very codes that would have been drawn: whatever the mask, the grid is the same."""
     model = build()
     plain = sample(model, guidance_scale=scale)
@@ -146,7 +146,7 @@ def test_codes_that_do_not_fit_are_refused(codes, kept, found):
 
 @settings(max_examples=40)
 @given(st.integers(1, 23), st.integers(0, 9), st.booleans(), st.integers(1, 7), st.data())
-def test_a_cell_is_drawn_anew_if_white_touches_it(side, more, tall, grid, data):
+def test_a_code_is_sampled_if_white_touches_it(side, more, tall, grid, data):
     pixels = np.zeros((side, side), np.uint8)
     white = data.draw(st.lists(st.tuples(st.integers(0, side - 1), st.integers(0, side - 1)), max_size=3))
     for y, x in white:
@@ -172,7 +172,7 @@ def test_of_gray_the_brighter_half_is_white():
 # ---- the commands
 
 
-def draw_with(chain, out, *more, n=6, prompt=PROMPT):
+def sample_with(chain, out, *more, n=6, prompt=PROMPT):
     run_ok("sample", prompt, "-n", n, "-m", chain.model, "-o", out, *more)
     return array(out, "codes")
 
@@ -190,37 +190,39 @@ def write_mask(path, white, size=(16, 16)):
 
 
 @pytest.mark.parametrize("guidance", [1, 3])
-def test_the_upper_rows_are_the_pictures_own(chain, tmp_path, guidance):
+def test_the_upper_rows_are_the_images_own(chain, tmp_path, guidance):
     picture = chain.data / f"{RED}.png"
     more = ("--image", picture, "--guidance", guidance)
-    drawn = draw_with(chain, tmp_path / "a", *more, "--keep-rows", 1)
+    drawn = sample_with(chain, tmp_path / "a", *more, "--keep-rows", 1)
     assert (drawn[:, :1] == own_codes(chain)[:1]).all()
     assert len(np.unique(drawn[:, 1:], axis=0)) > 1
-    assert np.array_equal(draw_with(chain, tmp_path / "b", *more, "--keep-rows", 1, "--batch-size", 4), drawn)
+    assert np.array_equal(sample_with(chain, tmp_path / "b", *more, "--keep-rows", 1, "--batch-size", 4), drawn)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    half = draw_with(chain, tmp_path / "c", *more)
+    half = sample_with(chain, tmp_path / "c", *more)
     assert (half[:, :2] == own_codes(chain)[:2]).all()
     assert not (half[:, 2:] == own_codes(chain)[2:]).all()
-    plain = draw_with(chain, tmp_path / "d", "--guidance", guidance)
-    nothing = draw_with(chain, tmp_path / "e", *more, "--keep-rows", 0)
+    plain = sample_with(chain, tmp_path / "d", "--guidance", guidance)
+    nothing = sample_with(chain, tmp_path / "e", *more, "--keep-rows", 0)
     assert nothing.tobytes() == plain.tobytes()
     assert not np.array_equal(plain, drawn)
-    assert (draw_with(chain, tmp_path / "f", *more, "--keep-rows", 4) == own_codes(chain)).all()
+    assert (sample_with(chain, tmp_path / "f", *more, "--keep-rows", 4) == own_codes(chain)).all()
 
 
-def test_what_the_mask_leaves_black_is_the_pictures_own(chain, tmp_path):
+def test_what_the_mask_leaves_black_is_the_images_own(chain, tmp_path):
     mask = write_mask(tmp_path / "mask.png", (7, 4, 9, 13))  # touches columns 1 and 2 of rows 1 to 3
-    drawn = draw_with(chain, tmp_path / "a", "--image", chain.data / f"{RED}.png", "--mask", mask)
+    drawn = sample_with(chain, tmp_path / "a", "--image", chain.data / f"{RED}.png", "--mask", mask)
     anew = np.zeros((4, 4), bool)
     anew[1:4, 1:3] = True
     assert (drawn[:, ~anew] == own_codes(chain)[~anew]).all()
     assert len(np.unique(drawn[:, anew], axis=0)) > 1
-    plain = draw_with(chain, tmp_path / "b")
+    plain = sample_with(chain, tmp_path / "b")
     write_mask(mask, (0, 0, 3, 3), (3, 3))  # all white
-    assert np.array_equal(draw_with(chain, tmp_path / "c", "--image", chain.data / f"{RED}.png", "--mask", mask), plain)
+    assert np.array_equal(
+        sample_with(chain, tmp_path / "c", "--image", chain.data / f"{RED}.png", "--mask", mask), plain
+    )
 
 
-def test_a_picture_is_cropped_and_resized_as_encode_images_does(chain, tmp_path):
+def test_an_image_is_cropped_and_resized_as_encode_images_does(chain, tmp_path):
     """A photo that lies on its side, neither square nor of the model's size."""
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -229,7 +231,7 @@ def test_a_picture_is_cropped_and_resized_as_encode_images_does(chain, tmp_path)
     exif[0x0112] = 6  # turned by a quarter
     Image.fromarray(noise).resize((61, 43)).save(folder / "x.jpg", exif=exif)
     run_ok("encode-images", folder, "-m", chain.dvae, "-o", tmp_path / "own.safetensors")
-    drawn = draw_with(chain, tmp_path / "a", "--image", folder / "x.jpg", "--keep-rows", 4, n=1)
+    drawn = sample_with(chain, tmp_path / "a", "--image", folder / "x.jpg", "--keep-rows", 4, n=1)
     assert np.array_equal(drawn, array(tmp_path / "own.safetensors", "codes"))
 
 
@@ -237,7 +239,7 @@ def test_generate_keeps_as_sample_does(chain, tmp_path):
     mask = write_mask(tmp_path / "mask.png", (0, 0, 8, 16))
     for number, how in enumerate((("--keep-rows", 1), ("--mask", mask))):
         more = ("--image", chain.data / f"{RED}.png", *how)
-        draw_with(chain, tmp_path / "x.codes.safetensors", *more)
+        sample_with(chain, tmp_path / "x.codes.safetensors", *more)
         images = run_ok("decode", tmp_path / "x.codes.safetensors", "-m", chain.model)
         best = run_ok("rerank", images, "-m", chain.model)
         made = tmp_path / f"{number}.safetensors"
@@ -259,7 +261,7 @@ def test_the_history_says_what_was_kept(chain, tmp_path):
         ("c", ("--image", picture, "--keep-rows", 3), {"keep_rows": 3}, own),
         ("d", ("--image", picture, "--mask", mask), {}, {**own, "mask": digest_bytes(mask.read_bytes())}),
     ):
-        draw_with(chain, tmp_path / name, *more, n=1)
+        sample_with(chain, tmp_path / name, *more, n=1)
         entry = open_artifact(tmp_path / name).history[-1]
         assert entry["inputs"] == inputs
         assert {k: v for k, v in entry["options"].items() if k == "keep_rows"} == options
@@ -271,11 +273,11 @@ def test_the_history_says_what_was_kept(chain, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["rows", "mask"])
-def test_rows_with_a_picture_are_drawn_again(chain, tmp_path, how):
+def test_rows_with_an_image_are_sampled_again(chain, tmp_path, how):
     picture, mask = chain.data / f"{RED}.png", write_mask(tmp_path / "mask.png", (0, 0, 8, 16))
     more = ("--image", picture, *(("--keep-rows", 1) if how == "rows" else ("--mask", mask)))
     files = more[:2] if how == "rows" else more  # how many rows stands in the history
-    base = draw_with(chain, tmp_path / "a", *more, "--seed", 4, "--guidance", 2)
+    base = sample_with(chain, tmp_path / "a", *more, "--seed", 4, "--guidance", 2)
     again = ("sample", "-m", chain.model, "-o", tmp_path / "b", "--from")
     made = run_ok(*again, tmp_path / "a", "--rows", "3,1", *files)
     assert np.array_equal(array(made, "codes"), base[[3, 1]])
@@ -286,11 +288,11 @@ def test_rows_with_a_picture_are_drawn_again(chain, tmp_path, how):
     assert np.array_equal(array(third, "codes"), base[[1]])
 
 
-def test_rows_are_refused_without_their_picture(chain, tmp_path):
+def test_rows_are_refused_without_their_image(chain, tmp_path):
     picture, mask = chain.data / f"{RED}.png", write_mask(tmp_path / "mask.png", (0, 0, 8, 16))
-    draw_with(chain, tmp_path / "plain", n=2)
-    draw_with(chain, tmp_path / "rows", "--image", picture, n=2)
-    draw_with(chain, tmp_path / "mask", "--image", picture, "--mask", mask, n=2)
+    sample_with(chain, tmp_path / "plain", n=2)
+    sample_with(chain, tmp_path / "rows", "--image", picture, n=2)
+    sample_with(chain, tmp_path / "mask", "--image", picture, "--mask", mask, n=2)
 
     def refused(name, *more):
         line = run_bad("sample", "--from", tmp_path / name, "-m", chain.model, "-o", tmp_path / "out", *more)
@@ -311,13 +313,13 @@ def test_rows_are_refused_without_their_picture(chain, tmp_path):
         *("--image", picture, "--keep-rows", 3),
     )
     assert np.array_equal(
-        array(more, "codes"), draw_with(chain, tmp_path / "3", "--image", picture, "--keep-rows", 3, n=2)
+        array(more, "codes"), sample_with(chain, tmp_path / "3", "--image", picture, "--keep-rows", 3, n=2)
     )
 
 
 def test_a_history_that_lies_of_rows_is_refused(chain, tmp_path):
     picture = chain.data / f"{RED}.png"
-    draw_with(chain, tmp_path / "a", "--image", picture, n=1)
+    sample_with(chain, tmp_path / "a", "--image", picture, n=1)
     past = open_artifact(tmp_path / "a")
     columns = {name: np.array(past.array(name)) for name in ("codes", "prompt", "seed")}
     columns |= {name: list(past.strings(name)) for name in ("ids", "text")}
