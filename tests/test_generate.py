@@ -79,29 +79,36 @@ def test_without_options_the_best_four_of_eight_are_kept_and_a_terminal_shows_th
     assert shown == {(t, m): m == ("--terminal",) or (t and m == ()) for t, m in shown}
 
 
+def most_alive(monkeypatch, prior, decoder, run):
+    """How many arrays of latents and images were alive at a time, and how many there were in all."""
+    refs, most = [], 0
+
+    class Watched(np.ndarray):
+        pass
+
+    def watch(made):
+        nonlocal most
+        refs.append(weakref.ref(array := made.view(Watched)))
+        most = max(most, sum(ref() is not None for ref in refs))
+        return array
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoder, "decode", lambda *a, decode=decoder.decode: watch(decode(*a)))
+        sample = prior.sample
+        patched.setattr(prior, "sample", lambda *a, **k: map(watch, sample(*a, **k)))
+        assert run().status == 0
+    return most, len(refs)
+
+
 def test_nothing_of_the_others_is_alive(chain, tmp_path, monkeypatch):
-    """Codes and pictures of whole batches: no more are alive of 60 candidates than of 12."""
-
-    def most_alive(n):
-        refs, most = [], 0
-
-        class Watched(np.ndarray):
-            pass
-
-        def watch(made):
-            nonlocal most
-            refs.append(weakref.ref(kept := made.view(Watched)))
-            most = max(most, sum(ref() is not None for ref in refs))
-            return kept
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Codec, "decode", lambda *a, decode=Codec.decode: watch(decode(*a)))
-            draw = TokenPrior.sample
-            patched.setattr(TokenPrior, "sample", lambda *a, **k: map(watch, draw(*a, **k)))
-            assert generate(chain, tmp_path, "--keep", 2, "--batch-size", 4, n=n).status == 0
-        return most
-
-    assert most_alive(12) == most_alive(60) <= 4  # codes and pictures of this batch, and of the one before it
+    """Codes and images of whole batches: no more are alive of 60 candidates than of 12."""
+    few, many = (
+        most_alive(
+            monkeypatch, TokenPrior, Codec, lambda n=n: generate(chain, tmp_path, "--keep", 2, "--batch-size", 4, n=n)
+        )
+        for n in (12, 60)
+    )
+    assert few[0] == many[0] <= 4  # codes and images of this batch, and of the one before it
 
 
 @pytest.mark.parametrize("order", ["rising", "falling"])
@@ -133,9 +140,9 @@ def test_the_top_ranks_as_rerank_does(rows, keep):
     assert top.best() == scores.max()
 
 
-def interrupted(monkeypatch, call):
+def interrupt(monkeypatch, decoder, call):
     """Ctrl-C while the batch of this number, from 1, is decoded."""
-    calls, decode = [], Codec.decode
+    calls, decode = [], decoder.decode
 
     def stop(*arguments):
         calls.append(1)
@@ -143,13 +150,13 @@ def interrupted(monkeypatch, call):
             raise KeyboardInterrupt
         return decode(*arguments)
 
-    monkeypatch.setattr(Codec, "decode", stop)
+    monkeypatch.setattr(decoder, "decode", stop)
 
 
 def test_an_interrupt_keeps_the_best_so_far(chain, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     assert generate(chain, tmp_path / "whole", "--keep", 2, n=8).status == 0
-    interrupted(monkeypatch, 3)
+    interrupt(monkeypatch, Codec, 3)
     result = generate(chain, tmp_path, "--keep", 2, "--batch-size", 4)
     assert (result.status, result.stdout) == (130, f"{tmp_path / 'a.png'}\n")
     assert "interrupted: these are the best of the first 8 of 12" in result.stderr
@@ -161,28 +168,38 @@ def test_an_interrupt_keeps_the_best_so_far(chain, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_before_the_first_batch_leaves_nothing(chain, tmp_path, monkeypatch):
-    interrupted(monkeypatch, 1)
+    interrupt(monkeypatch, Codec, 1)
     result = generate(chain, tmp_path, "--batch-size", 4)
     assert (result.status, result.stdout) == (130, "")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_progress_tells_of_candidates_and_the_best(chain, tmp_path, monkeypatch):
-    told = []
+def reported(monkeypatch):
+    """What the console's progress gets: (total, unit), then (candidates, metrics) each time."""
+    calls = []
 
     @contextlib.contextmanager
     def progress(label, total, done=0, unit=""):
-        told.append((total, {"unit": unit}))
-        yield lambda n=1, /, **figures: told.append((n, figures))
+        calls.append((total, {"unit": unit}))
+        yield lambda n=1, /, **metrics: calls.append((n, metrics))
 
     monkeypatch.setattr(console, "progress", progress)
-    assert generate(chain, tmp_path, "--keep", 2, "--batch-size", 5).status == 0
-    assert told[0] == (12, {"unit": "candidates"})
-    assert sum(n for n, _ in told[1:]) == 12
-    bests = [figures["best"] for _, figures in told[1:] if "best" in figures]
+    return calls
+
+
+def check_progress(calls, images):
+    assert calls[0] == (12, {"unit": "candidates"})
+    assert sum(n for n, _ in calls[1:]) == 12
+    bests = [metrics["best"] for _, metrics in calls[1:] if "best" in metrics]
     assert bests == sorted(bests)
-    assert bests[-1] == array(tmp_path / "a.safetensors", "score").max()
-    assert not any("batch" in figures for _, figures in told)
+    assert bests[-1] == array(images, "score").max()
+    assert not any("batch" in metrics for _, metrics in calls)
+
+
+def test_progress_tells_of_candidates_and_the_best(chain, tmp_path, monkeypatch):
+    calls = reported(monkeypatch)
+    assert generate(chain, tmp_path, "--keep", 2, "--batch-size", 5).status == 0
+    check_progress(calls, tmp_path / "a.safetensors")
 
 
 # ---- sample --from

@@ -1,8 +1,6 @@
 """`generate` with a prior over embeddings: the four stages in one, each option heeded, the best held and no more."""
 
-import contextlib
 import shutil
-import weakref
 from dataclasses import asdict
 
 import numpy as np
@@ -10,8 +8,8 @@ import pytest
 from artifact_files import array, strings
 from conftest import run_bad, run_cli, run_ok
 from planted_weights import randomized
+from test_generate import check_progress, interrupt, most_alive, reported
 
-from dalle_cli import console
 from dalle_cli.artifacts import digest_file, open_artifact, write_artifact
 from dalle_cli.artifacts.weights import save_tensors
 from dalle_cli.models.decoder import Decoder, DecoderConfig
@@ -20,7 +18,7 @@ from dalle_cli.models.embedding_prior import AutoregressivePrior, Autoregressive
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
 from dalle_cli.pipelines import pipeline
 from dalle_cli.pipelines.decoder import ImageDecoder
-from dalle_cli.pipelines.prior import EmbeddingPrior as PriorPipeline
+from dalle_cli.pipelines.prior import EmbeddingPrior
 
 PROMPT, OTHER = "a red circle on white", "a blue bar on black"
 KINDS = ("diffusion", "autoregressive")
@@ -171,41 +169,19 @@ def test_the_history_tells_how_and_by_what(models, tmp_path, kind):
 
 
 def test_nothing_of_the_others_is_alive(models, tmp_path, monkeypatch):
-    """Embeddings and pictures of whole batches: no more are alive of 40 candidates than of 12."""
+    """Embeddings and images of whole batches: no more are alive of 40 candidates than of 12."""
 
-    def most_alive(n):
-        refs, most = [], 0
-
-        class Watched(np.ndarray):
-            pass
-
-        def watch(made):
-            nonlocal most
-            refs.append(weakref.ref(kept := made.view(Watched)))
-            most = max(most, sum(ref() is not None for ref in refs))
-            return kept
-
-        with monkeypatch.context() as patched:
-            paint, draw = ImageDecoder.decode, PriorPipeline.sample
-            patched.setattr(ImageDecoder, "decode", lambda *a: watch(paint(*a)))
-            patched.setattr(PriorPipeline, "sample", lambda *a, **k: map(watch, draw(*a, **k)))
-            assert generate(models["diffusion"], tmp_path, "--keep", 2, "--batch-size", 4, n=n).status == 0
-        assert len(refs) == 2 * n / 4
+    def alive(n):
+        run = lambda: generate(models["diffusion"], tmp_path, "--keep", 2, "--batch-size", 4, n=n)  # noqa: E731
+        most, total = most_alive(monkeypatch, EmbeddingPrior, ImageDecoder, run)
+        assert total == 2 * n / 4
         return most
 
-    assert most_alive(12) == most_alive(40) <= 4  # of this batch, and of the one before it
+    assert alive(12) == alive(40) <= 4  # of this batch, and of the one before it
 
 
 def test_an_interrupt_keeps_the_best_so_far(models, tmp_path, monkeypatch):
-    calls, paint = [], ImageDecoder.decode
-
-    def stop(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return paint(*arguments)
-
-    monkeypatch.setattr(ImageDecoder, "decode", stop)
+    interrupt(monkeypatch, ImageDecoder, 3)
     result = generate(models["diffusion"], tmp_path, "--keep", 2, "--batch-size", 4, n=12)
     assert (result.status, result.stdout) == (130, f"{tmp_path / 'a.png'}\n")
     assert "interrupted: these are the best of the first 8 of 12" in result.stderr
@@ -214,20 +190,10 @@ def test_an_interrupt_keeps_the_best_so_far(models, tmp_path, monkeypatch):
 
 
 def test_progress_tells_of_decoded_candidates_and_the_best(models, tmp_path, monkeypatch):
-    told = []
-
-    @contextlib.contextmanager
-    def progress(label, total, done=0, unit=""):
-        told.append((total, {"unit": unit}))
-        yield lambda n=1, /, **figures: told.append((n, figures))
-
-    monkeypatch.setattr(console, "progress", progress)
+    calls = reported(monkeypatch)
     assert generate(models["diffusion"], tmp_path, "--keep", 2, "--batch-size", 5, n=12).status == 0
-    assert told[0] == (12, {"unit": "candidates"})
-    assert [n for n, _ in told[1:] if n] == [5, 5, 2]
-    bests = [figures["best"] for _, figures in told[1:] if "best" in figures]
-    assert bests == sorted(bests)
-    assert bests[-1] == array(tmp_path / "a.safetensors", "score").max()
+    assert [n for n, _ in calls[1:] if n] == [5, 5, 2]
+    check_progress(calls, tmp_path / "a.safetensors")
 
 
 # Which system, and what it has no use for

@@ -66,8 +66,7 @@ class ClipScorer:
 
     def encode(self, images: Any) -> Any:
         """z_i of images: (B, 3, S, S) uint8 -> (B, D) float32 of length 1."""
-        pixels = from_uint8(torch.from_numpy(np.array(images)).to(self.machine.device))
-        return F.normalize(self.image_features(pixels), dim=-1).cpu().numpy()
+        return F.normalize(self.image_features(self._pixels(images)), dim=-1).cpu().numpy()
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = BATCH) -> Any:
         """z_t of captions: N strings -> (N, D) float32 of length 1."""
@@ -78,6 +77,8 @@ class ClipScorer:
         """Cosine of each image with its caption: (B, 3, S, S) uint8, B captions -> (B,) float32 in [-1, 1]."""
         unique = sorted(set(texts))
         rows = {text: row for row, text in enumerate(unique)}
-        pixels = from_uint8(torch.from_numpy(np.array(images)).to(self.machine.device))
         own = self.text_features(unique)[[rows[text] for text in texts]]
-        return torch.cosine_similarity(self.image_features(pixels), own).cpu().numpy()
+        return torch.cosine_similarity(self.image_features(self._pixels(images)), own).cpu().numpy()
+
+    def _pixels(self, images: Any) -> Tensor:
+        return from_uint8(torch.from_numpy(np.array(images)).to(self.machine.device))

@@ -3,7 +3,6 @@
 Shapes: B batch, D embedding width, T caption length, S side of the images in pixels.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +19,9 @@ from dalle_cli.hub import bundles
 from dalle_cli.models.upsampler import Upsampler
 from dalle_cli.options import DecoderOptions
 from dalle_cli.pipelines import loading
+from dalle_cli.pipelines.prompts import token_tensors
 from dalle_cli.sampling.decoder import SamplerConfig, invert, sample_images, upsample, upsampler_order
 
-log = logging.getLogger("dalle_cli")
 STEPS, SAMPLER, UPSAMPLER_STEPS = 20, "dpm++", 10
 LOW_NOISE = "--low-noise"
 
@@ -134,11 +133,8 @@ class ImageDecoder:
         length = self.decoder.config.n_text
         if self.tokenizer is None:
             return torch.zeros(len(texts), length, dtype=torch.int64), torch.zeros(len(texts), dtype=torch.int64)
-        tokens, lengths, cut = self.tokenizer.encode_batch(texts, length)
-        if cut:
-            log.warning("captions of more than %d tokens, which were cut: %d", length, cut)
-        present = [bool(text) for text in texts]
-        return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(lengths.astype(np.int64) * present)
+        tokens, lengths = token_tensors(self.tokenizer, texts, length, "captions")
+        return tokens, lengths * torch.tensor([bool(text) for text in texts])
 
 
 def sampler_configs(options: DecoderOptions) -> tuple[SamplerConfig, SamplerConfig]:

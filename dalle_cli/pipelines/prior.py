@@ -3,7 +3,6 @@
 Shapes: N candidates, B of them in a batch, P distinct prompts, T caption length, H W code grid, D embedding width.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -23,13 +22,12 @@ from dalle_cli.options import AUTO, SamplingOptions, flag, given, refuse_given
 from dalle_cli.pipelines import loading
 from dalle_cli.pipelines.clip import ClipScorer
 from dalle_cli.pipelines.inpainting import InpaintingMask
-from dalle_cli.pipelines.prompts import Candidate, SamplerInputs
+from dalle_cli.pipelines.prompts import Candidate, SamplerInputs, token_tensors
 from dalle_cli.sampling import memory
 from dalle_cli.sampling.autoregressive import sample_batches
 from dalle_cli.sampling.categorical import CategoricalOptions
 from dalle_cli.sampling.embeddings import PromptBatch, sample_autoregressive, sample_diffusion
 
-log = logging.getLogger("dalle_cli")
 BATCH, STEPS = 64, 64  # candidates at once where the batch size is `auto`; steps of the paper's diffusion prior
 PRIORS = {"codes": "weights.prior.codes", "embeddings": "weights.prior.embeddings"}  # the first if both exist
 OF_DIFFUSION = ("sampler", "steps")
@@ -64,10 +62,7 @@ def find_clip(weights: Artifact, model: str | None) -> Artifact:
 
 def encode_prompts(weights: Artifact, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Tokens (P, T) and lengths (P,) int64 of prompts, with the tokenizer of these weights."""
-    tokens, lengths, cut = tokenizers.load(bundles.tokenizer(weights)).encode_batch(list(texts), length)
-    if cut:
-        log.warning("prompts of more than %d tokens, which were cut: %d", length, cut)
-    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(lengths.astype(np.int64))
+    return token_tensors(tokenizers.load(bundles.tokenizer(weights)), texts, length, "prompts")
 
 
 class PriorPipeline:

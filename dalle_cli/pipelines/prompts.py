@@ -1,14 +1,20 @@
 """Prompts and their candidates."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dalle_cli.artifacts import digest_bytes
+from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.errors import DalleError
+
+log = logging.getLogger("dalle_cli")
 
 
 class Progress(Protocol):
@@ -84,6 +90,14 @@ class SamplerInputs(NamedTuple):
         number = {text: i for i, text in enumerate(texts)}
         noise = {text: int(digest_bytes(text.encode(errors="surrogatepass"))[:16], 16) << 32 for text in texts}
         return cls(texts, [number[row.text] for row in rows], [noise[row.text] | row.number for row in rows])
+
+
+def token_tensors(tokenizer: Tokenizer, texts: Sequence[str], length: int, what: str) -> tuple[Tensor, Tensor]:
+    """Tokens (P, T) and lengths (P,) int64 of texts; logs a warning that counts those that were cut."""
+    tokens, lengths, cut = tokenizer.encode_batch(list(texts), length)
+    if cut:
+        log.warning("%s of more than %d tokens, which were cut: %d", what, length, cut)
+    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(lengths.astype(np.int64))
 
 
 def columns(rows: Sequence[Candidate], seed: int) -> dict[str, Any]:
