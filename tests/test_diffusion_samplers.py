@@ -310,7 +310,7 @@ def test_guidance_at_a_single_step_changes_the_result(sampler, at):
     assert torch.equal(drawn(Guidance(4.0, sigma, sigma)), free)
 
 
-def test_guided_spans_that_meet_share_no_step():
+def test_guidance_intervals_that_meet_share_no_step():
     schedule = linear(100)
     spans = [guidance_interval(schedule, 2.0, a, b) for a, b in itertools.pairwise((0, 0.07, 0.5, 0.97, 1))]
     held = [[span.applies_at(schedule.alpha_bar(t)) for span in spans] for t in range(99, -1, -1)]

@@ -196,7 +196,7 @@ def off(a, b):
 
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x_start"])
-def test_painting_from_what_inversion_found_gives_the_picture_back(prediction, guidance):
+def test_sampling_from_inverted_noise_gives_the_image_back(prediction, guidance):
     model, (images, told) = Exact(prediction), pictures()
     brush, noise = SamplerConfig(50, "ddim", guidance), row_noise(1, range(2), "decoder")
     start = invert(model, images, *told, 50, 5, guidance=guidance)

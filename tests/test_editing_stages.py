@@ -123,7 +123,7 @@ def test_vary(model, photos, tmp_path):
 
 
 @pytest.mark.parametrize("guidance", [1, 1.3])
-def test_without_eta_the_picture_comes_back(model, photos, tmp_path, guidance):
+def test_without_eta_the_image_comes_back(model, photos, tmp_path, guidance):
     found = edit("vary", photos, model, tmp_path, "-n", 2, "--eta", 0, "--decoder-guidance", guidance)
     assert off(found[1], found[0]) <= 10
     assert np.abs(found[1] - found[0]).mean() < 2

@@ -34,49 +34,49 @@ def by_buckets(model=None, captions=CAPTIONS, indices=INDICES, seed=0, **more):
     return torch.cat(list(sample_autoregressive(model, read(), indices, seed, captions=captions, **more)))
 
 
-both = pytest.mark.parametrize("drawn", [by_diffusion, by_buckets])
+both = pytest.mark.parametrize("sampled", [by_diffusion, by_buckets])
 
 
 @both
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_batches_of_any_size(drawn, scale):
+def test_batches_of_any_size(sampled, scale):
     """Also of one candidate alone, and of several of a caption side by side."""
-    one = drawn(guidance_scale=scale, batch_size=64)
+    one = sampled(guidance_scale=scale, batch_size=64)
     torch.testing.assert_close(one.norm(dim=-1), torch.ones(8, dtype=torch.double))
     for size in (1, 3):
-        torch.testing.assert_close(drawn(guidance_scale=scale, batch_size=size), one, rtol=0, atol=1e-12)
-    alone = drawn(guidance_scale=scale, captions=[3], indices=INDICES[4:5])
+        torch.testing.assert_close(sampled(guidance_scale=scale, batch_size=size), one, rtol=0, atol=1e-12)
+    alone = sampled(guidance_scale=scale, captions=[3], indices=INDICES[4:5])
     torch.testing.assert_close(alone, one[4:5], rtol=0, atol=1e-12)
 
 
 @both
-def test_seed_candidate_and_caption_matter(drawn):
-    one = drawn()
-    assert ((one - drawn(seed=1)).norm(dim=-1) > 1e-3).sum() >= 7  # few buckets may fall alike
-    assert ((one - drawn(indices=[i + 1 for i in INDICES])).norm(dim=-1) > 1e-3).sum() >= 7
+def test_seed_candidate_and_caption_matter(sampled):
+    one = sampled()
+    assert ((one - sampled(seed=1)).norm(dim=-1) > 1e-3).sum() >= 7  # few buckets may fall alike
+    assert ((one - sampled(indices=[i + 1 for i in INDICES])).norm(dim=-1) > 1e-3).sum() >= 7
     assert (one[0] - one[1]).norm() > 1e-3  # of one caption
-    same = drawn(captions=[1, 2, 3], indices=[4, 4, 4])
+    same = sampled(captions=[1, 2, 3], indices=[4, 4, 4])
     assert sum(float((same[i] - same[j]).norm()) > 1e-3 for i, j in ((0, 1), (0, 2), (1, 2))) >= 2
 
 
 @both
-def test_guidance(drawn):
+def test_guidance(sampled):
     """At scale 1 nothing; else something, but for a caption that is null itself; and a span is a part of it."""
-    plain, guided = drawn(), drawn(guidance_scale=4.0)
-    torch.testing.assert_close(drawn(guidance_scale=1.0), plain, rtol=0, atol=0)
+    plain, guided = sampled(), sampled(guidance_scale=4.0)
+    torch.testing.assert_close(sampled(guidance_scale=1.0), plain, rtol=0, atol=0)
     moved = (plain - guided).norm(dim=-1)
     null = CAPTIONS.index(0)
-    if drawn is by_diffusion:
+    if sampled is by_diffusion:
         assert moved[null] < 1e-12
         assert torch.cat([moved[:null], moved[null + 1 :]]).min() > 1e-4
-    else:  # drawn codes change where a boundary passes the noise
+    else:  # sampled codes change where a boundary passes the noise
         assert moved.count_nonzero() >= 4
         assert moved[null] == 0
-    whole = drawn(guidance_scale=4.0, guidance_span=(0.0, 1.0))
+    whole = sampled(guidance_scale=4.0, guidance_span=(0.0, 1.0))
     torch.testing.assert_close(whole, guided, rtol=0, atol=0)
-    none = drawn(guidance_scale=4.0, guidance_span=(0.5, 0.5))
+    none = sampled(guidance_scale=4.0, guidance_span=(0.5, 0.5))
     torch.testing.assert_close(none, plain, rtol=0, atol=1e-12)
-    part = drawn(guidance_scale=4.0, guidance_span=(0.5, 1.0))
+    part = sampled(guidance_scale=4.0, guidance_span=(0.5, 1.0))
     assert (part - plain).norm() > 1e-3
     assert (part - guided).norm() > 1e-3
 
@@ -161,6 +161,6 @@ def test_settings_out_of_range():
         "top_p": (by_buckets, 1.5, r"top-p in \[0, 1\]"),
         "captions": (by_buckets, [0, 1], "expected 1 caption or 8, found 2"),
     }
-    for name, (drawn, value, said) in cases.items():
+    for name, (sampled, value, said) in cases.items():
         with pytest.raises(DalleError, match=said):
-            drawn(**{name: value})
+            sampled(**{name: value})

@@ -209,8 +209,8 @@ SETTINGS = ("--temperature", 0.8, "--top-k", 15, "--guidance", 3, "--guidance-to
 
 
 @pytest.fixture(scope="module")
-def drawn(chain, tmp_path_factory):
-    path = tmp_path_factory.mktemp("drawn") / "x.codes.safetensors"
+def sampled(chain, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sampled") / "x.codes.safetensors"
     run_ok("sample", PROMPT, OTHER, "-n", 10, "-m", chain.model, "-o", path, *SETTINGS)
     return path
 
@@ -219,55 +219,55 @@ def again(chain, source, out, *more):
     return run_ok("sample", "--from", source, "-m", chain.model, "-o", out, *more)
 
 
-def test_rows_are_sampled_again(chain, drawn, tmp_path):
-    made = again(chain, drawn, tmp_path / "y.safetensors", "--rows", "3,17,0")
+def test_rows_are_sampled_again(chain, sampled, tmp_path):
+    made = again(chain, sampled, tmp_path / "y.safetensors", "--rows", "3,17,0")
     for name in ("codes", "prompt", "seed"):
-        assert array(made, name).tobytes() == array(drawn, name)[[3, 17, 0]].tobytes()
+        assert array(made, name).tobytes() == array(sampled, name)[[3, 17, 0]].tobytes()
     for name in ("ids", "text"):
-        assert strings(made, name) == [strings(drawn, name)[row] for row in (3, 17, 0)]
-    assert open_artifact(made).config == open_artifact(drawn).config
-    first, last = open_artifact(drawn).history[-1], open_artifact(made).history[-1]
+        assert strings(made, name) == [strings(sampled, name)[row] for row in (3, 17, 0)]
+    assert open_artifact(made).config == open_artifact(sampled).config
+    first, last = open_artifact(sampled).history[-1], open_artifact(made).history[-1]
     assert first in open_artifact(made).history
     assert last["options"] == {**first["options"], "rows": "3,17,0"}
-    assert last["inputs"] == {"model": first["inputs"]["model"], "drawn": open_artifact(drawn).digest}
-    third = again(chain, made, tmp_path / "z.safetensors", "--rows", 1)  # and what was drawn again, once more
-    assert array(third, "codes").tobytes() == array(drawn, "codes")[[17]].tobytes()
-    whole = again(chain, drawn, tmp_path / "w.safetensors", "--batch-size", 3)
-    assert array(whole, "codes").tobytes() == array(drawn, "codes").tobytes()
+    assert last["inputs"] == {"model": first["inputs"]["model"], "drawn": open_artifact(sampled).digest}
+    third = again(chain, made, tmp_path / "z.safetensors", "--rows", 1)  # and what was sampled again, once more
+    assert array(third, "codes").tobytes() == array(sampled, "codes")[[17]].tobytes()
+    whole = again(chain, sampled, tmp_path / "w.safetensors", "--batch-size", 3)
+    assert array(whole, "codes").tobytes() == array(sampled, "codes").tobytes()
 
 
-def test_an_option_that_differs_is_heeded(chain, drawn, tmp_path):
-    made = again(chain, drawn, tmp_path / "y.safetensors", "--rows", "3,17", "--temperature", 2, "--top-k", 0)
-    assert not np.array_equal(array(made, "codes"), array(drawn, "codes")[[3, 17]])
+def test_an_option_that_differs_is_heeded(chain, sampled, tmp_path):
+    made = again(chain, sampled, tmp_path / "y.safetensors", "--rows", "3,17", "--temperature", 2, "--top-k", 0)
+    assert not np.array_equal(array(made, "codes"), array(sampled, "codes")[[3, 17]])
     options = open_artifact(made).history[-1]["options"]
     assert (options["temperature"], options["top_k"], options["guidance"], options["guidance_to"]) == (2, 0, 3, 0.5)
-    seeded = again(chain, drawn, tmp_path / "z.safetensors", "--rows", "3", "--seed", 6)
+    seeded = again(chain, sampled, tmp_path / "z.safetensors", "--rows", "3", "--seed", 6)
     assert array(seeded, "seed").tolist() == [6]
-    assert not np.array_equal(array(seeded, "codes"), array(drawn, "codes")[[3]])
-    same = again(chain, drawn, tmp_path / "w.safetensors", "--rows", "3", "--temperature", 0.8)
-    assert np.array_equal(array(same, "codes"), array(drawn, "codes")[[3]])
+    assert not np.array_equal(array(seeded, "codes"), array(sampled, "codes")[[3]])
+    same = again(chain, sampled, tmp_path / "w.safetensors", "--rows", "3", "--temperature", 0.8)
+    assert np.array_equal(array(same, "codes"), array(sampled, "codes")[[3]])
 
 
-def test_int8_is_heeded_again_and_can_be_left_out(chain, drawn, tmp_path):
-    eight = again(chain, drawn, tmp_path / "x.safetensors", "--rows", "3,17", "--int8")
+def test_int8_is_heeded_again_and_can_be_left_out(chain, sampled, tmp_path):
+    eight = again(chain, sampled, tmp_path / "x.safetensors", "--rows", "3,17", "--int8")
     assert open_artifact(eight).history[-1]["options"]["int8"] is True
     kept = again(chain, eight, tmp_path / "y.safetensors")
     assert open_artifact(kept).history[-1]["options"]["int8"] is True
     assert array(kept, "codes").tobytes() == array(eight, "codes").tobytes()
     without = again(chain, eight, tmp_path / "z.safetensors", "--no-int8")
     assert "int8" not in open_artifact(without).history[-1]["options"]
-    assert array(without, "codes").tobytes() == array(drawn, "codes")[[3, 17]].tobytes()
+    assert array(without, "codes").tobytes() == array(sampled, "codes")[[3, 17]].tobytes()
 
 
-def test_another_prior_is_refused(chain, drawn, tmp_path):
+def test_another_prior_is_refused(chain, sampled, tmp_path):
     shutil.copytree(chain.model, tmp_path / "model", ignore=shutil.ignore_patterns("*.run"))
     prior = open_artifact(chain.prior)
     tensors = {name: np.array(prior.headers[0].map(name)) for name in prior.headers[0].tensors}
     tensors["start"] = tensors["start"] + 1
     write_artifact(tmp_path / "model/prior.safetensors", prior.kind, tensors, prior.config, prior.history)
     out = ("-o", tmp_path / "y.safetensors")
-    error = run_bad("sample", "--from", drawn, "--rows", 3, "-m", tmp_path / "model", *out)
-    assert f"expected the prior that {drawn} was made with (sha256 {prior.digest[:12]})" in error
+    error = run_bad("sample", "--from", sampled, "--rows", 3, "-m", tmp_path / "model", *out)
+    assert f"expected the prior that {sampled} was made with (sha256 {prior.digest[:12]})" in error
     assert not (tmp_path / "y.safetensors").exists()
 
 
@@ -282,17 +282,17 @@ def test_another_prior_is_refused(chain, drawn, tmp_path):
         (("--temperature", "nan"), "temperature"),
     ],
 )
-def test_what_cannot_be_sampled_again_is_refused(chain, drawn, tmp_path, more, message):
-    line = run_bad("sample", "--from", drawn, *more, "-m", chain.model, "-o", tmp_path / "y.safetensors")
+def test_what_cannot_be_sampled_again_is_refused(chain, sampled, tmp_path, more, message):
+    line = run_bad("sample", "--from", sampled, *more, "-m", chain.model, "-o", tmp_path / "y.safetensors")
     assert message in line
 
 
-def test_codes_that_were_not_sampled_are_refused(chain, drawn, tmp_path):
+def test_codes_that_were_not_sampled_are_refused(chain, sampled, tmp_path):
     out = ("-m", chain.model, "-o", tmp_path / "y.safetensors")
     assert "that `sample` wrote" in run_bad("sample", "--from", chain.codes, *out)
     assert "expected --from beside --rows" in run_bad("sample", PROMPT, "--rows", 3, *out)
-    assert "over itself" in run_bad("sample", "--from", drawn, "-m", chain.model)
-    lying = open_artifact(drawn)
+    assert "over itself" in run_bad("sample", "--from", sampled, "-m", chain.model)
+    lying = open_artifact(sampled)
     columns = {name: np.array(lying.array(name)) for name in ("codes", "prompt", "seed")}
     columns |= {name: list(lying.strings(name)) for name in ("ids", "text")}
     for change in ({"seed": columns["seed"] + 1}, {"ids": ["x"] * 20}, {"prompt": columns["prompt"] + 1}):
@@ -319,7 +319,7 @@ def test_the_guided_part_is_written_down_and_matters(chain, tmp_path):
     assert (told["guidance_from"], told["guidance_to"]) == (0.5, 1.0)
     early, _ = codes("c", "--guidance-to", 0.5)
     assert not np.array_equal(whole, late)
-    assert np.array_equal(whole[:, :2], early[:, :2])  # of 4 x 4 codes the first half is drawn alike
+    assert np.array_equal(whole[:, :2], early[:, :2])  # of 4 x 4 codes the first half is sampled alike
     assert not np.array_equal(whole[:, 2:], early[:, 2:])
     out = ("-m", chain.model, "-o", tmp_path / "d")
     assert "exchange them" in run_bad("sample", PROMPT, *out, "--guidance-from", 0.6, "--guidance-to", 0.5)

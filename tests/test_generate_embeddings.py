@@ -87,9 +87,9 @@ def piped(models, tmp_path_factory):
     folders = {}
     for kind, model in models.items():
         folder = folders[kind] = tmp_path_factory.mktemp(kind)
-        drawn, images, best = (folder / f"{name}.safetensors" for name in ("drawn", "images", "best"))
-        run_ok("sample", PROMPT, OTHER, "-n", 6, "-m", model, *SAMPLING[kind], "-o", drawn)
-        run_ok("decode", drawn, "-m", model, *DECODING, "--upsampler-steps", 2, "--seed", 5, "-o", images)
+        sampled, images, best = (folder / f"{name}.safetensors" for name in ("sampled", "images", "best"))
+        run_ok("sample", PROMPT, OTHER, "-n", 6, "-m", model, *SAMPLING[kind], "-o", sampled)
+        run_ok("decode", sampled, "-m", model, *DECODING, "--upsampler-steps", 2, "--seed", 5, "-o", images)
         run_ok("rerank", images, "-m", model, "--keep", 3, "-o", best)
         run_ok("show", best, "-o", folder / "best.png")
     return folders
@@ -151,18 +151,18 @@ def test_each_option_changes_the_image(models, tmp_path, kind, base, more):
 def test_the_history_tells_how_and_by_what(models, tmp_path, kind):
     model = models[kind]
     assert generate(model, tmp_path, *SAMPLING[kind], *DECODING, "--keep", 1).status == 0
-    drawn, made = open_artifact(tmp_path / "a.safetensors").history[-2:]
+    sampled, made = open_artifact(tmp_path / "a.safetensors").history[-2:]
     said = {"diffusion": {"sampler": "ddim", "steps": 4}, "autoregressive": {"temperature": 0.9, "top_k": 12}}[kind]
     said |= {"top_p": 1.0} if kind == "autoregressive" else {}
-    assert drawn["stage"] == "sample"
-    assert drawn["options"] == {"n": 4, "guidance": 2.0, "seed": 5, "dtype": "float32", **said}
+    assert sampled["stage"] == "sample"
+    assert sampled["options"] == {"n": 4, "guidance": 2.0, "seed": 5, "dtype": "float32", **said}
     assert made["stage"] == "generate"
     painted = {"decoder_steps": 3, "decoder_sampler": "ddim", "decoder_guidance": 3.0, "eta": 0.5, "seed": 5}
     assert made["options"] == {"keep": 1, "dtype": "float32", "upsampler_steps": 2, **painted}
     files = {"decoder": "decoder", "upsampler_1": "larger", "clip": "clip"}
     assert made["inputs"] == {name: digest_file(model / f"{file}.safetensors") for name, file in files.items()}
     ours = {"model": digest_file(model / "drawer.safetensors"), "clip": digest_file(model / "clip.safetensors")}
-    assert drawn["inputs"] == ours
+    assert sampled["inputs"] == ours
 
 
 # Memory

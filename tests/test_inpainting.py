@@ -56,7 +56,7 @@ def chess():
 def test_the_rest_is_sampled_as_without_a_cache(attention, scale):
     """The whole grid again, one full pass for each code, with kept codes in their places."""
     model, codes, kept = build(torch.double, attention=attention), some_codes(2), chess()
-    drawn = sample(model, 2, known=codes, keep=kept, guidance_scale=scale)
+    sampled = sample(model, 2, known=codes, keep=kept, guidance_scale=scale)
     expected = torch.where(kept, codes, 0).flatten(1)
     noise = torch.stack([uniforms(7, i, 25) for i in range(2)])
     for j in range(25):
@@ -65,9 +65,9 @@ def test_the_rest_is_sampled_as_without_a_cache(attention, scale):
         null = model(TOKENS.expand(2, -1), torch.zeros(2, dtype=torch.int64), grid)[1][:, j]
         if not kept.flatten()[j]:
             expected[:, j] = sample_categorical(null + scale * (conditional - null), noise[:, j])
-    assert torch.equal(drawn.flatten(1), expected)
-    assert torch.equal(drawn[:, kept], codes[:, kept])
-    assert not torch.equal(drawn[:, ~kept], sample(model, 2, guidance_scale=scale)[:, ~kept])
+    assert torch.equal(sampled.flatten(1), expected)
+    assert torch.equal(sampled[:, kept], codes[:, kept])
+    assert not torch.equal(sampled[:, ~kept], sample(model, 2, guidance_scale=scale)[:, ~kept])
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -76,14 +76,14 @@ def test_keeping_nothing_is_plain_and_keeping_all_is_the_codes(monkeypatch, scal
     none, all_ = torch.zeros(5, 5, dtype=torch.bool), torch.ones(5, 5, dtype=torch.bool)
     plain = sample(model, guidance_scale=scale)
     assert torch.equal(sample(model, guidance_scale=scale, known=codes, keep=none), plain)
-    monkeypatch.setattr(Prior, "step", lambda *_: pytest.fail("nothing is drawn"))
+    monkeypatch.setattr(Prior, "step", lambda *_: pytest.fail("nothing is sampled"))
     assert torch.equal(sample(model, guidance_scale=scale, known=codes, keep=all_), codes)
     assert torch.equal(sample(model, guidance_scale=scale, known=codes[0], keep=all_), codes[:1].expand(4, -1, -1))
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_noise_of_what_is_sampled_stays(scale):
-    """Kept are the very codes that would have been drawn: whatever the mask, the grid is the same."""
+    """Kept are the very codes that would have been sampled: whatever the mask, the grid is the same."""
     model = build()
     plain = sample(model, guidance_scale=scale)
     for kept in (chess(), ~chess(), torch.arange(25).view(5, 5) > 12, torch.arange(25).view(5, 5) <= 12):
@@ -109,19 +109,19 @@ def test_batches_are_of_any_size_and_rows_have_codes_of_their_own():
     model, codes = build(), some_codes(7)
     for scale in (1.0, 3.0):
         options = {"n": 7, "guidance_scale": scale, "keep": chess()}
-        drawn = sample(model, known=codes, batch_size=7, **options)
-        assert torch.equal(drawn[:, chess()], codes[:, chess()])
+        sampled = sample(model, known=codes, batch_size=7, **options)
+        assert torch.equal(sampled[:, chess()], codes[:, chess()])
         for batch_size in (1, 3):
-            assert torch.equal(sample(model, known=codes, batch_size=batch_size, **options), drawn)
+            assert torch.equal(sample(model, known=codes, batch_size=batch_size, **options), sampled)
         one = sample_codes(model, TOKENS, LENGTHS, [5], 7, known=codes[5], keep=chess(), guidance_scale=scale)
-        assert torch.equal(one[0], drawn[5])
+        assert torch.equal(one[0], sampled[5])
 
 
 def test_static_caches_are_fed_kept_codes(monkeypatch):
     model, codes = build(), some_codes()
-    drawn = sample(model, known=codes, keep=chess(), guidance_scale=2.0)
+    sampled = sample(model, known=codes, keep=chess(), guidance_scale=2.0)
     monkeypatch.setattr(devices, "compiled", lambda step, *_: step)  # what is compiled, but as it stands
-    assert torch.equal(sample(model, known=codes, keep=chess(), guidance_scale=2.0, compiled=True), drawn)
+    assert torch.equal(sample(model, known=codes, keep=chess(), guidance_scale=2.0, compiled=True), sampled)
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ def write_mask(path, white, size=(16, 16)):
 def test_the_upper_rows_are_the_images_own(chain, tmp_path, guidance):
     picture = chain.data / f"{RED}.png"
     more = ("--image", picture, "--guidance", guidance)
-    drawn = sample_with(chain, tmp_path / "a", *more, "--keep-rows", 1)
-    assert (drawn[:, :1] == own_codes(chain)[:1]).all()
-    assert len(np.unique(drawn[:, 1:], axis=0)) > 1
-    assert np.array_equal(sample_with(chain, tmp_path / "b", *more, "--keep-rows", 1, "--batch-size", 4), drawn)
+    sampled = sample_with(chain, tmp_path / "a", *more, "--keep-rows", 1)
+    assert (sampled[:, :1] == own_codes(chain)[:1]).all()
+    assert len(np.unique(sampled[:, 1:], axis=0)) > 1
+    assert np.array_equal(sample_with(chain, tmp_path / "b", *more, "--keep-rows", 1, "--batch-size", 4), sampled)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     half = sample_with(chain, tmp_path / "c", *more)
     assert (half[:, :2] == own_codes(chain)[:2]).all()
@@ -204,17 +204,17 @@ def test_the_upper_rows_are_the_images_own(chain, tmp_path, guidance):
     plain = sample_with(chain, tmp_path / "d", "--guidance", guidance)
     nothing = sample_with(chain, tmp_path / "e", *more, "--keep-rows", 0)
     assert nothing.tobytes() == plain.tobytes()
-    assert not np.array_equal(plain, drawn)
+    assert not np.array_equal(plain, sampled)
     assert (sample_with(chain, tmp_path / "f", *more, "--keep-rows", 4) == own_codes(chain)).all()
 
 
 def test_what_the_mask_leaves_black_is_the_images_own(chain, tmp_path):
     mask = write_mask(tmp_path / "mask.png", (7, 4, 9, 13))  # touches columns 1 and 2 of rows 1 to 3
-    drawn = sample_with(chain, tmp_path / "a", "--image", chain.data / f"{RED}.png", "--mask", mask)
+    sampled = sample_with(chain, tmp_path / "a", "--image", chain.data / f"{RED}.png", "--mask", mask)
     anew = np.zeros((4, 4), bool)
     anew[1:4, 1:3] = True
-    assert (drawn[:, ~anew] == own_codes(chain)[~anew]).all()
-    assert len(np.unique(drawn[:, anew], axis=0)) > 1
+    assert (sampled[:, ~anew] == own_codes(chain)[~anew]).all()
+    assert len(np.unique(sampled[:, anew], axis=0)) > 1
     plain = sample_with(chain, tmp_path / "b")
     write_mask(mask, (0, 0, 3, 3), (3, 3))  # all white
     assert np.array_equal(
@@ -231,8 +231,8 @@ def test_an_image_is_cropped_and_resized_as_encode_images_does(chain, tmp_path):
     exif[0x0112] = 6  # turned by a quarter
     Image.fromarray(noise).resize((61, 43)).save(folder / "x.jpg", exif=exif)
     run_ok("encode-images", folder, "-m", chain.dvae, "-o", tmp_path / "own.safetensors")
-    drawn = sample_with(chain, tmp_path / "a", "--image", folder / "x.jpg", "--keep-rows", 4, n=1)
-    assert np.array_equal(drawn, array(tmp_path / "own.safetensors", "codes"))
+    sampled = sample_with(chain, tmp_path / "a", "--image", folder / "x.jpg", "--keep-rows", 4, n=1)
+    assert np.array_equal(sampled, array(tmp_path / "own.safetensors", "codes"))
 
 
 def test_generate_keeps_as_sample_does(chain, tmp_path):
@@ -269,7 +269,7 @@ def test_the_history_says_what_was_kept(chain, tmp_path):
         assert len(set(stages)) == len(stages)
 
 
-# ---- drawn again
+# ---- sampled again
 
 
 @pytest.mark.parametrize("how", ["rows", "mask"])

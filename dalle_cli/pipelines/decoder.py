@@ -63,9 +63,9 @@ class ImageDecoder:
         """The noise on an upsampler's input: the option, else the default in the weights; 0 if not trained with any."""
         most = upsampler.config.low_noise
         low_noise = loading.trained_value(weights, "low_noise", options.low_noise if most else None, 0.0)
-        if low_noise > most:
+        if not 0 <= low_noise <= most:
             found = f"found {low_noise}"
-            raise DalleError(f"expected {LOW_NOISE} of at most {most}, as {weights.path} was trained with, {found}")
+            raise DalleError(f"expected {LOW_NOISE} in [0, {most}], as {weights.path} was trained with, {found}")
         return low_noise
 
     @property
