@@ -16,8 +16,9 @@ from dalle_cli.doctor.checks import Finding, at_least, at_most, dropout, gain, n
 from dalle_cli.doctor.subject import Columns, Subject
 from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.models.pixels import from_uint8
-from dalle_cli.sampling.decoder import SamplerConfig, paint
-from dalle_cli.sampling.embeddings import Read, autoregressed, diffused
+from dalle_cli.sampling.categorical import CategoricalOptions
+from dalle_cli.sampling.decoder import SamplerConfig, sample_images
+from dalle_cli.sampling.embeddings import PromptBatch, sample_autoregressive, sample_diffusion
 
 COLLAPSE = 0.05  # share of the vocabulary, or of the codes seen, below which a codebook has collapsed
 CONSTANT = 1.1  # perplexity of codes that say nothing
@@ -232,12 +233,13 @@ def unigram(targets: Tensor, seen: Tensor, n_vocab: int) -> float:
 
 def sample(s: Subject, guidance: float) -> Tensor:
     """One z_i for each caption, from the same noise whatever the guidance: (N, D) float64 of length 1."""
-    read, numbers, seed = Read(*(s.columns[name] for name in ("tokens", "lengths", "z_t"))), range(s.n), s.request.seed
+    prompts = PromptBatch(*(s.columns[name] for name in ("tokens", "lengths", "z_t")))
+    numbers, seed = range(s.n), s.request.seed
     if isinstance(s.model, DiffusionPrior):
         steps = min(STEPS, s.model.config.n_timestep)
-        parts = diffused(s.model, read, numbers, seed, steps=steps, best_of=1, guidance_scale=guidance)
+        parts = sample_diffusion(s.model, prompts, numbers, seed, steps=steps, best_of=1, guidance_scale=guidance)
     else:
-        parts = autoregressed(s.model, read, numbers, seed, guidance_scale=guidance)
+        parts = sample_autoregressive(s.model, prompts, numbers, seed, CategoricalOptions(guidance_scale=guidance))
     return F.normalize(torch.cat(list(parts)).double().cpu(), dim=-1)
 
 
@@ -247,7 +249,7 @@ def guided_levels(s: Subject) -> float:
     z_i, tokens, lengths = (s.columns[name] for name in ("z_i", "tokens", "lengths"))
     with s.request.machine.autocast():
         plain, guided = (
-            paint(s.model, z_i, tokens, lengths, SamplerConfig(steps, guidance=guidance), noise).double()
+            sample_images(s.model, z_i, tokens, lengths, SamplerConfig(steps, guidance=guidance), noise).double()
             for guidance in (1.0, GUIDANCE)
         )
     return float((guided - plain).abs().mean())
