@@ -65,7 +65,7 @@ class Comparison:
     def counts(self, name: str) -> dict[str, int]:
         """How many images of a set are used, excluded, and skipped as they cannot be read."""
         used, read = len(self.kept[name]), len(self.found[name][self.features.name, self.run.radii[0]])
-        return {"pictures": used, "exclude": read - used, "skipped": len(self.sets[name].rows) - read}
+        return {"images": used, "exclude": read - used, "skipped": len(self.sets[name].rows) - read}
 
     def rows(
         self, name: str, radius: float, column: str = "embeddings", network: Features | None = None
@@ -158,12 +158,12 @@ def _frechet(c: Comparison, radius: float) -> Metric:
     generated, real = c.both(radius, width + 1, covariance(c.features))
     value = between(Moments.of(generated.blocks(), width), Moments.of(real.blocks(), width))
     interval = bootstrap.of_frechet(value, generated, real, c.options.bootstrap, c.options.seed)
-    return {"called": title(c.features), **interval}
+    return {"name": title(c.features), **interval}
 
 
 def _kernel(c: Comparison, radius: float) -> Metric:
     both = c.both(radius, kernel.FEWEST, "subsets of two")
-    return {"called": title(c.features, "KID", "kernel distance"), **kernel.kernel_distance(*both, c.options.seed)}
+    return {"name": title(c.features, "KID", "kernel distance"), **kernel.kernel_distance(*both, c.options.seed)}
 
 
 def _manifold(c: Comparison, radius: float, number: int) -> Metric:
@@ -175,7 +175,7 @@ def _manifold(c: Comparison, radius: float, number: int) -> Metric:
         c.manifolds[radius] = manifold.precision_recall(generated, real)
     hits = c.manifolds[radius][number]
     name = f"{('precision', 'recall')[number]} ({c.features.name})"  # the published ones use features of VGG-16
-    return {"called": name, **c.mean(hits, 2 + number), "pictures": len(hits)}
+    return {"name": name, **c.mean(hits, 2 + number), "images": len(hits)}
 
 
 def _inception(c: Comparison, radius: float) -> Metric:
@@ -185,7 +185,7 @@ def _inception(c: Comparison, radius: float) -> Metric:
     if len(rows) < classes.FEWEST:
         raise Unavailable(f"{len(rows)} generated images, where {classes.FEWEST} are the fewest")
     called = title(c.features, "Inception score", "Inception score, not the published network")
-    return {"called": called, **classes.inception_score(rows.blocks(), c.options.bootstrap, c.options.seed)}
+    return {"name": called, **classes.inception_score(rows.blocks(), c.options.bootstrap, c.options.seed)}
 
 
 def _clip(c: Comparison, radius: float) -> Metric:
@@ -201,7 +201,7 @@ def _clip(c: Comparison, radius: float) -> Metric:
     wrong = None if other is None else retrieval.clip_score(retrieval.cosines(images, captions, other).mean())
     scores = {name: retrieval.clip_score(value) for name, value in interval.items()}
     called = "CLIP score (100 x cosine, as torchmetrics)"
-    return {"called": called, **scores, "shuffled": wrong, "pictures": len(rows), "features": c.clip.name}
+    return {"name": called, **scores, "shuffled": wrong, "images": len(rows), "features": c.clip.name}
 
 
 def _retrieval(c: Comparison, radius: float) -> Metric:
@@ -216,7 +216,7 @@ def _retrieval(c: Comparison, radius: float) -> Metric:
     generated = FeatureRows(generated.artifact, kept=generated.kept[having])
     ranks = retrieval.ranks(generated, real, own, k, c.options.seed)
     out: Metric = {f"r{n}": {**c.mean(ranks < n, 5), "chance": n / k} for n in (1, 5) if n < k}
-    return {**out, "k": k, "pictures": len(having)}
+    return {**out, "k": k, "images": len(having)}
 
 
 METRICS: dict[str, Callable[[Comparison, float], Metric]] = {

@@ -81,7 +81,7 @@ def _provenance(c: Comparison) -> dict[str, Any]:
     network = {"name": c.features.name, "width": c.features.width, "classes": c.features.classes}
     settings = {"seed": c.options.seed, "bootstrap": c.options.bootstrap}
     return {
-        "called": title(c.features),
+        "name": title(c.features),
         "features": network,
         "inputs": digests,
         "counts": {name: c.counts(name) for name in c.sets},

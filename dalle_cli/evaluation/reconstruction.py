@@ -127,9 +127,9 @@ class Reconstructions:
         errors = torch.cat(self._errors)
         errors = errors if which is None else errors[which]
         if not len(errors):
-            return {"pictures": 0}
+            return {"images": 0}
         found = mean(psnr(errors))
-        out: dict[str, object] = {"pictures": len(errors), "psnr": found.value, "psnr_error": found.error}
+        out: dict[str, object] = {"images": len(errors), "psnr": found.value, "psnr_error": found.error}
         out |= {"psnr_pooled": float(psnr(errors.mean())), "identical": int((errors == 0).sum())}
         if self._ssim:
             values = torch.cat(self._ssim)
@@ -174,4 +174,4 @@ class ReconstructionDistance:
         """The distance, its name, and its features. Raises: DalleError if too few images could be read."""
         self.check(self.originals.count)
         value = between(self.originals, self.reconstructions)
-        return {"called": title(self.features), "value": value, "features": self.features.name}
+        return {"name": title(self.features), "value": value, "features": self.features.name}

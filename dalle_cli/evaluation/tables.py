@@ -27,7 +27,7 @@ def image_rows(scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for key in ("frechet", *NAMES):
         cells = [table.get(key) for table in flat]
         if any(cells):
-            name = next(cell.get("called", NAMES.get(key, key)) for cell in cells if cell)
+            name = next(cell.get("name", NAMES.get(key, key)) for cell in cells if cell)
             rows.append([name, *(_cell(cell) if cell else "" for cell in cells)])
         if key == "clip" and any(cell and cell["shuffled"] is not None for cell in cells):
             others = [cell and cell["shuffled"] for cell in cells]

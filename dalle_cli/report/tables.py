@@ -141,7 +141,7 @@ def _table(value: Any) -> Table | None:
 def _called(key: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """A metric's own name, where its values have one."""
     values = [row[key] for row in rows if isinstance(row.get(key), Mapping)]
-    return words(next((value["called"] for value in values if "called" in value), key))
+    return words(next((value["name"] for value in values if "name" in value), key))
 
 
 def words(key: object) -> str:

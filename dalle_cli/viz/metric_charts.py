@@ -50,7 +50,7 @@ def _curve(tables: list[tuple[float, dict[str, Any]]], name: str, unit: str, bas
     low, high, chance = (
         [float(table[key]) for _, table in tables if table.get(key) is not None] for key in ("low", "high", baseline)
     )
-    title, _, network = tables[0][1].get("called", name).partition(" (")  # both do not fit into one panel's title
+    title, _, network = tables[0][1].get("name", name).partition(" (")  # both do not fit into one panel's title
     values = [float(table["value"]) for _, table in tables]
     return [Curve(title, network.rstrip(")") or unit, [r for r, _ in tables], values, low, high, chance)]
 
