@@ -307,7 +307,7 @@ def test_only_scores_are_replaced(chain, rebuilt, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "give --reference"),
+        ((), "give IMAGES --reference"),
         (("--reference", "nowhere"), "found no such file"),
         (("--reference", "DATA", "--blur", "1,x"), "radii of blur such as 0,1,2"),
         (("--reference", "DATA", "--blur", "-1"), "radii of blur"),
@@ -339,7 +339,7 @@ def test_weights_go_to_their_judges(chain, tmp_path):
     run_ok("evaluate", chain.prior, chain.captions, chain.codes, "-o", out)
     told = json.loads(out.read_text())
     assert (told["kind"], told["inputs"]["codes"]) == ("weights.prior.codes", open_artifact(chain.codes).digest)
-    assert "give --reference" in run_bad("evaluate", chain.dvae, "-o", out)
+    assert "give DVAE --reference" in run_bad("evaluate", chain.dvae, "-o", out)
     assert "give PRIOR CAPTIONS CODES" in run_bad("evaluate", chain.prior, chain.captions, "-o", out)
 
 
@@ -349,7 +349,7 @@ def test_each_metric_has_its_function_and_its_row():
     from dalle_cli.evaluation.tables import NAMES as ROWS
 
     assert set(METRICS) == set(SCORES)
-    assert set(SCORES) - {"frechet", "retrieval"} == set(ROWS) - {"r1", "r5"}
+    assert set(SCORES) - {"retrieval"} == set(ROWS) - {"r1", "r5"}
 
 
 def test_figures_are_told_with_their_errors():
