@@ -240,7 +240,7 @@ def summary(scored: Artifact, scorer: PriorScorer) -> dict[str, Any]:
     scores = np.asarray(scored.array("score")).astype(np.float64)
     listed = zip(scored.strings("ids"), scored.strings("text"), scores.tolist(), strict=True)
     return {
-        "pictures": len(scores),
+        "images": len(scores),
         "codes": scorer.prior.config.grid**2,
         "mean": float(scores.mean()) if len(scores) else None,
         "best": float(scores.max()) if len(scores) else None,
