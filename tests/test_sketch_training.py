@@ -89,7 +89,7 @@ def test_the_whole_chain_draws_by_it(chain, trained, tmp_path):
     first, second = (np.array(open_artifact(path).array("codes")) for path in (tmp_path / "c.safetensors", again))
     assert np.array_equal(first, second)
     line = run_bad("sample", "a", "-m", chain.prior, "--sketch-guidance", 2, "-o", tmp_path / "e.safetensors")
-    assert "expected a prior that sketches for --sketch-guidance, found none" in line
+    assert "expected a prior with a sketch for --sketch-guidance, found none" in line
 
 
 def test_figures_tell_of_it(trained):
