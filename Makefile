@@ -1,4 +1,4 @@
-# make pipelines   the main job: train, draw and look, on data in the repository; about twelve minutes on two cores
+# make pipelines   the main job: train and sample on data in the repository; 12 to 20 minutes on two cores
 # make test        the tests; make test-all also runs the slow ones
 # PYTHON=python3.12 make ...   picks the interpreter that the virtual environment is made with
 
@@ -20,7 +20,7 @@ SHARE := $(shell $(PYTHON) -c "import os; print(max(1, (os.cpu_count() or 1) // 
 pipelines: $(READY)
 	OMP_NUM_THREADS=$(SHARE) $(MAKE) --no-print-directory -j$(JOBS) pipeline-shapes pipeline-emoji
 	@echo && cat recipes/shapes/build/unclip-small/accuracy.txt
-	@echo "Look at recipes/shapes/build/sheet.png, recipes/shapes/build/unclip-small/sheet.png, recipes/emoji/build/small/sheet.png"
+	@echo "Look at recipes/shapes/build/grid.png, recipes/shapes/build/unclip-small/grid.png, recipes/emoji/build/small/grid.png"
 
 pipeline-shapes: $(READY)
 	$(MAKE) --no-print-directory -C recipes/shapes $(TOOLS) small

@@ -1,9 +1,9 @@
-# The DALL-E chain, shared by the recipes. A recipe sets DATA (a data set) and READY (files that say it is there), and
-# may set CONFIG, OUT, N, KEEP, WITHOUT (ids that CLIP and prior are trained without), PAIRS (the data set that CLIP and
-# the prior learn from, if not DATA), ENCODE (how the prior's pictures are cropped) and TRAINED (where its weights go, if
-# they are not yet the model's). A stage that finds its work done leaves it alone, so `make` may be repeated. After a
-# change of recipe or data, a training stage refuses to replace what it has trained: `make FRESH=--fresh` trains all
-# stages that are out of date anew.
+# The DALL-E chain, shared by the recipes. A recipe sets DATA (a data set) and READY (files that show that it exists). It
+# may set CONFIG, OUT, N, KEEP, EXCLUDE (ids that CLIP and the prior are not trained on), PAIRS (the data set of CLIP and
+# the prior, if not DATA), ENCODE (options of encode-images for the prior) and TRAINED (where train-prior writes, if not
+# the model's folder). A stage that finds its work done leaves it alone, so you may repeat `make`. After a change of recipe
+# or data, a training stage refuses to replace what it has trained: `make -k` brings the unchanged stages up to date, then
+# `make FRESH=--fresh` trains the others again.
 
 DALLE ?= dalle
 PY ?= python3
@@ -16,7 +16,7 @@ PAIRS ?= $(DATA)
 MODEL := $(OUT)/model
 TRAINED ?= $(MODEL)/prior.safetensors
 FLAGS := --config $(CONFIG)
-LEAVE = $(if $(WITHOUT),--exclude $(WITHOUT))
+EXCLUDE_FLAGS = $(if $(EXCLUDE),--exclude $(EXCLUDE))
 
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -34,12 +34,12 @@ $(OUT)/codes.safetensors: $(MODEL)/dvae.safetensors
 	$(DALLE) encode-images '$(PAIRS)' -m $< $(FLAGS) $(ENCODE) -o $@
 
 $(MODEL)/clip.safetensors: $(MODEL)/tokenizer.json
-	$(DALLE) train-clip '$(PAIRS)' -t $< $(FLAGS) $(LEAVE) $(FRESH) --seed $(SEED) -o $@
+	$(DALLE) train-clip '$(PAIRS)' -t $< $(FLAGS) $(EXCLUDE_FLAGS) $(FRESH) --seed $(SEED) -o $@
 
 $(TRAINED): $(OUT)/captions.safetensors $(OUT)/codes.safetensors
-	$(DALLE) train-prior $^ -t $(MODEL)/tokenizer.json $(FLAGS) $(LEAVE) $(FRESH) --seed $(SEED) -o $@
+	$(DALLE) train-prior $^ -t $(MODEL)/tokenizer.json $(FLAGS) $(EXCLUDE_FLAGS) $(FRESH) --seed $(SEED) -o $@
 
-# From a file of prompts to pictures: NAME.txt -> codes -> pictures -> the best of each prompt.
+# From a file of prompts to images: NAME.txt -> codes -> images -> the best of each prompt.
 $(OUT)/%.codes.safetensors: $(OUT)/%.txt $(MODEL)/prior.safetensors
 	$(DALLE) sample --prompts $< -n $(N) -m $(MODEL) --seed $(SEED) $(SAMPLE) -o $@
 

@@ -69,13 +69,13 @@ def test_the_shipped_shapes_are_as_they_are_told(tmp_path, monkeypatch):
     prompt = "a small red circle above a large blue square"
     run_ok("generate", prompt, "-m", "shapes", "-o", tmp_path / "x.png", "--images", tmp_path / "x.safetensors")
     found = open_artifact(tmp_path / "x.safetensors", "images").array("images")
-    right = [score.matches(picture.transpose(1, 2, 0), prompt) for picture in found]
+    right = [score.matches(image.transpose(1, 2, 0), prompt) for image in found]
     assert sum(right) >= 3  # of the best four of eight
     assert not any(score.matches(p.transpose(1, 2, 0), "a large green star") for p in found)
 
 
 def test_the_model_without_m_draws_emoji_as_they_are_told(tmp_path, monkeypatch):
-    """The middle of what is drawn has the color that was asked for, in either language, and white around it."""
+    """The middle of what is sampled has the color that was asked for, in either language, and white around it."""
     monkeypatch.setattr(bundles, "SHIPPED", SHIPPED)
     prompts = ("a blue heart", "a twemoji style emoji of a red apple", "트위모지 스타일의 빨간 사과 이모지")
     out = tmp_path / "x.safetensors"

@@ -28,7 +28,7 @@ def png(image):
 
 
 def plain(value, size=64):
-    """An opaque picture whose color tells it from others."""
+    """An opaque image whose color tells it from others."""
     return png(Image.new("RGBA", (size, size), (value, 255 - value, 7, 255)))
 
 
@@ -123,7 +123,7 @@ def run(*arguments):
 
 
 def pairs(path):
-    """Every pair of a tar: key -> (picture, JSON)."""
+    """Every pair of a tar: key -> (image, JSON)."""
     with tarfile.open(path) as tar:
         files = {m.name: tar.extractfile(m).read() for m in tar}
     keys = sorted({name.rsplit(".", 1)[0] for name in files})
@@ -275,7 +275,7 @@ def test_further_styles_have_nothing_that_is_withheld_in_the_style_they_are_akin
     icons = {f"thing-{code}": {"body": "<path/>"} for code in codes}
     package = prepare.vectors.PACKAGES[style]
     pack(prepare.archive_name(tmp_path, package), {"package/icons.json": json.dumps({"icons": icons}).encode()})
-    found = {picture.code for picture in prepare.read_vectors(tmp_path, style, labels, 8)}
+    found = {image.code for image in prepare.read_vectors(tmp_path, style, labels, 8)}
     expected = set()
     for code in codes:
         n = int(hashlib.sha256(code.encode()).hexdigest(), 16)
@@ -285,14 +285,14 @@ def test_further_styles_have_nothing_that_is_withheld_in_the_style_they_are_akin
     assert len(expected) < 290
 
 
-def test_further_styles_are_drawn_on_white_and_captioned(made):
-    names = ["blob-1f1f3-1f1f4", "blob-1f415", "emojione-00a9", "emojione-1f63a"]  # 00a9 has its alias' picture first
+def test_further_styles_are_rendered_on_white_and_captioned(made):
+    names = ["blob-1f1f3-1f1f4", "blob-1f415", "emojione-00a9", "emojione-1f63a"]  # 00a9 has its alias' image first
     names += ["flat-1f3c2", "flat-1f415", "flat-1f431"]  # no skin tone, no family, no mirrored alias
     assert sorted(made["more"]) == names
-    picture, row = made["more"]["emojione-00a9"]
+    image, row = made["more"]["emojione-00a9"]
     assert row["caption"][1] == "copyright, emojione"
     assert row["caption"][-2:] == ["것 이모지, 이모지원 스타일", "것"]
-    pixels = np.asarray(picture)
+    pixels = np.asarray(image)
     assert pixels.shape == (64, 64, 3)
     assert (pixels[0, 63] == 255).all()
     assert (pixels[32, 20] == (0, 0, 255)).all()
@@ -373,10 +373,10 @@ def test_the_prior_of_the_full_set_is_finished_on_pictures_as_they_are(tmp_path,
     assert read == ["codes.safetensors", *["still.safetensors"] * 4]
     assert ["--augment place" in encoded[name] for name in read[:2]] == [True, False]
     assert all("--exclude" in words for words in trained)
-    for told, place in (
+    for label, place in (
         ("prior.sketch=16", 2),
         ("prior.train.sketch_only=true", 3),
         ("prior.train.sketch_resampled=0.6", 4),
     ):
-        assert [i for i, words in enumerate(trained) if told in words] == [place]
+        assert [i for i, words in enumerate(trained) if label in words] == [place]
     assert len({words[words.index("--seed") + 1] for words in trained}) == 5

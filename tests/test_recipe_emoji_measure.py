@@ -1,4 +1,4 @@
-"""The measuring side of the emoji recipe, on planted pictures and features: each figure is known beforehand."""
+"""The measuring side of the emoji recipe, on planted images and features: each figure is known beforehand."""
 
 import importlib
 import io
@@ -25,7 +25,7 @@ KOREAN = {"fluent": "플루언트 3D", "noto": "노토", "twemoji": "트위모�
 ENGLISH = {"fluent": "fluent 3d", "noto": "noto", "twemoji": "twemoji"}
 
 
-def picture(concept, style, noise=0):
+def pixels_of(concept, style, noise=0):
     """16 x 16: the style is the left column's gray, the concept the color of the rest."""
     image = np.full((16, 16, 3), (concept * 37 % 256, concept * 91 % 256, concept * 53 % 256), np.uint8)
     image[:, 0] = STYLES.index(style) * 100
@@ -47,11 +47,11 @@ def row(concept, style, split, tone=""):
 
 def write_tar(path, rows):
     with tarfile.open(path, "w") as tar:
-        for told in rows:
+        for facts in rows:
             image = io.BytesIO()
-            Image.fromarray(picture(int(told["base"], 16), told["style"], len(told["code"]))).save(image, "PNG")
-            for suffix, data in ((".json", json.dumps(told).encode()), (".png", image.getvalue())):
-                info = tarfile.TarInfo(f"{told['style']}-{told['code']}{suffix}")
+            Image.fromarray(pixels_of(int(facts["base"], 16), facts["style"], len(facts["code"]))).save(image, "PNG")
+            for suffix, data in ((".json", json.dumps(facts).encode()), (".png", image.getvalue())):
+                info = tarfile.TarInfo(f"{facts['style']}-{facts['code']}{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return path
@@ -101,27 +101,27 @@ def refused(capsys, *arguments):
 
 
 def test_lists_hold_withheld_combinations_only_one_variant_each(lists, tars):
-    asked = withheld.read_list(lists / "withheld-en.json")
-    counts = {style: [p for p in asked.prompts if p.style == style] for style in STYLES}
+    listed = withheld.read_list(lists / "withheld-en.json")
+    counts = {style: [p for p in listed.prompts if p.style == style] for style in STYLES}
     assert {style: len(own) for style, own in counts.items()} == {"fluent": 10, "noto": 100, "twemoji": 10}
     entries = {e.key: e for e in withheld.read_tar(tars[0])}
-    for p in asked.prompts:
+    for p in listed.prompts:
         true = entries[p.key]
         assert (true.split, true.style, true.base, true.code) == ("withheld-style", p.style, p.base, p.code)
         assert p.prompt == true.captions[0]
     for own in counts.values():
         assert len({p.base for p in own}) == len(own)
-    assert {p.code != p.base for p in asked.prompts} == {True, False}  # the variant is drawn, not the first
+    assert {p.code != p.base for p in listed.prompts} == {True, False}  # the variant is sampled, not the first
 
 
 def test_the_pictures_to_seek_among_are_filled_up_from_what_no_style_has_seen(lists, tars):
-    asked = withheld.read_list(lists / "withheld-en.json")
+    listed = withheld.read_list(lists / "withheld-en.json")
     entries = {e.key: e for e in withheld.read_tar(tars[0])}
-    assert {style: len(keys) for style, keys in asked.among.items()} == {"fluent": 30, "noto": 100, "twemoji": 30}
-    for style, keys in asked.among.items():
+    assert {style: len(keys) for style, keys in listed.among.items()} == {"fluent": 30, "noto": 100, "twemoji": 30}
+    for style, keys in listed.among.items():
         assert len({entries[key].base for key in keys}) == len(keys)
         assert {entries[key].style for key in keys} == {style}
-        assert {p.key for p in asked.prompts if p.style == style} <= set(keys)
+        assert {p.key for p in listed.prompts if p.style == style} <= set(keys)
 
 
 def test_korean_asks_for_the_same_pictures(lists):
@@ -157,8 +157,8 @@ def test_the_fluent_prompts_among_them_are_withheld_in_fluent():
     prepare = importlib.import_module("prepare")
     codes = {"frog": "1f438", "pineapple": "1f34d", "cactus": "1f335", "sailboat": "26f5", "graduation cap": "1f393"}
     texts = (FOLDER / "zero-shot.txt").read_text("utf-8").splitlines()
-    asked = [text.removeprefix("a fluent 3d style emoji of a ") for text in texts if "fluent 3d style" in text]
-    assert sorted(asked) == sorted(codes)
+    listed = [text.removeprefix("a fluent 3d style emoji of a ") for text in texts if "fluent 3d style" in text]
+    assert sorted(listed) == sorted(codes)
     for code in codes.values():
         assert [prepare.split(style, code) for style in STYLES] == ["withheld-style", "train", "train"]
 
@@ -168,8 +168,8 @@ def test_the_fluent_prompts_among_them_are_withheld_in_fluent():
 
 def test_ranks_count_others_at_least_as_near_and_a_tie_is_lost():
     gallery = np.eye(4)
-    pictures = np.array([[1.0, 0, 0, 0], [0.2, 0.9, 0.3, 0], [0.5, 0.5, 0.5, 0.5], [0, 0, 0, 0]])
-    assert nearest.ranks(pictures, gallery, [0, 2, 3, 1]).tolist() == [0, 1, 3, 3]
+    images = np.array([[1.0, 0, 0, 0], [0.2, 0.9, 0.3, 0], [0.5, 0.5, 0.5, 0.5], [0, 0, 0, 0]])
+    assert nearest.ranks(images, gallery, [0, 2, 3, 1]).tolist() == [0, 1, 3, 3]
 
 
 def test_a_space_takes_mean_and_spread_of_the_style_away():
@@ -178,9 +178,9 @@ def test_a_space_takes_mean_and_spread_of_the_style_away():
     assert out == pytest.approx(np.array([[1.0, 0, 0], [0, 1.0, 0]]), abs=1e-9)
 
 
-def look(pictures):
+def look(images):
     """Planted features: the color that is the concept's, moved far by the style's gray."""
-    lot = np.stack(pictures).astype(np.float64)
+    lot = np.stack(images).astype(np.float64)
     return lot[:, 8, 8] + lot[:, 8, :1, 0] * [50, 100, -50]
 
 
@@ -195,25 +195,25 @@ def test_the_true_picture_is_found_and_another_is_not(lists, tars, capsys, monke
     table = run(capsys, "retrieval", files["true"], *rest, "--best", files["random"])
     assert table[0][2:] == ["all (120)", "fluent (10 among 30)", "noto (100 among 100)", "twemoji (10 among 30)"]
     rows = {(line[0] or "?", line[1]): line[2:] for line in table[2:]}
-    assert rows["drawn once", "R@1"] == ["100.0% (100.0 to 100.0)"] * 4
+    assert rows["one sample", "R@1"] == ["100.0% (100.0 to 100.0)"] * 4
     assert float(rows["best of 1 by CLIP", "R@1"][0].split("%")[0]) < 10
     random = next(line for line in table if line[0].startswith("a random training"))
     other = next(line for line in table if line[0].startswith("the concept's true"))
     assert float(random[2].split("%")[0]) < 10
     assert float(other[2].split("%")[0]) > 85  # a style's mean and spread are taken away: what is left is the concept
-    drawn = run(capsys, "retrieval", files["other-style"], *rest)
-    assert float(drawn[2][2].split("%")[0]) < 50  # the same pictures, passed off as of the style asked for
+    sampled = run(capsys, "retrieval", files["other-style"], *rest)
+    assert float(sampled[2][2].split("%")[0]) < 50  # the same images, passed off as of the style asked for
 
 
 def test_each_candidate_has_its_own_rank(lists, tars, tmp_path):
-    asked, test = withheld.read_list(lists / "withheld-en.json"), withheld.read_tar(tars[0])
-    true = [e.picture for e in withheld.pick(test, [p.key for p in asked.prompts], tars[0])]
+    listed, test = withheld.read_list(lists / "withheld-en.json"), withheld.read_tar(tars[0])
+    true = [e.image for e in withheld.pick(test, [p.key for p in listed.prompts], tars[0])]
     wrong = [*true[1:], true[0]]
-    withheld.write_drawn(tmp_path / "x.safetensors", asked, list(zip(true, wrong, strict=True)), "test")
-    drawn = withheld.read_drawn(tmp_path / "x.safetensors", asked)
-    assert np.array_equal(np.stack([own[1] for own in drawn]), np.stack(wrong))
-    gallery = nearest.Gallery(asked, test, withheld.read_tar(tars[1]), look, 0)
-    ranks = gallery.ranks(drawn)
+    withheld.write_samples(tmp_path / "x.safetensors", listed, list(zip(true, wrong, strict=True)), "test")
+    sampled = withheld.read_samples(tmp_path / "x.safetensors", listed)
+    assert np.array_equal(np.stack([own[1] for own in sampled]), np.stack(wrong))
+    gallery = nearest.Gallery(listed, test, withheld.read_tar(tars[1]), look, 0)
+    ranks = gallery.ranks(sampled)
     assert {own[0] for own in ranks} == {0}
     assert np.mean([own[1] == 0 for own in ranks]) < 0.05
 
@@ -223,15 +223,15 @@ def test_twins_are_of_the_same_variant_if_they_can_be(tars):
     train = withheld.read_tar(tars[1])
     assert withheld.twin(prompt, train, "fluent").key == "fluent-0003"
     assert withheld.twin(prompt, train, "noto") is None
-    toned = [withheld.Entry(f"fluent-0003{t}", "fluent", "0003", f"0003{t}", "", "", "", (), train[0].picture)
+    toned = [withheld.Entry(f"fluent-0003{t}", "fluent", "0003", f"0003{t}", "", "", "", (), train[0].image)
              for t in ("-1f3fa", "-1f3fb", "")]  # fmt: skip
     assert withheld.twin(prompt, toned, "fluent").code == "0003-1f3fb"
     assert withheld.twin(prompt, [e for e in toned if e.code != prompt.code], "fluent").code == "0003"
 
 
 def test_distances_are_compared_on_training_pictures(tars):
-    def biased(pictures):  # style shifts all features: only centered ones tell concepts
-        lot = np.stack(pictures).astype(np.float64)
+    def biased(images):  # style shifts all features: only centered ones tell concepts
+        lot = np.stack(images).astype(np.float64)
         return lot[:, 8, 8] / 255 + 9 * lot[:, 8, :1, 0]
 
     found = {(form, how): (r1, r5) for form, how, r1, r5 in distances.compare(withheld.read_tar(tars[1]), biased, 0)}
@@ -292,11 +292,11 @@ def test_the_classifier_learns_the_style_not_the_concept(tmp_path):
     seen, unseen = some(range(20)), some(range(20, 40))
     net = style_net.train(seen, 24, 0)
     right = style_net.numbers(unseen).numpy()
-    assert np.mean(style_net.named(net, [e.picture for e in unseen]) == right) > 0.9
+    assert np.mean(style_net.named(net, [e.image for e in unseen]) == right) > 0.9
     style_net.save(net, tmp_path / "style.safetensors")
     again = style_net.load(tmp_path / "style.safetensors")
-    assert (style_net.named(again, [unseen[0].picture]) == style_net.named(net, [unseen[0].picture])).all()
-    plain = [np.full_like(e.picture, 255) for e in unseen]  # it looks at the picture
+    assert (style_net.named(again, [unseen[0].image]) == style_net.named(net, [unseen[0].image])).all()
+    plain = [np.full_like(e.image, 255) for e in unseen]  # it looks at the image
     assert np.mean(style_net.named(net, plain) == right) < 0.5
 
 
@@ -327,7 +327,7 @@ def test_lossy_webp_is_the_smallest_that_reaches_the_psnr():
 
 def test_bits_of_codes_are_the_priors_own(chain, tars, tmp_path, capsys):
     table = run(capsys, "bits", tars[0], "-m", chain.model, "--part", "withheld-style", "--limit", 8)
-    assert table[0][0] == "8 pictures (withheld-style)"
+    assert table[0][0] == "8 images (withheld-style)"
     grid = open_artifact(chain.codes).require("grid", int)
     plain, given, alone, caption, *files = table[2:]
     assert plain[0] == f"{grid**2} codes, written plainly ({math.log2(20):.2f} bits each)"
@@ -344,30 +344,30 @@ def test_bits_of_codes_are_the_priors_own(chain, tars, tmp_path, capsys):
 # Sheets and faults
 
 
-def test_a_blind_sheet_shows_less(lists, tars, tmp_path):
-    asked, drawn = lists / "withheld-en.json", tmp_path / "x.images.safetensors"
-    assert measure.main(["stand-ins", *map(str, (asked, *tars, drawn)), "--by", "random"]) == 0
+def test_a_blind_grid_shows_less(lists, tars, tmp_path):
+    listed, sampled = lists / "withheld-en.json", tmp_path / "x.images.safetensors"
+    assert measure.main(["stand-ins", *map(str, (listed, *tars, sampled)), "--by", "random"]) == 0
     sizes = {}
     for name, more in (("open", []), ("blind", ["--blind"])):
         out = tmp_path / f"{name}.png"
         assert (
-            measure.main(["sheet", *map(str, (drawn, asked, tars[0], out)), "--most", "3", "--columns", "6", *more])
+            measure.main(["grid", *map(str, (sampled, listed, tars[0], out)), "--most", "3", "--columns", "6", *more])
             == 0
         )
         sizes[name] = Image.open(out).size
-    assert sizes["open"][0] > sizes["blind"][0]  # six pictures in a row, or three
+    assert sizes["open"][0] > sizes["blind"][0]  # six images in a row, or three
 
 
 def test_faults_are_one_line(lists, tars, tmp_path, capsys, chain):
-    asked = lists / "withheld-en.json"
+    listed = lists / "withheld-en.json"
     assert "expected a tar of prepare.py" in refused(capsys, "prompts", tmp_path / "no.tar", tmp_path)
     assert "measure.py prompts" in refused(capsys, "style", chain.images, tars[0], tmp_path / "x")
-    assert "expected pictures of" in refused(capsys, "sheet", chain.images, asked, tars[0], tmp_path / "x.png")
-    drawn = tmp_path / "x.images.safetensors"
-    assert measure.main(["stand-ins", *map(str, (asked, *tars, drawn)), "--by", "true"]) == 0
-    assert "measure.py classifier" in refused(capsys, "style", drawn, asked, drawn)
+    assert "expected images of" in refused(capsys, "grid", chain.images, listed, tars[0], tmp_path / "x.png")
+    sampled = tmp_path / "x.images.safetensors"
+    assert measure.main(["stand-ins", *map(str, (listed, *tars, sampled)), "--by", "true"]) == 0
+    assert "measure.py classifier" in refused(capsys, "style", sampled, listed, sampled)
     bare = [{**row(1, "noto", "withheld-style"), "caption": ["thing, noto"]}]
     assert "caption in ko" in refused(capsys, "prompts", write_tar(tmp_path / "bare.tar", bare), tmp_path)
-    assert "expected images" in refused(capsys, "sheet", chain.codes, asked, tars[0], tmp_path / "x.png")
-    found = refused(capsys, "stand-ins", asked, tars[1], tars[1], drawn, "--by", "true")
+    assert "expected images" in refused(capsys, "grid", chain.codes, listed, tars[0], tmp_path / "x.png")
+    found = refused(capsys, "stand-ins", listed, tars[1], tars[1], sampled, "--by", "true")
     assert "make list and tar of one data set" in found

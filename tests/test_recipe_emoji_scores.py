@@ -1,4 +1,4 @@
-"""The table of scores of the emoji recipe, on the tiny chain: which pictures and captions each row is of."""
+"""The table of scores of the emoji recipe, on the tiny chain: which images and captions each row is of."""
 
 import importlib
 import subprocess
@@ -42,7 +42,7 @@ def test_no_prompt_is_that_of_two_pictures(chain, tmp_path, capsys):
     assert scores.titles(open_image_set("reference", str(tmp_path))) == {"0": "a cat", "1": "your cat"}
     (tmp_path / "1.txt").write_text("a cat")
     assert scores.main(["prompts", str(tmp_path), "2", str(tmp_path / "out.txt")]) == 1
-    assert "scores: error: expected a caption of its own for each picture, found none for 1" in capsys.readouterr().err
+    assert "scores: error: expected a caption of its own for each image, found none for 1" in capsys.readouterr().err
 
 
 def test_what_is_rebuilt_goes_by_its_own_caption(chain, tmp_path):
@@ -81,13 +81,13 @@ def test_mistitled_pictures_have_captions_of_others(chain, prompts, tmp_path):
 
 
 def test_the_table_has_a_row_for_each_file(chain, tmp_path, capsys):
-    rebuilt, told = tmp_path / "rebuilt.safetensors", []
+    rebuilt, rows = tmp_path / "rebuilt.safetensors", []
     scores.main(["rebuilt", str(chain.data), str(COUNT), str(rebuilt), "-m", str(chain.model)])
     for name, given in (("real", chain.data), ("shown", rebuilt)):
-        told.append(f"{name}, so called={tmp_path / name}.json")
+        rows.append(f"{name}, so called={tmp_path / name}.json")
         fixed = ("--reference", chain.data, "-m", chain.model, "--limit", COUNT, "--bootstrap", 4)
         run_ok("evaluate", given, *fixed, "-o", tmp_path / f"{name}.json", "--scores", "kernel,clip,retrieval")
-    assert scores.main(["table", *told]) == 0
+    assert scores.main(["table", *rows]) == 0
     head, _, *lines = (
         [cell.strip() for cell in row.strip("|").split("|")] for row in capsys.readouterr().out.splitlines()
     )
@@ -99,7 +99,7 @@ def test_the_table_has_a_row_for_each_file(chain, tmp_path, capsys):
 
 
 def test_the_graph_scores_each_kind_of_picture(tmp_path):
-    small = {"OUT": "build/x", "DATA": "small.tar", "READY": "small.tar", "CONFIG": "small.toml", "WITHOUT": ""}
+    small = {"OUT": "build/x", "DATA": "small.tar", "READY": "small.tar", "CONFIG": "small.toml", "EXCLUDE": ""}
     given = [f"{name}={value}" for name, value in {**small, "REFERENCE": "small.tar", "N": "4"}.items()]
     done = subprocess.run(
         ["make", "-n", "scores", *given, f"PY={sys.executable}"], cwd=FOLDER, capture_output=True, text=True

@@ -21,9 +21,9 @@ Scene, Thing = scenes.Scene, scenes.Thing
 
 @pytest.fixture(scope="module")
 def truth():
-    """300 fresh pictures and captions, every other one with a pair that training never sees."""
-    drawn = [scenes.sample(11, 9, i, i % 2 == 1) for i in range(300)]
-    return [d[1] for d in drawn], [d[2] for d in drawn]
+    """300 fresh images and captions, every other one with a pair that training never sees."""
+    sampled = [scenes.sample(11, 9, i, i % 2 == 1) for i in range(300)]
+    return [d[1] for d in sampled], [d[2] for d in sampled]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def test_training_never_sees_a_held_out_pair_in_words_or_in_pixels(written):
     assert len(files) == 800
     for name in (n for n in files if n.endswith(".txt")):
         assert not score.parse_caption(files[name].decode()).has_held_out_pair()
-        picture = np.asarray(Image.open(io.BytesIO(files[name[:-4] + ".png"])))
-        assert picture.shape == (32, 32, 3)
-        found = {(o.thing.color, o.thing.shape) for o in score.find_objects(picture)}
+        image = np.asarray(Image.open(io.BytesIO(files[name[:-4] + ".png"])))
+        assert image.shape == (32, 32, 3)
+        found = {(o.thing.color, o.thing.shape) for o in score.find_objects(image)}
         assert found
         assert not found & scenes.HELD_OUT
 
@@ -64,10 +64,10 @@ def test_training_never_sees_a_held_out_pair_in_words_or_in_pixels(written):
 def test_prompts_are_distinct_and_on_the_right_side(written):
     for name, unseen in (("prompts-seen.txt", False), ("prompts-unseen.txt", True)):
         lines = (written[0] / name).read_text("utf-8").splitlines()
-        asked = [score.parse_caption(line) for line in lines]
+        listed = [score.parse_caption(line) for line in lines]
         assert len(set(lines)) == 32
-        assert sum(len(scene.things) == 1 for scene in asked) == 16
-        assert all(scene.has_held_out_pair() == unseen for scene in asked)
+        assert sum(len(scene.things) == 1 for scene in listed) == 16
+        assert all(scene.has_held_out_pair() == unseen for scene in listed)
 
 
 def test_a_tenth_of_the_pairs_is_held_out_and_nothing_becomes_rare():
@@ -116,9 +116,9 @@ def test_shapes_are_distinct_and_fill_their_box():
 
 @pytest.mark.parametrize("width", [32, 48, 64])
 def test_pictures_of_any_width_are_the_same_scene(width):
-    _, picture, caption = scenes.sample(3, 0, 7, False, width)
-    assert picture.shape == (width, width, 3)
-    assert score.matches(picture, caption)
+    _, image, caption = scenes.sample(3, 0, 7, False, width)
+    assert image.shape == (width, width, 3)
+    assert score.matches(image, caption)
 
 
 def test_every_template_says_what_it_was_given():
@@ -145,8 +145,8 @@ def test_inverse_captions_are_understood():
 
 
 def test_scorer_is_right_about_the_truth_and_at_chance_on_shuffled_captions(truth):
-    pictures, captions = truth
-    assert score.score(pictures, captions)["accuracy"] > 0.99
+    images, captions = truth
+    assert score.score(images, captions)["accuracy"] > 0.99
     shuffled = captions[1:] + captions[:1]
     by_words = np.mean(
         [
@@ -154,15 +154,15 @@ def test_scorer_is_right_about_the_truth_and_at_chance_on_shuffled_captions(trut
             for a, b in zip(captions, shuffled, strict=True)
         ]
     )
-    assert score.score(pictures, shuffled)["accuracy"] == pytest.approx(by_words, abs=0.01)
+    assert score.score(images, shuffled)["accuracy"] == pytest.approx(by_words, abs=0.01)
     assert score.chance(captions) < 0.01
 
 
 @pytest.mark.parametrize(("how", "least"), [("blur", 0.99), ("noise", 0.99), ("jpeg", 0.85)])
 def test_scorer_stands_degraded_pictures(truth, how, least):
-    pictures, captions = truth
-    spoiled = [score.degrade(p, how, i) for i, p in enumerate(pictures)]
-    assert any((a != b).any() for a, b in zip(pictures, spoiled, strict=True))
+    images, captions = truth
+    spoiled = [score.degrade(p, how, i) for i, p in enumerate(images)]
+    assert any((a != b).any() for a, b in zip(images, spoiled, strict=True))
     assert score.score(spoiled, captions)["accuracy"] > least
 
 
@@ -183,19 +183,19 @@ RIGHT = "a small red circle left of a large blue square"
 )
 def test_each_kind_of_wrongness_is_noticed_and_named(caption, wrong):
     for seed in range(10):
-        picture = scenes.draw(score.parse_caption(RIGHT), np.random.default_rng(seed))
-        assert score.matches(picture, RIGHT)
-        assert not score.matches(picture, caption)
+        image = scenes.render(score.parse_caption(RIGHT), np.random.default_rng(seed))
+        assert score.matches(image, RIGHT)
+        assert not score.matches(image, caption)
         if wrong:
-            assert getattr(score.judge(picture, score.parse_caption(caption)), wrong) is False
+            assert getattr(score.compare(image, score.parse_caption(caption)), wrong) is False
 
 
 def test_an_extra_object_and_an_empty_picture_are_wrong():
-    picture = scenes.draw(
+    image = scenes.render(
         score.parse_caption("a small red circle left of a small blue square"), np.random.default_rng(0)
     )
-    extra = picture.copy()
-    found = score.find_objects(picture)
+    extra = image.copy()
+    found = score.find_objects(image)
     row = 2 if min(o.y for o in found) > 0.45 else 24
     extra[row : row + 6, 12:18] = scenes.COLORS["green"]
     assert len(score.find_objects(extra)) == 3
@@ -204,26 +204,26 @@ def test_an_extra_object_and_an_empty_picture_are_wrong():
 
 
 def test_a_shapeless_blob_matches_no_caption():
-    picture = np.full((32, 32, 3), 255, np.uint8)
-    picture[4:9, 4:28] = scenes.COLORS["red"]
+    image = np.full((32, 32, 3), 255, np.uint8)
+    image[4:9, 4:28] = scenes.COLORS["red"]
     things = [Thing(size, "red", shape) for size, shape in product(scenes.SIZES, scenes.SHAPES)]
-    assert not any(score.judge(picture, Scene((thing,))).right for thing in things)
+    assert not any(score.compare(image, Scene((thing,))).right for thing in things)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_noise_is_judged_without_complaint(seed):
-    picture = np.random.default_rng(seed).integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    assert not score.matches(picture, RIGHT)
+    image = np.random.default_rng(seed).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    assert not score.matches(image, RIGHT)
 
 
 def test_scores_read_from_a_tar_and_from_an_artifact_agree(written, tmp_path):
-    pictures, captions = score._read(written[0] / "truth.tar")
-    assert score.score(pictures, captions)["accuracy"] == 1
+    images, captions = score._read(written[0] / "truth.tar")
+    assert score.score(images, captions)["accuracy"] == 1
     artifacts = pytest.importorskip("dalle_cli.artifacts")
     path = tmp_path / "images.safetensors"
-    images = np.stack(pictures).transpose(0, 3, 1, 2).copy()
+    stored = np.stack(images).transpose(0, 3, 1, 2).copy()
     ids = [str(i) for i in range(len(captions))]
-    artifacts.write_artifact(path, "images", {"images": images, "text": captions, "ids": ids}, {}, [])
+    artifacts.write_artifact(path, "images", {"images": stored, "text": captions, "ids": ids}, {}, [])
     read, said = score._read(path)
     assert said == captions
-    assert all((a == b).all() for a, b in zip(read, pictures, strict=True))
+    assert all((a == b).all() for a, b in zip(read, images, strict=True))

@@ -106,13 +106,13 @@ def test_each_prior_has_a_whole_bundle_and_draws_both_lists(built):
             assert (bundle / f"{name}.safetensors").stat().st_mtime_ns == original.stat().st_mtime_ns
         for prompts in ("seen", "unseen"):
             stem = f"unclip/{kind}-{prompts}"
-            drawn, painted, ranked = (
+            sampled, decoded, ranked = (
                 next(line for line in named(commands, stage) if f"-o {stem}." in line)
                 for stage in ("sample", "decode", "rerank")
             )
-            assert f"--prompts {prompts}.txt" in drawn
-            assert f"-m unclip/{kind}" in drawn
-            assert f"decode {stem}.embeddings.safetensors -m unclip/{kind}" in painted
+            assert f"--prompts {prompts}.txt" in sampled
+            assert f"-m unclip/{kind}" in sampled
+            assert f"decode {stem}.embeddings.safetensors -m unclip/{kind}" in decoded
             assert f"rerank {stem}.images.safetensors -m model --keep 1" in ranked
     assert all("-n 8 " in line for line in named(commands, "sample") if "unclip/" in line)
     table = next(line for line in commands if "--table DALL-E" in line)
@@ -166,16 +166,16 @@ def test_small_is_dalle_and_a_smaller_dalle_2(tmp_path):
 
 
 def test_sweep_and_truth(built):
-    """Each guidance of each system; DALL-E 2's embeddings are drawn once."""
+    """Each guidance of each system; DALL-E 2's embeddings are sampled once."""
     graph, _ = built
     commands = graph.make("sweep", "truth")
     guided = [line.split("--guidance ")[1].split()[0] for line in named(commands, "sample") if "sweep/" in line]
     assert len(guided) == len(set(guided)) >= 4
     both = [line for line in named(commands, "sample") if "both.embeddings" in line]
     assert len(both) == len(KINDS)
-    painted = [line for line in named(commands, "decode") if "sweep/" in line and "embeddings" in line]
-    assert len(painted) == len(KINDS) * len(guided)
-    assert all(line.count("--decoder-guidance") == 1 for line in painted)
+    decoded = [line for line in named(commands, "decode") if "sweep/" in line and "embeddings" in line]
+    assert len(decoded) == len(KINDS) * len(guided)
+    assert all(line.count("--decoder-guidance") == 1 for line in decoded)
     assert any(line.startswith("score.py unclip/truth.images.safetensors --captions") for line in commands)
     assert graph.make("sweep", "truth") == []
 
@@ -192,7 +192,7 @@ def test_truth_alone_has_all_that_decode_reads(tmp_path):
 
 @pytest.mark.parametrize("name", ["shapes", "emoji"])
 def test_numbers_are_of_models_that_exist(name):
-    """Every key is known, the sizes fit together, and the pictures that come out are those that CLIP reads."""
+    """Every key is known, the sizes fit together, and the images that come out are those that CLIP reads."""
     folder = FOLDER.parent / name
     table, recipe = (config.read(folder / file) for file in ("unclip.toml", "recipe.toml"))
     clip, _ = config.section(recipe, "clip", CLIPConfig, train=_anything(recipe["clip"]["train"]))
@@ -223,11 +223,11 @@ RIGHT = "a small red circle left of a large blue square"
 
 def shifted(cells, ground=0):
     """RIGHT with its circle so many cells lower than at the top."""
-    picture = np.empty((16, 16, 3), np.uint8)
-    picture[:] = scenes.BACKGROUNDS[ground]
-    picture[4 + cells : 9 + cells, 1:6][scenes.bitmap("circle", "small")] = scenes.COLORS["red"]
-    picture[4:11, 8:15][scenes.bitmap("square", "large")] = scenes.COLORS["blue"]
-    return picture.repeat(2, 0).repeat(2, 1)
+    image = np.empty((16, 16, 3), np.uint8)
+    image[:] = scenes.BACKGROUNDS[ground]
+    image[4 + cells : 9 + cells, 1:6][scenes.bitmap("circle", "small")] = scenes.COLORS["red"]
+    image[4:11, 8:15][scenes.bitmap("square", "large")] = scenes.COLORS["blue"]
+    return image.repeat(2, 0).repeat(2, 1)
 
 
 def test_spread_is_the_mean_distance_of_objects_and_the_share_of_other_grounds():
@@ -242,7 +242,7 @@ def test_spread_is_the_mean_distance_of_objects_and_the_share_of_other_grounds()
 
 def test_spread_is_of_right_pictures_and_within_a_caption():
     other = "a large blue square"
-    wrong = scenes.draw(score.parse_caption(other), np.random.default_rng(0))
+    wrong = scenes.render(score.parse_caption(other), np.random.default_rng(0))
     found = score.spread([shifted(0), wrong, shifted(2), wrong], [RIGHT, RIGHT, RIGHT, other])
     assert found == pytest.approx({"pairs": 1, "places": 1.0, "grounds": 0})
     assert score.spread([wrong], [RIGHT])["pairs"] == 0
@@ -250,8 +250,8 @@ def test_spread_is_of_right_pictures_and_within_a_caption():
 
 def test_truth_is_spread_as_the_generator_spreads_it():
     scene = score.parse_caption("a small red circle")
-    pictures = [scenes.draw(scene, np.random.default_rng(seed)) for seed in range(80)]
-    found = score.spread(pictures, ["a small red circle"] * 80)
+    images = [scenes.render(scene, np.random.default_rng(seed)) for seed in range(80)]
+    found = score.spread(images, ["a small red circle"] * 80)
     corners = np.random.default_rng(0).integers(0, 12, (2, 200_000, 2))
     assert found["places"] == pytest.approx(np.linalg.norm(corners[0] - corners[1], axis=1).mean(), rel=0.1)
     assert found["grounds"] == pytest.approx(2 / 3, abs=0.05)
@@ -259,15 +259,15 @@ def test_truth_is_spread_as_the_generator_spreads_it():
 
 def test_pictures_without_captions_take_those_of_a_tar(tmp_path):
     artifacts = importlib.import_module("dalle_cli.artifacts")
-    drawn = [scenes.sample(3, 1, i, False) for i in range(4)]
-    scenes.write_tar(tmp_path / "truth.tar", [(picture, text) for _, picture, text in drawn])
+    sampled = [scenes.sample(3, 1, i, False) for i in range(4)]
+    scenes.write_tar(tmp_path / "truth.tar", [(image, text) for _, image, text in sampled])
     order = [2, 0, 3]
-    images = np.stack([drawn[i][1] for i in order]).transpose(0, 3, 1, 2).copy()
+    images = np.stack([sampled[i][1] for i in order]).transpose(0, 3, 1, 2).copy()
     path = tmp_path / "images.safetensors"
     artifacts.write_artifact(path, "images", {"images": images, "ids": [f"{i:06d}" for i in order]}, {}, [])
-    pictures, captions = score._read(path, tmp_path / "truth.tar")
-    assert captions == [drawn[i][2] for i in order]
-    assert score.score(pictures, captions)["accuracy"] == 1
+    images, captions = score._read(path, tmp_path / "truth.tar")
+    assert captions == [sampled[i][2] for i in order]
+    assert score.score(images, captions)["accuracy"] == 1
 
 
 def test_the_table_of_spread_ends_with_the_truth(tmp_path):
@@ -286,7 +286,7 @@ def test_the_table_of_spread_ends_with_the_truth(tmp_path):
 
 def test_the_emoji_run_it_too(tmp_path):
     """Each thing made once, the stages before those that read them, and 20 steps beside 100 of the same embeddings."""
-    given = [f"OUT={tmp_path}", "DATA=small.tar", "READY=small.tar", "WITHOUT=", f"PY={sys.executable}", "DALLE=dalle"]
+    given = [f"OUT={tmp_path}", "DATA=small.tar", "READY=small.tar", "EXCLUDE=", f"PY={sys.executable}", "DALLE=dalle"]
     Path(tmp_path, "data").mkdir()
     Path(tmp_path, "data", "test.tar").touch()
     done = subprocess.run(
@@ -297,14 +297,15 @@ def test_the_emoji_run_it_too(tmp_path):
     assert len(outs) == len(set(outs))
     order = ("model/clip", "unclip/decoder", "unclip/diffusion-prompts.images", "unclip/diffusion-prompts.best")
     assert [name for name in outs if name.startswith(order)] == [f"{name}.safetensors" for name in order]
-    decoded = [line for line in ran if "--decoder-sampler" in line]
-    painted = [line.split(" -o ")[0].split("--decoder-sampler ")[1].split() for line in decoded]
-    assert painted == [
+    decoded = [
+        line.split(" -o ")[0].split("--decoder-sampler ")[1].split() for line in ran if "--decoder-sampler" in line
+    ]
+    assert decoded == [
         ["dpm++", "--decoder-steps", "20"],
         ["ddim", "--decoder-steps", "20"],
         ["ddim", "--decoder-steps", "100"],
     ]
     explored = {"vary-fluent-1f622", "vary-noto-1f427", "interpolate", "diff", "reconstruct"}
     assert {name for name in outs if name.endswith(".png")} == {
-        f"unclip/{name}.png" for name in {"sheet-diffusion", "sheet-autoregressive", *explored}
+        f"unclip/{name}.png" for name in {"grid-diffusion", "grid-autoregressive", *explored}
     }

@@ -1,4 +1,4 @@
-"""Which distance tells concepts best, on pictures that training may see: what `nearest.Space` was chosen by.
+"""Which distance tells concepts best, on images that training may see: what `nearest.Space` was chosen by.
 
 Shapes: N concepts, D features.
 """
@@ -13,7 +13,7 @@ from withheld import AMONG, Entry, one_each
 
 CONCEPTS = 400
 
-Form = Callable[[Floats, Floats], Floats]  # features, and those of all pictures of the style -> features compared
+Form = Callable[[Floats, Floats], Floats]  # features, and those of all images of the style -> features compared
 
 FORMS: dict[str, Form] = {
     "as they are": lambda x, _: x,
@@ -33,7 +33,7 @@ def triples(train: Sequence[Entry], seed: int) -> list[dict[str, Entry]]:
 def compare(train: Sequence[Entry], look: Look, seed: int) -> Iterator[tuple[str, str, float, float]]:
     """Form, distance, R@1 and R@5 of finding a concept of one style among 100 of another, over all pairs of styles."""
     concepts = triples(train, seed)
-    raw = {style: look([own[style].picture for own in concepts]) for style in STYLES}
+    raw = {style: look([own[style].image for own in concepts]) for style in STYLES}
     for form, made in FORMS.items():
         found = {style: made(x, x) for style, x in raw.items()}
         for distance in ("cosine", "Euclid"):

@@ -1,6 +1,6 @@
-"""Is the picture drawn nearest to its true picture, in features of a network that saw none of these pictures?
+"""Is a sample nearest to its true image, in features of a network that saw none of these images?
 
-Shapes: N pictures, G of a gallery, D features; pictures are (H, W, 3) uint8.
+Shapes: N images, G of a gallery, D features; images are (H, W, 3) uint8.
 """
 
 import importlib
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from withheld import Asked, Entry, Pixels, one_each, pick, twin
+from withheld import Entry, Pixels, PromptList, one_each, pick, twin
 
 from dalle_cli.artifacts.container import replace_file
 from dalle_cli.errors import DalleError
 
 Floats = npt.NDArray[np.float64]
-Look = Callable[[Sequence[Pixels]], Floats]  # N pictures -> (N, D)
+Look = Callable[[Sequence[Pixels]], Floats]  # N images -> (N, D)
 
-CENTERED_BY = 500  # training pictures of a style, one of each concept, whose mean and spread a feature is measured in
+CENTERED_BY = 500  # training images of a style, one of each concept, whose mean and spread a feature is measured in
 LEAST = 1e-3  # added to the spread, for features that are nearly always 0
 AT_ONCE = 16
 PENULTIMATE = "Reshape:0"  # of open-nsfw.onnx: 1024 averages over places, before the last layer
@@ -92,10 +92,10 @@ def network(spec: str) -> Look:
 
     features = load_features(spec, None, arithmetic("cpu", "float32"))
 
-    def look(pictures: Sequence[Pixels]) -> Floats:
+    def look(images: Sequence[Pixels]) -> Floats:
         parts = []
-        for at in range(0, len(pictures), AT_ONCE):
-            lot = torch.from_numpy(np.stack(pictures[at : at + AT_ONCE])).permute(0, 3, 1, 2)
+        for at in range(0, len(images), AT_ONCE):
+            lot = torch.from_numpy(np.stack(images[at : at + AT_ONCE])).permute(0, 3, 1, 2)
             parts.append(features(lot.float() / 255).features)
         return np.concatenate(parts).astype(np.float64)
 
@@ -106,14 +106,14 @@ def network(spec: str) -> Look:
 
 
 class Space:
-    """Features of a style's pictures, each in units of its mean and spread over training pictures, compared by cosine.
+    """Features of a style's images, each in units of its mean and spread over training images, compared by cosine.
 
-    Of raw, centered and so scaled features, by cosine and by distance, this told real training pictures' concepts
+    Of raw, centered and so scaled features, by cosine and by distance, this separated real training images' concepts
     across styles best (docs/results.md).
     """
 
     def __init__(self, seen: Floats):
-        """`seen` are features of training pictures of the style: (N, D)."""
+        """`seen` are features of training images of the style: (N, D)."""
         self.mean, self.spread = seen.mean(axis=0), seen.std(axis=0) + LEAST
 
     def __call__(self, features: Floats) -> Floats:
@@ -122,49 +122,49 @@ class Space:
         return np.asarray(scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-12))
 
 
-def ranks(pictures: Floats, gallery: Floats, own: Sequence[int]) -> npt.NDArray[np.int64]:
+def ranks(images: Floats, gallery: Floats, own: Sequence[int]) -> npt.NDArray[np.int64]:
     """How many others of the gallery are at least as near as one's own: (N, D), (G, D), N rows of it -> (N,).
 
-    0 is found at once. A tie counts against the picture, or equal features would find everything.
+    0 is found at once. A tie counts against the image, or equal features would find everything.
     """
-    near = pictures @ gallery.T
-    mine = near[np.arange(len(pictures)), list(own)]
+    near = images @ gallery.T
+    mine = near[np.arange(len(images)), list(own)]
     return np.asarray((near >= mine[:, None]).sum(axis=1) - 1)
 
 
 class Gallery:
-    """The true pictures of a list, and by which features they are told apart."""
+    """The true images of a list, and the features they are compared by."""
 
-    def __init__(self, asked: Asked, test: Sequence[Entry], train: Sequence[Entry], look: Look, seed: int):
-        if any(p.key is None or p.style not in asked.among for p in asked.prompts):
-            raise DalleError("expected a list whose prompts all have true pictures, found others; name withheld-*.json")
-        self.asked, self.look = asked, look
+    def __init__(self, listed: PromptList, test: Sequence[Entry], train: Sequence[Entry], look: Look, seed: int):
+        if any(p.key is None or p.style not in listed.among for p in listed.prompts):
+            raise DalleError("expected a list whose prompts all have true images, found others; name withheld-*.json")
+        self.listed, self.look = listed, look
         self.train = train
-        self.styles = sorted(asked.among)
-        self.rows = {s: [i for i, p in enumerate(asked.prompts) if p.style == s] for s in self.styles}
+        self.styles = sorted(listed.among)
+        self.rows = {s: [i for i, p in enumerate(listed.prompts) if p.style == s] for s in self.styles}
         self.seen: dict[str, Floats] = {}
         self.spaces: dict[str, Space] = {}
         self.true: dict[str, Floats] = {}
         for style in self.styles:
-            some = [e.picture for e in one_each((e for e in train if e.style == style), seed)][:CENTERED_BY]
+            some = [e.image for e in one_each((e for e in train if e.style == style), seed)][:CENTERED_BY]
             if len(some) < 2:
-                raise DalleError(f"expected training pictures of {style}, found {len(some)}; give the whole train.tar")
+                raise DalleError(f"expected training images of {style}, found {len(some)}; give the whole train.tar")
             self.seen[style] = look(some)
             self.spaces[style] = Space(self.seen[style])
-            true = pick(test, asked.among[style], "the tar of withheld pictures")
-            self.true[style] = self.spaces[style](look([e.picture for e in true]))
+            true = pick(test, listed.among[style], "the tar of withheld images")
+            self.true[style] = self.spaces[style](look([e.image for e in true]))
 
     def own(self, style: str) -> list[int]:
-        """Where the true pictures of a style's prompts stand in its gallery."""
-        place = {key: i for i, key in enumerate(self.asked.among[style])}
-        return [place[str(self.asked.prompts[i].key)] for i in self.rows[style]]
+        """Where the true images of a style's prompts stand in its gallery."""
+        place = {key: i for i, key in enumerate(self.listed.among[style])}
+        return [place[str(self.listed.prompts[i].key)] for i in self.rows[style]]
 
-    def ranks(self, drawn: Sequence[Sequence[Pixels]], styles: Sequence[str] | None = None) -> list[list[int]]:
-        """For each prompt the rank of each picture drawn; `styles` are those that the pictures have, if others."""
-        of = list(styles or [str(p.style) for p in self.asked.prompts])
-        flat = self.look([picture for own in drawn for picture in own])
-        starts = np.cumsum([0, *map(len, drawn)])
-        out: list[list[int]] = [[] for _ in drawn]
+    def ranks(self, sampled: Sequence[Sequence[Pixels]], styles: Sequence[str] | None = None) -> list[list[int]]:
+        """For each prompt the rank of each sample; `styles` are those that the images have, if others."""
+        of = list(styles or [str(p.style) for p in self.listed.prompts])
+        flat = self.look([image for own in sampled for image in own])
+        starts = np.cumsum([0, *map(len, sampled)])
+        out: list[list[int]] = [[] for _ in sampled]
         for style in self.styles:
             for i, own in zip(self.rows[style], self.own(style), strict=True):
                 placed = self.spaces[of[i]](flat[starts[i] : starts[i + 1]])
@@ -172,8 +172,8 @@ class Gallery:
         return out
 
     def random_ranks(self) -> list[list[int]]:
-        """For each prompt the ranks of all training pictures of its style that were looked at."""
-        out: list[list[int]] = [[] for _ in self.asked.prompts]
+        """For each prompt the ranks of all training images of its style that were looked at."""
+        out: list[list[int]] = [[] for _ in self.listed.prompts]
         for style in self.styles:
             placed = self.spaces[style](self.seen[style])
             for i, own in zip(self.rows[style], self.own(style), strict=True):
@@ -181,12 +181,12 @@ class Gallery:
         return out
 
     def other_style_ranks(self) -> list[list[int]]:
-        """For each prompt the ranks of the true pictures of its concept in the other styles."""
-        out: list[list[int]] = [[] for _ in self.asked.prompts]
+        """For each prompt the ranks of the true images of its concept in the other styles."""
+        out: list[list[int]] = [[] for _ in self.listed.prompts]
         for style in self.styles:
-            twins = [twin(p, self.train, style) if p.style != style else None for p in self.asked.prompts]
+            twins = [twin(p, self.train, style) if p.style != style else None for p in self.listed.prompts]
             rows = [i for i, e in enumerate(twins) if e is not None]
-            found = self.ranks([[e.picture] if e else [] for e in twins], [style] * len(twins)) if rows else []
+            found = self.ranks([[e.image] if e else [] for e in twins], [style] * len(twins)) if rows else []
             for i in rows:
                 out[i] += found[i]
         return out

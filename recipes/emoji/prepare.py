@@ -1,9 +1,9 @@
-"""Turn the emoji pictures of three npm packages, and the captions of a fourth, into WebDataset tars.
+"""Turn the emoji images of three npm packages, and the captions of a fourth, into WebDataset tars.
 
 Run `python recipes/emoji/prepare.py CACHE OUT`, CACHE being a folder into which `npm pack` fetched PACKAGES. OUT then
 holds train.tar and test.tar; nothing withheld (see `split`) is in train.tar. surplus.txt lists the skin tones that
 prior and CLIP are trained without. more.tar has further styles (vectors.py), from which only the prior learns; nothing
-of them is judged. `--small` writes small.tar instead, the pairs that lie in the repository.
+of them is measured. `--small` writes small.tar instead, the pairs that lie in the repository.
 """
 
 import argparse
@@ -40,7 +40,7 @@ SAID = {
 }
 SAID = {language: {**names, **vectors.SAID[language]} for language, names in SAID.items()}
 WRONG_FILES = {("fluent", "1f63a")}  # a copy of the cat face under the name of the grinning cat
-# Territories drawn with the flag of the country they belong to: where pictures are equal, these give way.
+# Territories sampled with the flag of the country they belong to: where images are equal, these give way.
 BORROWED_FLAGS = ("bv", "cp", "cq", "dg", "ea", "hm", "mf", "sj", "um")
 FAMILY = re.compile(r"family(:|$)")
 TONES = {f"1f3f{digit}" for digit in "bcdef"}
@@ -63,8 +63,8 @@ class Emoji:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture on white, at the package's own size."""
+class EmojiImage:
+    """One image on white, at the package's own size."""
 
     style: str
     stem: str
@@ -76,7 +76,7 @@ class Picture:
 
 
 def code_of(name: str) -> str:
-    """The code that pictures and captions are joined on: `1F441-FE0F` -> `1f441`, `a9` -> `00a9`."""
+    """The code that images and captions are joined on: `1F441-FE0F` -> `1f441`, `a9` -> `00a9`."""
     return "-".join(part.zfill(4) for part in name.lower().split("-") if part not in ("fe0f", "fe0e"))
 
 
@@ -139,7 +139,7 @@ def with_article(phrase: str, group: str) -> str:
 
 
 def captions(emoji: Emoji, style: str, language: str) -> list[str]:
-    """Several ways to ask for one picture; the last names no style."""
+    """Several ways to ask for one image; the last names no style."""
     name = SAID[language][style]
     if language == "ko":
         head, _, rest = emoji.label.partition(": ")
@@ -202,61 +202,61 @@ def on_white(image: Image.Image) -> Image.Image:
     return canvas.convert("RGB")
 
 
-def read_pictures(cache: Path, style: str) -> list[Picture]:
-    """The pictures of one style, in the order in which the first of equal ones is to be kept."""
+def read_images(cache: Path, style: str) -> list[EmojiImage]:
+    """The images of one style, in the order in which the first of equal ones is to be kept."""
     found = []
     folder = PICTURES[style]
     for name, data in members(archive(cache, PACKAGES[style]), lambda name: name.startswith(folder)):
         stem = Path(name).stem
-        found.append(Picture(style, stem, code_of(stem), on_white(Image.open(io.BytesIO(data)))))
+        found.append(EmojiImage(style, stem, code_of(stem), on_white(Image.open(io.BytesIO(data)))))
     flags = {"-".join(f"{0x1F1E6 + ord(letter) - ord('a'):x}" for letter in flag) for flag in BORROWED_FLAGS}
     return sorted(found, key=lambda p: (p.code in flags, p.code != base_of(p.code), p.stem))
 
 
-def read_vectors(cache: Path, style: str, labels: dict[str, Emoji], size: int) -> list[Picture]:
-    """The pictures of a further style that may be learned from, without skin tones."""
+def read_vectors(cache: Path, style: str, labels: dict[str, Emoji], size: int) -> list[EmojiImage]:
+    """The images of a further style that may be learned from, without skin tones."""
     codes = {vectors.slug(emoji.label): code for code, emoji in sorted(labels.items()) if code == base_of(code)}
-    drawn = vectors.read(archive(cache, vectors.PACKAGES[style]), codes)
-    free = [(code, svg) for code, svg in drawn if split(style, code) == "train"]
-    return [Picture(style, code, code, on_white(vectors.draw(svg, size))) for code, svg in sorted(free)]
+    files = vectors.read(archive(cache, vectors.PACKAGES[style]), codes)
+    free = [(code, svg) for code, svg in files if split(style, code) == "train"]
+    return [EmojiImage(style, code, code, on_white(vectors.render(svg, size))) for code, svg in sorted(free)]
 
 
-def choose(pictures: list[Picture], labels: dict[str, Emoji]) -> tuple[list[Picture], dict[str, int]]:
-    """Drop what has no caption, is a wrong file, equals an earlier picture or shows a family; count each."""
+def choose(emojis: list[EmojiImage], labels: dict[str, Emoji]) -> tuple[list[EmojiImage], dict[str, int]]:
+    """Drop what has no caption, is a wrong file, equals an earlier image or shows a family; count each."""
     counts = dict.fromkeys(("files", "no caption", "wrong file", "equal picture", "family"), 0)
     seen: set[bytes] = set()
     kept = []
-    for picture in pictures:
+    for emoji in emojis:
         counts["files"] += 1
-        pixels = hashlib.sha256(picture.image.tobytes()).digest()
-        if picture.code not in labels:
+        pixels = hashlib.sha256(emoji.image.tobytes()).digest()
+        if emoji.code not in labels:
             counts["no caption"] += 1
-        elif (picture.style, picture.code) in WRONG_FILES:
+        elif (emoji.style, emoji.code) in WRONG_FILES:
             counts["wrong file"] += 1
         elif pixels in seen:
             counts["equal picture"] += 1
         else:
             seen.add(pixels)
-            if FAMILY.match(labels[picture.code].label):
+            if FAMILY.match(labels[emoji.code].label):
                 counts["family"] += 1
             else:
-                kept.append(picture)
+                kept.append(emoji)
     return sorted(kept, key=lambda p: p.stem), counts
 
 
-def told(style: str, pictures: list[Picture], labels: dict[str, Emoji]) -> list[Picture]:
+def counted(style: str, emojis: list[EmojiImage], labels: dict[str, Emoji]) -> list[EmojiImage]:
     """What `choose` keeps of a style, and a line about what it does not."""
-    kept, counts = choose(pictures, labels)
+    kept, counts = choose(emojis, labels)
     print(f"{style}: {len(kept)} pairs of {', '.join(f'{n} {what}' for what, n in counts.items())}", file=sys.stderr)
     return kept
 
 
-def surplus(pictures: list[Picture], toned: int) -> list[str]:
+def surplus(emojis: list[EmojiImage], toned: int) -> list[str]:
     """Ids of the variants by skin tone beyond `toned` of each concept and style, chosen by a hash: half of all."""
-    variants: dict[tuple[str, str], list[Picture]] = {}
-    for picture in pictures:
-        if picture.code != base_of(picture.code):
-            variants.setdefault((picture.style, base_of(picture.code)), []).append(picture)
+    variants: dict[tuple[str, str], list[EmojiImage]] = {}
+    for emoji in emojis:
+        if emoji.code != base_of(emoji.code):
+            variants.setdefault((emoji.style, base_of(emoji.code)), []).append(emoji)
     found = []
     for family in variants.values():
         family.sort(key=lambda p: hashlib.sha256(f"{p.style} {p.code}".encode()).digest())
@@ -267,9 +267,9 @@ def surplus(pictures: list[Picture], toned: int) -> list[str]:
 # Writing
 
 
-def describe(picture: Picture, labels: dict[str, dict[str, Emoji]]) -> Row:
-    """The JSON member of a picture."""
-    style, code = picture.style, picture.code
+def describe(emoji: EmojiImage, labels: dict[str, dict[str, Emoji]]) -> Row:
+    """The JSON member of an image."""
+    style, code = emoji.style, emoji.code
     emoji = next(iter(labels.values()))[code]
     return {
         "caption": [text for lang, table in labels.items() for text in captions(table[code], style, lang)],
@@ -283,7 +283,7 @@ def describe(picture: Picture, labels: dict[str, dict[str, Emoji]]) -> Row:
 
 
 def encode(image: Image.Image, size: int) -> bytes:
-    """Reduce a picture to `size` pixels and write it as PNG."""
+    """Reduce an image to `size` pixels and write it as PNG."""
     if image.width != size:
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -291,23 +291,23 @@ def encode(image: Image.Image, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_tar(path: Path, pictures: list[Picture], labels: dict[str, dict[str, Emoji]], size: int) -> None:
-    """Write pictures and captions as one WebDataset tar whose bytes depend on nothing else."""
+def write_tar(path: Path, emojis: list[EmojiImage], labels: dict[str, dict[str, Emoji]], size: int) -> None:
+    """Write images and captions as one WebDataset tar whose bytes depend on nothing else."""
     partial = path.with_name(path.name + ".partial")
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for picture in pictures:
-            row = json.dumps(describe(picture, labels), ensure_ascii=False, sort_keys=True)
-            for suffix, data in ((".json", row.encode()), (".png", encode(picture.image, size))):
-                info = tarfile.TarInfo(f"{picture.style}-{picture.stem}{suffix}")
+        for emoji in emojis:
+            row = json.dumps(describe(emoji, labels), ensure_ascii=False, sort_keys=True)
+            for suffix, data in ((".json", row.encode()), (".png", encode(emoji.image, size))):
+                info = tarfile.TarInfo(f"{emoji.style}-{emoji.stem}{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     partial.replace(path)
 
 
-def small(pictures: list[Picture], labels: dict[str, Emoji]) -> list[Picture]:
-    """About 600 Noto pictures that are easy to name: no skin tones, people, flags or signs, and nothing withheld."""
+def small(emojis: list[EmojiImage], labels: dict[str, Emoji]) -> list[EmojiImage]:
+    """About 600 Noto images that are easy to name: no skin tones, people, flags or signs, and nothing withheld."""
     whole = ("animals-nature", "food-drink")
-    plain = [p for p in pictures if base_of(p.code) == p.code and split(p.style, p.code) == "train"]
+    plain = [p for p in emojis if base_of(p.code) == p.code and split(p.style, p.code) == "train"]
     fit = [p for p in plain if SMALL_GROUPS.match(labels[p.code].subgroup)]
     # Animals, plants and food are kept whole; the rest is thinned by a hash, which favours no kind.
     fit.sort(key=lambda p: (labels[p.code].group not in whole, hashlib.sha256(p.code.encode()).digest()))
@@ -334,18 +334,18 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     labels = {language: read_labels(args.cache, language) for language in args.language}
     table = labels[args.language[0]]
-    kept: list[Picture] = []
+    kept: list[EmojiImage] = []
     for style in ["noto"] if args.small else sorted(args.styles):
-        kept += told(style, read_pictures(args.cache, style), table)
+        kept += counted(style, read_images(args.cache, style), table)
     parts = {"train": [p for p in kept if split(p.style, p.code) == "train"]}
     parts["test"] = [p for p in kept if split(p.style, p.code) != "train"]
     for name, part in {"small": small(kept, table)}.items() if args.small else parts.items():
         write_tar(args.out / f"{name}.tar", part, labels, args.size)
         print(f"{args.out / name}.tar: {len(part)} pairs", file=sys.stderr)
     if not args.small:
-        more: list[Picture] = []
+        more: list[EmojiImage] = []
         for style in sorted(vectors.PACKAGES):
-            more += told(style, read_vectors(args.cache, style, table, args.size), table)
+            more += counted(style, read_vectors(args.cache, style, table, args.size), table)
         write_tar(args.out / "more.tar", more, labels, args.size)
         print(f"{args.out / 'more'}.tar: {len(more)} pairs of further styles", file=sys.stderr)
         ids = surplus(parts["train"], args.toned)

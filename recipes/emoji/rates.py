@@ -1,6 +1,6 @@
-"""Bits of a picture: as codes by a prior, and as PNG and WebP of the same picture.
+"""Bits of an image: as codes by a prior, and as PNG and WebP of the same image.
 
-Shapes: N pictures, H W code grid, T caption length; pictures are (S, S, 3) uint8.
+Shapes: N images, H W code grid, T caption length; images are (S, S, 3) uint8.
 """
 
 import io
@@ -30,40 +30,40 @@ METHOD = 6  # of WebP: the slowest, smallest
 
 @dataclass(frozen=True)
 class Kept:
-    """A form of N pictures: bits of each, and PSNR of each where it loses something."""
+    """A form of N images: bits of each, and PSNR of each where it loses something."""
 
     bits: npt.NDArray[np.float64]
     psnr: npt.NDArray[np.float64] | None = None
 
 
-def dvae_codes(weights: Artifact, pictures: Sequence[Pixels], machine: Arithmetic) -> tuple[torch.Tensor, list[Pixels]]:
-    """Codes of pictures, (N, H, W) int64, and what the decoder makes of them.
+def dvae_codes(weights: Artifact, images: Sequence[Pixels], machine: Arithmetic) -> tuple[torch.Tensor, list[Pixels]]:
+    """Codes of images, (N, H, W) int64, and what the decoder makes of them.
 
     Raises:
-        DalleError: pictures of another size than the dVAE's.
+        DalleError: images of another size than the dVAE's.
     """
     codec = Codec(weights, machine)
-    if (side := pictures[0].shape[0]) != (wanted := codec.size):
-        raise DalleError(f"expected pictures of {wanted} pixels for {weights.path.name}, found {side}; make data again")
+    if (side := images[0].shape[0]) != (wanted := codec.size):
+        raise DalleError(f"expected images of {wanted} pixels for {weights.path.name}, found {side}; make data again")
     codes, shown = [], []
-    for at in range(0, len(pictures), AT_ONCE):
-        lot = np.stack(pictures[at : at + AT_ONCE]).transpose(0, 3, 1, 2)
+    for at in range(0, len(images), AT_ONCE):
+        lot = np.stack(images[at : at + AT_ONCE]).transpose(0, 3, 1, 2)
         grid = codec.encode(np.ascontiguousarray(lot))
         codes.append(torch.from_numpy(grid.astype(np.int64)))
         shown += list(codec.decode(grid).transpose(0, 2, 3, 1))
     return torch.cat(codes), shown
 
 
-def decibels(pictures: Sequence[Pixels], shown: Sequence[Pixels]) -> npt.NDArray[np.float64]:
-    """PSNR of each picture: (N,) dB."""
-    first, second = (torch.from_numpy(np.stack(side)).permute(0, 3, 1, 2) for side in (pictures, shown))
+def decibels(images: Sequence[Pixels], shown: Sequence[Pixels]) -> npt.NDArray[np.float64]:
+    """PSNR of each image: (N,) dB."""
+    first, second = (torch.from_numpy(np.stack(side)).permute(0, 3, 1, 2) for side in (images, shown))
     return psnr(squared_error(first, second)).numpy()
 
 
 def prior_bits(
     weights: Artifact, encoder: Artifact, codes: torch.Tensor, captions: Sequence[str], machine: Arithmetic
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Bits of each picture's codes given its caption, given none, and of the caption itself: (N,) each.
+    """Bits of each image's codes given its caption, given none, and of the caption itself: (N,) each.
 
     Raises:
         DalleError: the prior was trained on another dVAE's codes.
@@ -87,35 +87,35 @@ def prior_bits(
 # Other formats
 
 
-def png(picture: Pixels) -> int:
+def png(image: Pixels) -> int:
     """Bytes of the smallest PNG that Pillow writes: in true color, or with a palette where there are few colors."""
-    sizes = [_size(Image.fromarray(picture), "PNG", optimize=True)[0]]
-    colors, place = np.unique(picture.reshape(-1, 3), axis=0, return_inverse=True)
+    sizes = [_size(Image.fromarray(image), "PNG", optimize=True)[0]]
+    colors, place = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True)
     if len(colors) <= 256:
-        indexed = Image.fromarray(place.reshape(picture.shape[:2]).astype(np.uint8))
+        indexed = Image.fromarray(place.reshape(image.shape[:2]).astype(np.uint8))
         indexed.putpalette(colors.tobytes())
         sizes.append(_size(indexed, "PNG", optimize=True)[0])
     return min(sizes)
 
 
-def webp(picture: Pixels) -> int:
+def webp(image: Pixels) -> int:
     """Bytes as lossless WebP."""
-    return _size(Image.fromarray(picture), "WEBP", lossless=True, quality=100, method=METHOD)[0]
+    return _size(Image.fromarray(image), "WEBP", lossless=True, quality=100, method=METHOD)[0]
 
 
-def lossy_webp(picture: Pixels, wanted: float) -> tuple[int, float]:
+def lossy_webp(image: Pixels, wanted: float) -> tuple[int, float]:
     """Fewest bytes of lossy WebP that reach a PSNR, and the PSNR; those of the highest quality, where none does.
 
-    Every quality is tried: neither bytes nor PSNR of so small a picture only grow with it.
+    Every quality is tried: neither bytes nor PSNR of so small an image only grow with it.
     """
-    every = [_lossy(picture, quality) for quality in range(101)]
+    every = [_lossy(image, quality) for quality in range(101)]
     return min((found for found in every if found[1] >= wanted), default=every[100])
 
 
-def _lossy(picture: Pixels, quality: int) -> tuple[int, float]:
-    size, data = _size(Image.fromarray(picture), "WEBP", quality=quality, method=METHOD)
+def _lossy(image: Pixels, quality: int) -> tuple[int, float]:
+    size, data = _size(Image.fromarray(image), "WEBP", quality=quality, method=METHOD)
     shown = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    return size, float(decibels([picture], [shown])[0])
+    return size, float(decibels([image], [shown])[0])
 
 
 def _size(image: Image.Image, format_: str, **options: bool | int) -> tuple[int, bytes]:
@@ -124,11 +124,11 @@ def _size(image: Image.Image, format_: str, **options: bool | int) -> tuple[int,
     return buffer.tell(), buffer.getvalue()
 
 
-def others(pictures: Sequence[Pixels], wanted: npt.NDArray[np.float64]) -> dict[str, Kept]:
-    """The pictures as PNG, lossless WebP, and lossy WebP of at least these PSNR, each picture by itself."""
-    lossy = np.array([lossy_webp(own, float(least)) for own, least in zip(pictures, wanted, strict=True)])
+def others(images: Sequence[Pixels], wanted: npt.NDArray[np.float64]) -> dict[str, Kept]:
+    """The images as PNG, lossless WebP, and lossy WebP of at least these PSNR, each image by itself."""
+    lossy = np.array([lossy_webp(own, float(least)) for own, least in zip(images, wanted, strict=True)])
     return {
-        "PNG": Kept(8.0 * np.array([png(own) for own in pictures])),
-        "WebP, lossless": Kept(8.0 * np.array([webp(own) for own in pictures])),
+        "PNG": Kept(8.0 * np.array([png(own) for own in images])),
+        "WebP, lossless": Kept(8.0 * np.array([webp(own) for own in images])),
         "WebP, lossy, of the same PSNR or just above": Kept(8.0 * lossy[:, 0], lossy[:, 1]),
     }

@@ -1,4 +1,4 @@
-"""Scores of what is drawn beside those of real pictures: the steps of `make -C recipes/emoji scores` that are no stage.
+"""Scores of what is sampled beside those of real images: the steps of `make -C recipes/emoji scores` that are no stage.
 
 `python recipes/emoji/scores.py STEP --help` tells of each step.
 """
@@ -17,10 +17,10 @@ from dalle_cli.evaluation.image_sets import REFERENCE, ImageSet, open_image_set
 
 
 def titles(side: ImageSet) -> dict[str, str]:
-    """A caption of each picture by id, none twice: the first of its own that no picture before it took.
+    """A caption of each image by id, none twice: the first of its own that no image before it took.
 
     Raises:
-        DalleError: a picture without one.
+        DalleError: an image without one.
     """
     found: dict[str, str] = {}
     taken: set[str] = set()
@@ -28,20 +28,20 @@ def titles(side: ImageSet) -> dict[str, str]:
         own = side.images.ids[row]
         text = next((text for text in side.captions.get(own, ()) if text not in taken), None)
         if text is None:
-            raise DalleError(f"expected a caption of its own for each picture, found none for {own}; give others")
+            raise DalleError(f"expected a caption of its own for each image, found none for {own}; give others")
         found[own] = text
         taken.add(text)
     return found
 
 
 def write_prompts(args: argparse.Namespace) -> None:
-    """Write the captions of so many pictures, evenly spread as `evaluate --limit` has them, one a line."""
+    """Write the captions of so many images, evenly spread as `evaluate --limit` has them, one a line."""
     side = open_image_set(REFERENCE, str(args.dataset), args.count)
     args.out.write_text("\n".join(titles(side).values()) + "\n", encoding="utf-8")
 
 
 def write_rebuilt(args: argparse.Namespace) -> None:
-    """Write what a dVAE makes of the same pictures, with their captions."""
+    """Write what a dVAE makes of the same images, with their captions."""
     from dalle_cli.data.loader import sequential
     from dalle_cli.devices import arithmetic
     from dalle_cli.hub import bundles
@@ -55,21 +55,21 @@ def write_rebuilt(args: argparse.Namespace) -> None:
         pixels.append(codec.decode(codec.encode(images)))
         ids += [side.images.ids[row] for row in rows.tolist()]
     columns = {"images": np.concatenate(pixels), "ids": ids, "text": [texts[own] for own in ids]}
-    write_artifact(args.out, "images", columns, {}, history("rebuilt", {}, pictures=side.digest, model=weights))
+    write_artifact(args.out, "images", columns, {}, history("rebuilt", {}, images=side.digest, model=weights))
 
 
 def write_mistitled(args: argparse.Namespace) -> None:
-    """Write the same pictures, each with the caption of another."""
+    """Write the same images, each with the caption of another."""
     from dalle_cli.evaluation.retrieval import shuffled
 
-    drawn = open_artifact(args.images, "images")
-    names = sorted(set(texts := list(drawn.strings("text"))))
+    sampled = open_artifact(args.images, "images")
+    names = sorted(set(texts := list(sampled.strings("text"))))
     other = shuffled(np.array([names.index(text) for text in texts], np.int64), args.seed)
     if other is None:
-        raise DalleError(f"expected captions that differ, found none in {args.images}; draw for more prompts")
-    columns = {"images": np.asarray(drawn.array("images")), "ids": list(drawn.strings("ids"))}
+        raise DalleError(f"expected captions that differ, found none in {args.images}; sample for more prompts")
+    columns = {"images": np.asarray(sampled.array("images")), "ids": list(sampled.strings("ids"))}
     columns["text"] = [names[i] for i in other.tolist()]
-    write_artifact(args.out, "images", columns, {}, history("mistitled", {"seed": args.seed}, images=drawn))
+    write_artifact(args.out, "images", columns, {}, history("mistitled", {"seed": args.seed}, images=sampled))
 
 
 def print_table(args: argparse.Namespace) -> None:
@@ -77,9 +77,9 @@ def print_table(args: argparse.Namespace) -> None:
     from dalle_cli.evaluation.tables import image_rows
 
     names, files = zip(*(row.rsplit("=", 1) for row in args.rows), strict=True)
-    told = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
-    columns = [["pictures", *names], *image_rows([one["scores"][0] for one in told])]
-    columns.insert(1, ["number", *(f"{one['counts']['generated']['images']:,}" for one in told)])
+    tables = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
+    columns = [["pictures", *names], *image_rows([one["scores"][0] for one in tables])]
+    columns.insert(1, ["number", *(f"{one['counts']['generated']['images']:,}" for one in tables)])
     lines = [[cell.strip() for cell in line] for line in zip(*columns, strict=True)]
     for line in (lines[0], ["---"] * len(columns), *lines[1:]):
         print(f"| {' | '.join(line)} |")
@@ -91,10 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = parser.add_subparsers(metavar="STEP", required=True)
     made = steps.add_parser("prompts", help=write_prompts.__doc__)
     made.set_defaults(run=write_prompts)
-    _pictures(made)
+    _images_argument(made)
     made = steps.add_parser("rebuilt", help=write_rebuilt.__doc__)
     made.set_defaults(run=write_rebuilt)
-    _pictures(made)
+    _images_argument(made)
     made.add_argument("-m", "--model", required=True, help="a bundle with the dVAE")
     made = steps.add_parser("mistitled", help=write_mistitled.__doc__)
     made.set_defaults(run=write_mistitled)
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _pictures(made: argparse.ArgumentParser) -> None:
+def _images_argument(made: argparse.ArgumentParser) -> None:
     made.add_argument("dataset", type=Path)
     made.add_argument("count", type=int)
     made.add_argument("out", type=Path)

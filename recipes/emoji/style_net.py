@@ -1,4 +1,4 @@
-"""Which style a picture is in: a small network, trained on real training pictures alone.
+"""Which style an image is in: a small network, trained on real training images alone.
 
 Shapes: B batch, S side in pixels, K styles; pixels are in [0, 1].
 """
@@ -60,14 +60,14 @@ class StyleNet(nn.Module):
         return logits
 
 
-def tensor(pictures: Sequence[Pixels]) -> Tensor:
-    """(H, W, 3) uint8 pictures -> (B, 3, 64, 64) in [0, 1]."""
-    lot = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+def tensor(images: Sequence[Pixels]) -> Tensor:
+    """(H, W, 3) uint8 images -> (B, 3, 64, 64) in [0, 1]."""
+    lot = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     return lot if lot.shape[2:] == (SIDE, SIDE) else F.interpolate(lot, (SIDE, SIDE), mode="area")
 
 
 def numbers(entries: Sequence[Entry]) -> Tensor:
-    """The number of each picture's style: (B,) int64."""
+    """The number of each image's style: (B,) int64."""
     return torch.tensor([STYLES.index(e.style) for e in entries])
 
 
@@ -99,10 +99,10 @@ def augment(images: Tensor, g: torch.Generator) -> Tensor:
 
 
 def train(entries: Sequence[Entry], epochs: int, seed: int, say: Callable[[str], None] | None = None) -> StyleNet:
-    """A network trained on these pictures, ready to judge."""
+    """A network trained on these images, ready to measure."""
     torch.manual_seed(seed)
     net = StyleNet()
-    images, targets = tensor([e.picture for e in entries]), numbers(entries)
+    images, targets = tensor([e.image for e in entries]), numbers(entries)
     per_epoch = max(1, len(entries) // BATCH)
     steps = epochs * per_epoch
     optimizer = torch.optim.AdamW(net.parameters(), lr=PEAK, weight_decay=0.05)
@@ -122,10 +122,10 @@ def train(entries: Sequence[Entry], epochs: int, seed: int, say: Callable[[str],
     return net.eval().requires_grad_(False)
 
 
-def named(net: StyleNet, pictures: Sequence[Pixels]) -> npt.NDArray[np.int64]:
-    """The number of the style that each picture looks to be in: (B,)."""
+def named(net: StyleNet, images: Sequence[Pixels]) -> npt.NDArray[np.int64]:
+    """The number of the style that each image looks to be in: (B,)."""
     with torch.inference_mode():
-        parts = [net(tensor(pictures[at : at + 256])).argmax(1) for at in range(0, len(pictures), 256)]
+        parts = [net(tensor(images[at : at + 256])).argmax(1) for at in range(0, len(images), 256)]
     return torch.cat(parts).numpy()
 
 

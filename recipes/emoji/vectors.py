@@ -1,7 +1,7 @@
-"""Further styles, which only the prior learns from: vector pictures out of three npm packages.
+"""Further styles, which only the prior learns from: vector images out of three npm packages.
 
 Each holds one JSON of SVG bodies by name; a name is the label that emojibase gives the code, written with hyphens.
-They are drawn by resvg (`pip install resvg-py`).
+They are rendered by resvg (`pip install resvg-py`).
 """
 
 import importlib
@@ -37,7 +37,7 @@ def slug(label: str) -> str:
 
 
 def read(path: Path, codes: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Code and SVG of each picture in a package whose name is among `codes` (slug -> code), in the order of names."""
+    """Code and SVG of each image in a package whose name is among `codes` (slug -> code), in the order of names."""
     with tarfile.open(path, "r:gz") as tar:
         stream = tar.extractfile("package/icons.json")
         assert stream is not None
@@ -52,10 +52,10 @@ def read(path: Path, codes: dict[str, str]) -> Iterator[tuple[str, str]]:
         yield codes[name], f"{head}{icon['body']}</svg>"
 
 
-def draw(svg: str, size: int) -> Image.Image:
-    """The picture, `size` pixels wide, on nothing."""
+def render(svg: str, size: int) -> Image.Image:
+    """The image, `size` pixels wide, on nothing."""
     try:
         resvg = importlib.import_module("resvg_py")
     except ImportError:
-        sys.exit("expected the package resvg-py, which draws the vector styles, found none; run: pip install resvg-py")
+        sys.exit("expected the package resvg-py, which renders the vector styles, found none; pip install resvg-py")
     return Image.open(io.BytesIO(bytes(resvg.svg_to_bytes(svg_string=svg, width=size))))

@@ -25,7 +25,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (150, 40, 190),
     "black": (20, 20, 20),
 }
-CELLS = 16  # a picture is 16 x 16 cells, each of one color
+CELLS = 16  # an image is 16 x 16 cells, each of one color
 # Every shape, small (5 x 5 cells) and large (7 x 7).
 DRAWN = {
     "circle": (".###. ##### ##### ##### .###.", "..###.. .#####. ####### ####### ####### .#####. ..###.."),
@@ -97,7 +97,7 @@ def bitmap(shape: str, size: str) -> np.ndarray:
     return np.array([[cell == "#" for cell in row] for row in rows])
 
 
-def draw(scene: Scene, rng: np.random.Generator, width: int = 32) -> np.ndarray:
+def render(scene: Scene, rng: np.random.Generator, width: int = 32) -> np.ndarray:
     """Draw a scene, background and places at random: -> (width, width, 3) uint8, width a multiple of 16."""
     cells = np.empty((CELLS, CELLS, 3), np.uint8)
     cells[:] = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
@@ -122,7 +122,7 @@ def place(scene: Scene, rng: np.random.Generator) -> list[tuple[int, int]]:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Say a scene in words drawn at random."""
+    """Say a scene in words chosen at random."""
     named = [str(thing) for thing in scene.things]
     if scene.relation is None:
         return str(rng.choice(ONE_TEMPLATES)).format(a=named[0])
@@ -146,22 +146,22 @@ def random_scene(rng: np.random.Generator, unseen: bool, single: float = 0.5) ->
 def sample(
     seed: int, stream: int, index: int, unseen: bool, width: int = 32, single: float = 0.5
 ) -> tuple[Scene, np.ndarray, str]:
-    """Scene, picture and caption number `index` of a stream: a function of its arguments only."""
+    """Scene, image and caption number `index` of a stream: a function of its arguments only."""
     rng = np.random.default_rng([seed, stream, index])
     scene = random_scene(rng, unseen, single)
-    return scene, draw(scene, rng, width), caption(scene, rng)
+    return scene, render(scene, rng, width), caption(scene, rng)
 
 
 def _members(samples: Iterable[tuple[np.ndarray, str]]) -> Iterator[tuple[str, bytes]]:
-    for index, (picture, text) in enumerate(samples):
+    for index, (image, text) in enumerate(samples):
         png = io.BytesIO()
-        Image.fromarray(picture).save(png, "PNG", compress_level=6)
+        Image.fromarray(image).save(png, "PNG", compress_level=6)
         yield f"{index:06d}.png", png.getvalue()
         yield f"{index:06d}.txt", (text + "\n").encode()
 
 
 def write_tar(path: Path, samples: Iterable[tuple[np.ndarray, str]]) -> None:
-    """Write pictures and captions as one WebDataset tar whose bytes depend on nothing else."""
+    """Write images and captions as one WebDataset tar whose bytes depend on nothing else."""
     partial = path.with_name(path.name + ".partial")
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in _members(samples):

@@ -30,7 +30,7 @@ COLOR_NAMES = tuple(scenes.COLORS)
 
 @dataclass(frozen=True)
 class Object:
-    """An object found in a picture: centre in shares of the side, `fit` its cells in common with its bitmap."""
+    """An object found in an image: center in shares of the side, `fit` its cells in common with its bitmap."""
 
     thing: Thing
     x: float
@@ -66,7 +66,7 @@ def parse_caption(text: str) -> Scene:
     return Scene(things, SKELETONS[skeleton])
 
 
-# Pictures
+# Images
 
 
 @lru_cache(maxsize=1)
@@ -114,10 +114,10 @@ def _measure(mask: np.ndarray, color: str) -> Object:
     return Object(Thing(size, color, shape), center_x / scenes.CELLS, center_y / scenes.CELLS, fit)
 
 
-def _cells(picture: np.ndarray) -> np.ndarray:
-    """The picture's cells, each a mean color: (H, W, 3) uint8 -> (CELLS, CELLS, 3) float32."""
+def _cells(image: np.ndarray) -> np.ndarray:
+    """The image's cells, each a mean color: (H, W, 3) uint8 -> (CELLS, CELLS, 3) float32."""
     size = (scenes.CELLS, scenes.CELLS)
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX)).astype(np.float32)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)).astype(np.float32)
 
 
 def find_ground(cells: np.ndarray) -> int:
@@ -127,9 +127,9 @@ def find_ground(cells: np.ndarray) -> int:
     return int(((background - np.median(border, axis=0)) ** 2).sum(1).argmin())
 
 
-def find_objects(picture: np.ndarray) -> list[Object]:
-    """The objects of a picture: (H, W, 3) uint8 -> objects, those that resemble no shape included (see `fit`)."""
-    cells = _cells(picture)
+def find_objects(image: np.ndarray) -> list[Object]:
+    """The objects of an image: (H, W, 3) uint8 -> objects, those that resemble no shape included (see `fit`)."""
+    cells = _cells(image)
     ground = np.array(scenes.BACKGROUNDS[find_ground(cells)], np.float32)
     # Each cell is a color's mixture with the background: the nearest one; an object's, if it is more than half color.
     excess, ink = cells - ground, PALETTE - ground
@@ -145,7 +145,7 @@ def find_objects(picture: np.ndarray) -> list[Object]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What of a picture agrees with its caption; `relation` is None where the caption states none."""
+    """What of an image agrees with its caption; `relation` is None where the caption states none."""
 
     right: bool
     count: bool
@@ -162,9 +162,9 @@ def _related(first: Object, second: Object, relation: str) -> bool:
     return (along if relation in ("left", "above") else -along) > max(abs(across), 0.1)
 
 
-def judge(picture: np.ndarray, scene: Scene) -> Verdict:
-    """Compare a picture (H, W, 3) uint8 with a scene."""
-    objects = find_objects(picture)
+def compare(image: np.ndarray, scene: Scene) -> Verdict:
+    """Compare an image (H, W, 3) uint8 with a scene."""
+    objects = find_objects(image)
     count = len(objects) == len(scene.things)
     color = sorted(o.thing.color for o in objects) == sorted(t.color for t in scene.things)
     shapes = sorted(o.thing.shape if o.fit >= LEAST_FIT else "" for o in objects)
@@ -177,7 +177,7 @@ def judge(picture: np.ndarray, scene: Scene) -> Verdict:
             right = agree
             continue
         related = _related(order[0], order[1], scene.relation)
-        # The relation counts by itself where the objects can be told apart by color, or else by shape, or else by size.
+        # The relation counts by itself where the objects are distinct by color, else by shape, else by size.
         likely = _likeness(order, scene) >= _likeness(order[::-1], scene)
         relation = relation or (related and likely)
         right = right or (agree and related)
@@ -186,18 +186,18 @@ def judge(picture: np.ndarray, scene: Scene) -> Verdict:
 
 def _likeness(order: Sequence[Object], scene: Scene) -> int:
     """How far objects taken in this order agree with the scene's: color before shape before size."""
-    pairs = [(found.thing, asked) for found, asked in zip(order, scene.things, strict=True)]
+    pairs = [(found.thing, listed) for found, listed in zip(order, scene.things, strict=True)]
     return sum(4 * (f.color == a.color) + 2 * (f.shape == a.shape) + (f.size == a.size) for f, a in pairs)
 
 
-def matches(picture: np.ndarray, caption: str) -> bool:
-    """Whether a picture (H, W, 3) uint8 shows what its caption says: objects, colors, shapes, sizes, relation."""
-    return judge(picture, parse_caption(caption)).right
+def matches(image: np.ndarray, caption: str) -> bool:
+    """Whether an image (H, W, 3) uint8 shows what its caption says: objects, colors, shapes, sizes, relation."""
+    return compare(image, parse_caption(caption)).right
 
 
-def score(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float]:
-    """Shares of pictures that agree with their captions, in whole (`accuracy`) and in each respect."""
-    verdicts = [judge(p, parse_caption(c)) for p, c in zip(pictures, captions, strict=True)]
+def score(images: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float]:
+    """Shares of images that agree with their captions, in whole (`accuracy`) and in each respect."""
+    verdicts = [compare(p, parse_caption(c)) for p, c in zip(images, captions, strict=True)]
     shares = {"pictures": float(len(verdicts)), "accuracy": float(np.mean([v.right for v in verdicts]))}
     for name in ("count", "color", "shape", "size"):
         shares[name] = float(np.mean([getattr(v, name) for v in verdicts]))
@@ -206,23 +206,23 @@ def score(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, 
 
 
 def chance(captions: Sequence[str]) -> float:
-    """Expected accuracy when each picture is given the caption of another one drawn at random."""
+    """Expected accuracy when each image is given the caption of another one chosen at random."""
     counts = Counter(parse_caption(caption).canonical() for caption in captions)
     return sum(n * (n - 1) for n in counts.values()) / (len(captions) * (len(captions) - 1))
 
 
-def spread(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float]:
-    """How pictures of one caption differ in what it leaves open, over all pairs of those that agree with it.
+def spread(images: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str, float]:
+    """How images of one caption differ in what it leaves open, over all pairs of those that agree with it.
 
     `places` is the mean distance of an object's places in cells, `grounds` the share of pairs whose backgrounds differ,
     `pairs` how many there are.
     """
     found: dict[str, list[tuple[np.ndarray, int]]] = {}
-    for picture, caption in zip(pictures, captions, strict=True):
-        if matches(picture, caption):
-            at = {o.thing: (o.x, o.y) for o in find_objects(picture)}
+    for image, caption in zip(images, captions, strict=True):
+        if matches(image, caption):
+            at = {o.thing: (o.x, o.y) for o in find_objects(image)}
             places = np.array([at[thing] for thing in parse_caption(caption).things]) * scenes.CELLS
-            found.setdefault(caption, []).append((places, find_ground(_cells(picture))))
+            found.setdefault(caption, []).append((places, find_ground(_cells(image))))
     pairs = [pair for same in found.values() for pair in combinations(same, 2)]
     distances = [np.linalg.norm(a - b, axis=1).mean() for (a, _), (b, _) in pairs]
     differ = [a != b for (_, a), (_, b) in pairs]
@@ -233,9 +233,9 @@ def spread(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> dict[str,
 # Self-check and command line
 
 
-def degrade(picture: np.ndarray, how: str, seed: int = 0) -> np.ndarray:
-    """Spoil a picture: `blur` (Gaussian, radius 0.7), `jpeg` (quality 50, full chroma) or `noise` (sigma 8)."""
-    image = Image.fromarray(picture)
+def degrade(pixels: np.ndarray, how: str, seed: int = 0) -> np.ndarray:
+    """Spoil an image: `blur` (Gaussian, radius 0.7), `jpeg` (quality 50, full chroma) or `noise` (sigma 8)."""
+    image = Image.fromarray(pixels)
     if how == "blur":
         return np.asarray(image.filter(ImageFilter.GaussianBlur(0.7)))
     if how == "jpeg":
@@ -243,20 +243,20 @@ def degrade(picture: np.ndarray, how: str, seed: int = 0) -> np.ndarray:
         image.save(buffer, "JPEG", quality=50, subsampling=0)
         return np.asarray(Image.open(buffer))
     if how == "noise":
-        noise = np.random.default_rng(seed).normal(0, 8, picture.shape)
-        return np.clip(np.rint(picture + noise), 0, 255).astype(np.uint8)
-    return picture
+        noise = np.random.default_rng(seed).normal(0, 8, pixels.shape)
+        return np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
+    return pixels
 
 
 def self_check(count: int, seed: int, width: int) -> dict[str, float]:
     """Accuracy on fresh ground truth, sharp and degraded, and on shuffled captions."""
-    drawn = [scenes.sample(seed, 9, i, i % 2 == 1, width) for i in range(count)]
-    pictures, captions = [d[1] for d in drawn], [d[2] for d in drawn]
-    result = {"pictures": float(count), "truth": score(pictures, captions)["accuracy"]}
+    sampled = [scenes.sample(seed, 9, i, i % 2 == 1, width) for i in range(count)]
+    images, captions = [d[1] for d in sampled], [d[2] for d in sampled]
+    result = {"pictures": float(count), "truth": score(images, captions)["accuracy"]}
     for how in ("blur", "jpeg", "noise"):
-        result[how] = score([degrade(p, how, i) for i, p in enumerate(pictures)], captions)["accuracy"]
+        result[how] = score([degrade(p, how, i) for i, p in enumerate(images)], captions)["accuracy"]
     shuffled = [captions[i] for i in np.random.default_rng(seed).permutation(count)]
-    result["shuffled"] = score(pictures, shuffled)["accuracy"]
+    result["shuffled"] = score(images, shuffled)["accuracy"]
     result["chance"] = chance(captions)
     return result
 
@@ -268,21 +268,21 @@ def _members(path: Path) -> dict[str, bytes]:
 
 
 def _read(path: Path, captions: Path | None = None) -> tuple[list[np.ndarray], list[str]]:
-    """Pictures and captions of an `images` artifact or of a tar; those of `captions`, a tar, are told by the ids."""
+    """Images and captions of an `images` artifact or of a tar; with `captions`, a tar, the captions of the same ids."""
     if path.suffix == ".tar":
         files = _members(path)
         names = [n for n in sorted(files) if n.endswith(".png")]
-        pictures = [np.asarray(Image.open(io.BytesIO(files[n])).convert("RGB")) for n in names]
-        return pictures, [files[n[:-4] + ".txt"].decode().strip() for n in names]
+        images = [np.asarray(Image.open(io.BytesIO(files[n])).convert("RGB")) for n in names]
+        return images, [files[n[:-4] + ".txt"].decode().strip() for n in names]
     from dalle_cli.artifacts import open_artifact
 
     artifact = open_artifact(path)
-    images = artifact.array("images")
-    pictures = [np.asarray(images[i]).transpose(1, 2, 0) for i in range(len(images))]
+    stored = artifact.array("images")
+    images = [np.asarray(stored[i]).transpose(1, 2, 0) for i in range(len(stored))]
     if captions is None:
-        return pictures, list(artifact.strings("text"))
+        return images, list(artifact.strings("text"))
     files = _members(captions)
-    return pictures, [files[f"{name}.txt"].decode().strip() for name in artifact.strings("ids")]
+    return images, [files[f"{name}.txt"].decode().strip() for name in artifact.strings("ids")]
 
 
 def table(sets: list[str]) -> str:
@@ -291,11 +291,11 @@ def table(sets: list[str]) -> str:
     wide = max(24, *(len(name) + len(", two objects") + 2 for name, _ in named))
     rows = [f"{'caption accuracy':{wide}}{'prompts':>9}{'one sample':>12}{'best of':>9}{'reranked':>10}"]
     for name, stem in named:
-        drawn, best = (_read(Path(f"{stem}.{kind}.safetensors")) for kind in ("images", "best"))
+        sampled, best = (_read(Path(f"{stem}.{kind}.safetensors")) for kind in ("images", "best"))
         for label, count in (("", None), (", one object", 1), (", two objects", 2)):
             every, picked = (
                 [matches(p, c) for p, c in zip(*x, strict=True) if count in (None, len(parse_caption(c).things))]
-                for x in (drawn, best)
+                for x in (sampled, best)
             )
             if picked:
                 n, each = len(picked), len(every) // len(picked)
@@ -304,25 +304,25 @@ def table(sets: list[str]) -> str:
 
 
 def spread_table(sets: list[str], seed: int = 0) -> str:
-    """Accuracy of one sample and spread of the right ones, for NAME=IMAGES; last the same of freshly drawn truth."""
-    drawn = [(name, *_read(Path(path))) for name, _, path in (entry.partition("=") for entry in sets)]
-    captions = drawn[-1][2]
-    truth = [scenes.draw(parse_caption(c), np.random.default_rng([seed, i])) for i, c in enumerate(captions)]
-    wide = max(24, *(len(name) + 2 for name, _, _ in drawn))
-    rows = [f"{'':{wide}}{'pictures':>9}{'accuracy':>10}{'places apart':>14}{'other ground':>14}"]
-    for name, pictures, texts in [*drawn, ("truth", truth, captions)]:
-        right, apart = np.mean([matches(p, c) for p, c in zip(pictures, texts, strict=True)]), spread(pictures, texts)
-        told = f"{apart['places']:8.2f} cells{apart['grounds']:14.1%}"
-        rows.append(f"{name:{wide}}{len(texts):9}{right:10.1%}{told}")
+    """Accuracy of one sample and spread of the right ones, for NAME=IMAGES; last the same of newly rendered truth."""
+    sampled = [(name, *_read(Path(path))) for name, _, path in (entry.partition("=") for entry in sets)]
+    captions = sampled[-1][2]
+    truth = [scenes.render(parse_caption(c), np.random.default_rng([seed, i])) for i, c in enumerate(captions)]
+    wide = max(24, *(len(name) + 2 for name, _, _ in sampled))
+    rows = [f"{'':{wide}}{'images':>9}{'accuracy':>10}{'places apart':>14}{'other ground':>14}"]
+    for name, images, texts in [*sampled, ("truth", truth, captions)]:
+        right, apart = np.mean([matches(p, c) for p, c in zip(images, texts, strict=True)]), spread(images, texts)
+        cells = f"{apart['places']:8.2f} cells{apart['grounds']:14.1%}"
+        rows.append(f"{name:{wide}}{len(texts):9}{right:10.1%}{cells}")
     return "\n".join(rows)
 
 
 def main() -> None:
-    """Print the share of pictures that match their captions."""
+    """Print the share of images that match their captions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", type=Path, nargs="?", help="artifact with pictures and their captions, or a tar")
+    parser.add_argument("images", type=Path, nargs="?", help="artifact with images and their captions, or a tar")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--self-check", action="store_true", help="score ground truth that is drawn for it")
+    parser.add_argument("--self-check", action="store_true", help="score ground truth that is rendered for it")
     parser.add_argument("--count", type=int, default=2000, help="scenes of the self-check (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the self-check (%(default)s)")
     parser.add_argument("--size", type=int, default=32, choices=(32, 48, 64), help="of the self-check (%(default)s)")
