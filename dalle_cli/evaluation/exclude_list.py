@@ -52,7 +52,13 @@ def overlap(
         image = found.grid()
         replace_file(grid, lambda part: image.save(part, format="PNG"))
     ids, n = found.ids(of), len(new if of == "test" else seen)
-    table = {"format": FORMAT, "features": matcher.name, "train": seen_digest, "test": new_digest, "of": of}
+    table: dict[str, Any] = {
+        "format": FORMAT,
+        "features": matcher.name,
+        "train": seen_digest,
+        "test": new_digest,
+        "of": of,
+    }
     table |= {"threshold": found.threshold, "ids": ids, "pairs": found.listed()}
     write_text(out.with_suffix(".json"), json.dumps(table, ensure_ascii=False, indent=1) + "\n")
     head = f"{HEAD}{len(ids)} of {n} images of {of.upper()}, by {matcher.name} from {found.threshold:g} on"
