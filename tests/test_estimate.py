@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_cli.models import clip
-from dalle_cli.models.unet import Attention
+from dalle_cli.models.unet import UNetAttention
 from dalle_cli.planning import plan
 
 ROWS, WIDTH, TEXT, EMBEDDING = 8, 64, 24, 16  # of the small recipes
@@ -24,10 +24,10 @@ def multiply_adds(workload, rows):
 
     def hook(name):
         def count(module, args, out):
-            if isinstance(module, Attention):
+            if isinstance(module, UNetAttention):
                 places, context = out.shape[2] * out.shape[3], 0 if args[1] is None else args[1].shape[1]
                 sums["attention"] += 2 * len(out) * places * (places + context) * out.shape[1]
-            elif isinstance(module, clip.Layer):
+            elif isinstance(module, clip.CLIPLayer):
                 sums["attention"] += 2 * len(out) * out.shape[1] ** 2 * out.shape[2]
             else:
                 sums["first" if name in found_first else "layers"] += out.numel() * module.weight[0].numel()
@@ -35,7 +35,7 @@ def multiply_adds(workload, rows):
         return count
 
     task = workload.task(workload.train)
-    kinds = (nn.Conv2d, nn.Linear, Attention, clip.Layer)
+    kinds = (nn.Conv2d, nn.Linear, UNetAttention, clip.CLIPLayer)
     modules = [(name, m) for name, m in task.model.named_modules() if isinstance(m, kinds)]
     found_first = {name for name, _ in modules if name.endswith(first)}
     if workload.name == "dvae":

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dalle_cli.models.modern import EPSILON, rms_norm, rotations, swiglu, turned
+from dalle_cli.models.modern import EPSILON, apply_rotary, rms_norm, rotary_angles, swiglu
 
 
 def numbers(*shape):
@@ -34,14 +34,14 @@ def test_swiglu():
 
 
 def test_turned_gradients():
-    turns = rotations(3, 2, 4, torch.device("cpu"))
+    rotary = rotary_angles(3, 2, 4, torch.device("cpu"))
     x = numbers(2, 6, 3 * 8)
-    assert torch.autograd.gradcheck(lambda t: turned(t, turns), (x,), atol=1e-6)
+    assert torch.autograd.gradcheck(lambda t: apply_rotary(t, rotary), (x,), atol=1e-6)
 
 
 def test_turned_values_are_not_touched():
     x = numbers(2, 6, 3 * 8)
-    values = turned(x, rotations(3, 2, 4, torch.device("cpu")))[2]
+    values = apply_rotary(x, rotary_angles(3, 2, 4, torch.device("cpu")))[2]
     torch.testing.assert_close(values.transpose(1, 2).flatten(2), x[..., 16:])
 
 
@@ -49,9 +49,9 @@ def test_turned_values_are_not_touched():
 def test_products_depend_on_distance_only(shift):
     """The same query and key, moved by the same rows and columns, meet in the same score."""
     grid, width = 5, 8
-    turns = rotations(4, grid, width, torch.device("cpu"))
-    content = numbers(1, 1, 3 * width).expand(1, turns.shape[1], -1)
-    q, k, _ = turned(content, turns)
+    rotary = rotary_angles(4, grid, width, torch.device("cpu"))
+    content = numbers(1, 1, 3 * width).expand(1, rotary.shape[1], -1)
+    q, k, _ = apply_rotary(content, rotary)
 
     def score(a, b):
         return q[0, 0, 4 + a[0] * grid + a[1]] @ k[0, 0, 4 + b[0] * grid + b[1]]

@@ -8,7 +8,7 @@ from planted_weights import randomized
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.local_attention import batched_attention
-from dalle_cli.models.unet import Attention, Block, UNet, UNetConfig, sinusoids
+from dalle_cli.models.unet import UNet, UNetAttention, UNetBlock, UNetConfig, sinusoids
 from reference import unet as reference
 
 TINY = {"image_size": 8, "width": 8, "depth": 1, "head_width": 4, "groups": 4, "dropout": 0.0}
@@ -32,7 +32,7 @@ def randn(*shape, seed=1):
 @pytest.mark.parametrize("widths", [(8, 16), (8, 8)])
 def test_block(scale_shift, change, widths):
     c = config(scale_shift=scale_shift)
-    block = randomized(Block(c, *widths, K, attends=not change, change=change)).double()
+    block = randomized(UNetBlock(c, *widths, K, attends=not change, change=change)).double()
     x, time, context = randn(2, widths[0], 6, 4), randn(2, 32, seed=2), randn(2, 3, K, seed=3)
     expected = reference.block(
         {f"b.{k}": v for k, v in numbers(block.state_dict()).items()}, "b", *(a.numpy() for a in (x, time, context)),
@@ -45,7 +45,7 @@ def test_block(scale_shift, change, widths):
 
 @pytest.mark.parametrize("context", [0, K])
 def test_attention(context):
-    attention = randomized(Attention(8, 4, 4, context)).double()
+    attention = randomized(UNetAttention(8, 4, 4, context)).double()
     x, told = randn(2, 8, 3, 2), randn(2, 5, K, seed=2)
     state = {f"a.{k}": v for k, v in numbers(attention.state_dict()).items()}
     expected = reference.attention(state, "a", x.numpy(), told.numpy(), 4, 4)

@@ -23,13 +23,13 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int, d
 
     `distances` are those j - k >= 0 that code j sees.
     """
-    y: Tensor = _Lines.apply(q, k, v, n_prefix, grid, distances, False)  # type: ignore[no-untyped-call]
+    y: Tensor = _LineAttention.apply(q, k, v, n_prefix, grid, distances, False)  # type: ignore[no-untyped-call]
     return y
 
 
 def column_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int) -> Tensor:
     """Codes see the caption and their own column, so far: three times (B, N, L, D) -> same."""
-    y: Tensor = _Lines.apply(q, k, v, n_prefix, grid, tuple(range(grid)), True)  # type: ignore[no-untyped-call]
+    y: Tensor = _LineAttention.apply(q, k, v, n_prefix, grid, tuple(range(grid)), True)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -98,7 +98,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
-class _Lines(torch.autograd.Function):
+class _LineAttention(torch.autograd.Function):
     """Attention of the codes line by line, and of the caption's positions among themselves.
 
     A code's scores lie in one row: first the caption's keys, which one product gives for all codes, then those of the

@@ -36,7 +36,7 @@ class Sketch(nn.Module):
         self.words_out = nn.Linear(width, width)
         self.time = nn.Linear(2 * N_WAVES, width)
         self.picture_in = nn.Linear(3 * side**2, width)
-        self.layers = nn.ModuleList(Layer(width) for _ in range(N_LAYER))
+        self.layers = nn.ModuleList(SketchLayer(width) for _ in range(N_LAYER))
         self.picture_out = nn.Linear(width, 3 * side**2)
         self.dropout = nn.Dropout(DROPOUT)
         self.register_buffer("colors", torch.zeros(n_codes, 3))  # of a picture of each code alone, in [-1, 1]
@@ -73,15 +73,15 @@ class Sketch(nn.Module):
         """Noised pictures without noise: (B, 3, s, s), timesteps (B,) out of 1000, words as `read` -> (B, 3, s, s)."""
         exact = torch.promote_types(x.dtype, torch.float32)  # bfloat16 knows no 999.5
         waves = torch.exp(torch.arange(N_WAVES, device=x.device, dtype=exact) * (-math.log(LONGEST_WAVE) / N_WAVES))
-        turns = t[:, None].to(waves.dtype) * waves * (math.pi / 2)
-        y = self.picture_in(x.flatten(1)) + self.time(torch.cat([turns.sin(), turns.cos()], dim=-1)) + words
+        rotary = t[:, None].to(waves.dtype) * waves * (math.pi / 2)
+        y = self.picture_in(x.flatten(1)) + self.time(torch.cat([rotary.sin(), rotary.cos()], dim=-1)) + words
         for layer in self.layers:
             y = y + self.dropout(layer(y))
         x_start: Tensor = self.picture_out(F.silu(y))
         return x_start.view_as(x)
 
 
-class Layer(StackedBlock):
+class SketchLayer(StackedBlock):
     """Norm, and two matrices about a SiLU."""
 
     def __init__(self, width: int) -> None:

@@ -122,7 +122,7 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))  # type: ignore[no-any-return]
 
 
-class Attention(nn.Module):
+class UNetAttention(nn.Module):
     """All places of a picture attend to the context's tokens and to each other, in one softmax; residual."""
 
     def __init__(self, width: int, head_width: int, groups: int, context: int) -> None:
@@ -162,7 +162,7 @@ def _resized(x: Tensor, change: str) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-class Block(StackedBlock):
+class UNetBlock(StackedBlock):
     """Two convolutions beside a shortcut, told of the timestep between them; then attention, if there is any."""
 
     def __init__(
@@ -178,7 +178,7 @@ class Block(StackedBlock):
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
         self.shortcut = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
-        self.attention = Attention(n_out, config.head_width, config.groups, context) if attends else None
+        self.attention = UNetAttention(n_out, config.head_width, config.groups, context) if attends else None
         nn.init.zeros_(self.conv2.weight)  # each block begins as its shortcut
         assert self.conv2.bias is not None
         nn.init.zeros_(self.conv2.bias)
@@ -228,7 +228,7 @@ class UNet(nn.Module):
         self.down, made = self._way_down(attends, context)
         last = config.widths[-1]
         anywhere = bool(config.attention)  # then at the smallest size, too
-        self.middle = nn.ModuleList(Block(config, last, last, context, attend) for attend in (anywhere, False))
+        self.middle = nn.ModuleList(UNetBlock(config, last, last, context, attend) for attend in (anywhere, False))
         self.up = self._way_up(attends, context, made)
         self.norm_out = nn.GroupNorm(config.groups, config.widths[0], eps=EPS)
         self.conv_out = nn.Conv2d(config.widths[0], config.out_channels, 3, padding=1)
@@ -239,7 +239,7 @@ class UNet(nn.Module):
 
     def _resample(self, width: int, change: str) -> nn.Module:
         c = self.config
-        return Block(c, width, width, change=change) if c.resample_blocks else Resample(width, change)
+        return UNetBlock(c, width, width, change=change) if c.resample_blocks else Resample(width, change)
 
     def _way_down(self, attends: list[bool], context: int) -> tuple[nn.ModuleList, list[int]]:
         """The blocks, and the channels of what each makes, those of the first convolution before."""
@@ -247,7 +247,7 @@ class UNet(nn.Module):
         made = [width]
         for level, wide in enumerate(c.widths):
             for _ in range(c.depth):
-                blocks.append(Block(c, width, wide, context, attends[level]))
+                blocks.append(UNetBlock(c, width, wide, context, attends[level]))
                 width = wide
                 made.append(width)
             if level + 1 < len(c.widths):
@@ -259,7 +259,7 @@ class UNet(nn.Module):
         c, blocks, width, made = self.config, nn.ModuleList(), self.config.widths[-1], made[:]
         for level in reversed(range(len(c.widths))):
             for _ in range(c.depth + 1):
-                blocks.append(Block(c, width + made.pop(), c.widths[level], context, attends[level]))
+                blocks.append(UNetBlock(c, width + made.pop(), c.widths[level], context, attends[level]))
                 width = c.widths[level]
             if level:
                 blocks.append(self._resample(width, "up"))
