@@ -317,7 +317,7 @@ def test_only_scores_are_replaced(chain, rebuilt, tmp_path):
         (("--reference", "DATA", "--everything"), "expected no --everything for images"),
         (("--reference", "DATA", "--scores", "fid"), "expected scores of frechet"),
         (("--reference", "DATA", "--exclude", "nowhere.txt"), "found"),
-        (("more", "--reference", "DATA"), "found more after them"),
+        (("more", "--reference", "DATA"), ", more; give IMAGES"),
     ],
 )
 def test_faults_are_one_line(chain, rebuilt, tmp_path, options, words):

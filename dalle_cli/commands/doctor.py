@@ -57,10 +57,6 @@ def run(
         console.emit(checks.text(findings))
         return
     inputs_of = {"model": found.digest, **examination.digests}
-    facts: dict[str, object] = {
-        "rows": examination.n,
-        "held_out": examination.held_out,
-        "verdict": checks.worst(findings),
-    }
-    facts |= {"findings": checks.rows(findings)}
+    facts: dict[str, object] = {"rows": examination.n, "held_out": examination.held_out}
+    facts |= {"verdict": checks.worst(findings), "findings": checks.rows(findings)}
     console.emit_json({"stage": "doctor", "kind": found.kind, "inputs": inputs_of, **facts})
