@@ -297,7 +297,9 @@ def test_the_emoji_run_it_too(tmp_path):
     assert len(outs) == len(set(outs))
     order = ("model/clip", "unclip/decoder", "unclip/diffusion-prompts.images", "unclip/diffusion-prompts.best")
     assert [name for name in outs if name.startswith(order)] == [f"{name}.safetensors" for name in order]
-    painted = [line.split(" -o ")[0].split("--decoder-sampler ")[1].split() for line in ran if "--decoder-sampler" in line]
+    painted = [
+        line.split(" -o ")[0].split("--decoder-sampler ")[1].split() for line in ran if "--decoder-sampler" in line
+    ]
     assert painted == [
         ["dpm++", "--decoder-steps", "20"],
         ["ddim", "--decoder-steps", "20"],
