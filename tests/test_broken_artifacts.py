@@ -88,7 +88,6 @@ BROKEN = {
     "metadata is rather deep": raw_file(
         header('{"kind":"codes","version":1,"config":{"a":' + "[" * 200 + "]" * 200 + "}}")
     ),
-    "a key of metadata twice": raw_file(header('{"kind":"codes","kind":"images","version":1}')),
     "no kind": raw_file(header(meta(kind=None))),
     "kind is a number": raw_file(header(meta(kind=3))),
     "unknown kind": raw_file(header(meta(kind="sculptures"))),

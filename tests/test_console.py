@@ -65,6 +65,7 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     assert "sample" in screen.getvalue()
     assert "4/4" in screen.getvalue()
     assert "loss 0.5" in screen.getvalue()
+    assert re.search(r"\d codes/s", screen.getvalue())
 
 
 def test_a_training_is_sparse_lines_where_there_is_no_terminal(capsys, monkeypatch):

@@ -36,7 +36,7 @@ def clean(text: str) -> str:
 
 def from_text(data: bytes, all_lines: bool) -> tuple[str, ...]:
     """The first line of a .txt file that is not empty, or every such line as an alternative caption."""
-    lines = tuple(line for line in map(clean, decode(data).splitlines()) if line)
+    lines = tuple(filter(None, map(clean, decode(data).splitlines())))
     return lines if all_lines else lines[:1]
 
 
@@ -46,11 +46,7 @@ def from_value(value: object) -> tuple[str, ...]:
     Raises:
         BadSample: anything else.
     """
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    texts = []
-    for text in values:
-        if isinstance(text, str):
-            texts.append(clean(text))
-        elif text is not None:
-            raise BadSample("caption is not text")
-    return tuple(text for text in texts if text)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(text, str | None) for text in values):
+        raise BadSample("caption is not text")
+    return tuple(filter(None, (clean(text) for text in values if text)))
