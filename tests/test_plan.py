@@ -307,12 +307,12 @@ def updates(path, sets, name, count):
     return min(times[1:], default=0)
 
 tiny, path, name, section, *sets = sys.argv[1:]
-for optimizer in ("adamw", "muon"):  # what libraries take when they are first used
+for optimizer in ("adamw",) if name == "dvae" else ("adamw", "muon"):  # what libraries take when first used
     updates(tiny, [f"{section}.train.optimizer={optimizer}"], name, 1)
 gc.collect()
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # forgets the highest so far
-seconds = updates(path, sets, name, 4)
+seconds = updates(path, sets, name, 8)
 print(json.dumps([status("VmHWM") - before, seconds]))
 """
 EMPTY = "[prior]\n"
@@ -357,5 +357,5 @@ def test_memory_and_time_are_what_updates_take_here(tmp_path, case):
     planned_memory, planned_seconds = made.alone.peak, made.seconds / made.updates
     print(f"memory: planned {planned_memory / 1e6:.0f} MB, taken {memory / 1e6:.0f} MB, {planned_memory / memory:.3f}")
     print(f"update: planned {planned_seconds:.3f} s, taken {seconds:.3f} s, {planned_seconds / seconds:.3f}")
-    assert planned_memory == pytest.approx(memory, rel=0.15)
+    assert planned_memory == pytest.approx(memory, rel=0.25 if case == "checkpointed" else 0.15)
     assert planned_seconds == pytest.approx(seconds, rel=0.25)
