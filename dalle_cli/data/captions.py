@@ -49,4 +49,4 @@ def from_value(value: object) -> tuple[str, ...]:
     values = value if isinstance(value, (list, tuple)) else [value]
     if not all(isinstance(text, str | None) for text in values):
         raise BadSample("caption is not text")
-    return tuple(filter(None, (clean(text) for text in values if text)))
+    return tuple(filter(None, (clean(str(text)) for text in values if text)))
