@@ -13,7 +13,7 @@ from stage_runs import rows, training
 from dalle_cli.artifacts import digest_file, open_artifact, write_artifact
 from dalle_cli.data.augment import center
 from dalle_cli.data.datasets import open_dataset
-from dalle_cli.data.split import held_out
+from dalle_cli.data.order import held_out
 from dalle_cli.devices import arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.dvae import evaluate_dvae

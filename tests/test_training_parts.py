@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from toy_task import LinearBlock
 
-from dalle_cli.data.order import Order
-from dalle_cli.data.split import split
+from dalle_cli.data.order import Order, split
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig

@@ -1,5 +1,8 @@
 """Captions as data sets hold them -> clean text."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from dalle_cli.data.skips import BadSample
 
 MAX_BYTES = 1 << 20  # 10,000 words are 60 kB
@@ -46,7 +49,7 @@ def from_value(value: object) -> tuple[str, ...]:
     Raises:
         BadSample: anything else.
     """
-    values = value if isinstance(value, (list, tuple)) else [value]
+    values: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value]
     if not all(isinstance(text, str | None) for text in values):
         raise BadSample("caption is not text")
     return tuple(filter(None, (clean(str(text)) for text in values if text)))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dalle_cli.artifacts import Artifact
-from dalle_cli.data.split import split
+from dalle_cli.data.order import split
 from dalle_cli.errors import DalleError
 
 Ints = npt.NDArray[np.int64]

@@ -11,7 +11,7 @@ from dalle_cli import console
 from dalle_cli.artifacts import Artifact
 from dalle_cli.data.exclude import read_exclude_list
 from dalle_cli.data.loader import Pictures, sequential
-from dalle_cli.data.split import held_out
+from dalle_cli.data.order import held_out
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.features import check_enough, load_features

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from dalle_cli.data import loader
 from dalle_cli.data.augment import Augment, by_name
 from dalle_cli.data.datasets import Dataset
-from dalle_cli.data.order import Order
+from dalle_cli.data.order import Order, split
 from dalle_cli.data.pairs import Ints, Pairs
-from dalle_cli.data.split import split
 from dalle_cli.training.config import ImageTrainConfig, TrainConfig
 
 Batch = tuple[Tensor, ...]
