@@ -89,11 +89,11 @@ def progress(label: str, total: int, done: int = 0, unit: str = "") -> Iterator[
     from rich.progress import ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
-    class Rate(ProgressColumn):
+    class RateColumn(ProgressColumn):
         def render(self, task: Task) -> Text:
             return Text(f"{_number(task.finished_speed or task.speed or 0.0)} {unit}/s".replace(" /", "/"))
 
-    with _bar(unit, Rate(), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}")) as bar:
+    with _bar(unit, RateColumn(), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}")) as bar:
         task = bar.add_task(label, total=total, completed=done, metrics="")
 
         def advance(n: int = 1, /, **metrics: object) -> None:
