@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dalle_cli import console
 from dalle_cli.data.augment import Augment, Pixels, center
-from dalle_cli.data.loader import Pictures
+from dalle_cli.data.loader import ImageSource
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation import thumbnails
@@ -67,7 +67,7 @@ def pixel_matcher(device: torch.device) -> Matcher:
     return Matcher("pixels", thumbnails.SIDE, thumbnail, *parts, device)
 
 
-def network_matcher(spec: str, test: Pictures, machine: Arithmetic) -> Matcher:
+def network_matcher(spec: str, test: ImageSource, machine: Arithmetic) -> Matcher:
     """Compare features of a network, of the square in the middle of each image, by cosine."""
     features = load_features(spec, None, machine)
 
@@ -114,7 +114,7 @@ class Pair(NamedTuple):
     similarity: float
 
 
-def find_pairs(train: Pictures, test: Pictures, matcher: Matcher, k: int, read: Read) -> list[Pair]:
+def find_pairs(train: ImageSource, test: ImageSource, matcher: Matcher, k: int, read: Read) -> list[Pair]:
     """Each TEST image with the `k` TRAIN images whose features are nearest, and how similar they are.
 
     `read` is `data.loader.sequential` with the matcher's size and `read`.
@@ -140,14 +140,14 @@ def find_pairs(train: Pictures, test: Pictures, matcher: Matcher, k: int, read: 
     return _compared(pairs, train, test, matcher, read) if matcher.similarity else pairs
 
 
-def _batches(label: str, images: Pictures, read: Read) -> Iterator[tuple[Any, Pixels]]:
+def _batches(label: str, images: ImageSource, read: Read) -> Iterator[tuple[Any, Pixels]]:
     with console.progress(label, len(images), unit="images") as advance:
         for kept, batch in read(images, rows=range(len(images))):
             yield kept, batch
             advance(len(kept))
 
 
-def _compared(pairs: Sequence[Pair], train: Pictures, test: Pictures, matcher: Matcher, read: Read) -> list[Pair]:
+def _compared(pairs: Sequence[Pair], train: ImageSource, test: ImageSource, matcher: Matcher, read: Read) -> list[Pair]:
     """The same pairs with the matcher's own similarity."""
     assert matcher.similarity is not None
     out: list[Pair] = []
@@ -172,8 +172,8 @@ def _compared(pairs: Sequence[Pair], train: Pictures, test: Pictures, matcher: M
 class Overlap:
     """Pairs of TEST and TRAIN images, and the similarity from which they count as near-duplicates."""
 
-    train: Pictures
-    test: Pictures
+    train: ImageSource
+    test: ImageSource
     pairs: Sequence[Pair]
     threshold: float
 

@@ -30,7 +30,7 @@ Metrics = dict[str, Any]
 
 
 class OneProcess:
-    """The one process of a job without a launcher; several are a `training.distributed.Group`."""
+    """The one process of a job without a launcher; several are a `training.distributed.ProcessGroup`."""
 
     rank, world = 0, 1
 

@@ -277,7 +277,7 @@ def bootstrap(
 def agree(counts: NDArray[np.int64]) -> tuple[float | None, float | None]:
     """The share of other raters of a caption who agree, and Krippendorff's nominal alpha; votes are (N, C).
 
-    Alpha is 1 where all agree, and 0 where agreement is that of chance. Exclude a caption of two votes both are None;
+    Alpha is 1 where all agree, and 0 where agreement is that of chance. Without a caption of two votes both are None;
     alpha is None also where all votes are alike.
     """
     counts = counts[counts.sum(1) > 1]

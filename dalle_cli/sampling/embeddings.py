@@ -222,7 +222,7 @@ def _prefill(prior: DiffusionPrior | AutoregressivePrior, read: Read) -> Prompt:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Exclude dropout and gradients."""
+    """Without dropout and gradients."""
     training = model.training
     model.eval()
     with torch.no_grad():
