@@ -19,7 +19,7 @@ from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
 from dalle_cli.models.embedding_prior import AutoregressivePriorConfig
 from dalle_cli.pipelines.loading import embedding_prior
 from dalle_cli.sampling.embeddings import PromptBatch, sample_diffusion
-from dalle_cli.training.distributed import Group
+from dalle_cli.training.distributed import ProcessGroup
 from dalle_cli.training.embedding_prior import (
     AutoregressivePriorTask,
     DiffusionPriorTask,
@@ -166,7 +166,7 @@ def test_two_processes(pair, tmp_path, kind):
         (tmp_path / name).mkdir()
     pairs(tmp_path / "two" / "data", n=60)
     joined = pairs(tmp_path, n=60)
-    trainer(kind, joined, tmp_path / "one", members=Group()).train()
+    trainer(kind, joined, tmp_path / "one", members=ProcessGroup()).train()
     pair(two_processes, kind, tmp_path / "two")
     ours, theirs = (load_tensors(open_artifact(tmp_path / n / "prior.safetensors")) for n in ("two", "one"))
     for name, tensor in theirs.items():

@@ -138,7 +138,7 @@ def test_deterministic_settings(train, quiet):
 def test_the_rate_is_halved_when_a_figure_stands_still():
     plateau = Plateau("nats", 2, 0.5, 0.2)
     seen = [5.0, 4.0, 4.0, 4.0, 3.9, 3.95, 3.95, 4.1, 4.0, 9.0, 9.0, 9.0]
-    cuts = [plateau.see({"loss": -9.0, "nats": nats}) for nats in seen]
+    cuts = [plateau.update({"loss": -9.0, "nats": nats}) for nats in seen]
     assert [i for i, cut in enumerate(cuts) if cut] == [3, 6, 8]
     assert plateau.share == 0.2  # half of a quarter would be below the least
     again = Plateau("nats", 2, 0.5, 0.2)
@@ -146,12 +146,12 @@ def test_the_rate_is_halved_when_a_figure_stands_still():
     assert (again.share, again.best, again.waited) == (0.2, 3.9, plateau.waited)
     for nats in (math.nan, math.inf):
         better = plateau.best
-        plateau.see({"nats": nats})
+        plateau.update({"nats": nats})
         assert plateau.best == better
     rising = Plateau("-psnr", 1, 0.5, 0.2)
-    assert [rising.see({"psnr": x}) for x in (10.0, 11.0, 11.0, 12.0)] == [False, False, True, False]
+    assert [rising.update({"psnr": x}) for x in (10.0, 11.0, 11.0, 12.0)] == [False, False, True, False]
     with pytest.raises(DalleError, match="plateau_metric among loss, nats, found 'image'"):
-        Plateau("image", 1, 0.5, 0.2).see({"loss": 1.0, "nats": 1.0})
+        Plateau("image", 1, 0.5, 0.2).update({"loss": 1.0, "nats": 1.0})
 
 
 def test_plateau_in_a_run(tmp_path, capsys):

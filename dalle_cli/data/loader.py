@@ -31,7 +31,7 @@ _Position = tuple[int, int, int]
 T = TypeVar("T")
 
 
-class Pictures(Protocol):
+class ImageSource(Protocol):
     """What a loader needs of a data set."""
 
     ids: Sequence[str]
@@ -73,7 +73,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Pictures,
+        dataset: ImageSource,
         size: int,
         augment: Augment,
         batch_size: int,
@@ -133,7 +133,7 @@ class Loader:
 
 
 def sequential(
-    dataset: Pictures,
+    dataset: ImageSource,
     size: int,
     rows: Sequence[int],
     batch_size: int,
@@ -165,7 +165,7 @@ def sequential(
         made.close()
 
 
-def _read(dataset: Pictures, row: int) -> Image.Image | None:
+def _read(dataset: ImageSource, row: int) -> Image.Image | None:
     try:
         return dataset.read(row)
     except BadSample as reason:

@@ -353,7 +353,7 @@ class DVAE(nn.Module):
         """Negative evidence lower bound per pixel value (eq. 1), plus the codebook loss for vq; and metrics.
 
         KL and reconstruction are sums over a picture divided by its number of pixel values and averaged over the
-        batch, so that beta acts per code as beta * H * W / (3 * S * S). Exclude a generator no Gumbel noise is drawn.
+        batch, so that beta acts per code as beta * H * W / (3 * S * S). Without a generator no Gumbel noise is drawn.
         Metrics are detached: recon, kl (nats per code; ln V for vq and fsq, which add nothing to the loss), codebook,
         psnr (dB, of the picture shown from the quantizer's own output), codes_used, perplexity, code_counts (V,).
         """

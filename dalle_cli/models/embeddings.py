@@ -58,7 +58,7 @@ class Principal(nn.Module):
         self.scale.fill_(scale or variance**-0.5)
 
     def standardize(self, z: Tensor) -> Tensor:
-        """Exclude the mean, and of unit variance: (B, D) -> (B, D)."""
+        """Without the mean, and of unit variance: (B, D) -> (B, D)."""
         return (z - self.mean) * self.scale
 
     def restore(self, x: Tensor) -> Tensor:

@@ -64,12 +64,12 @@ def loss_of(
     image, made as small, with the weight of the noise's.
     """
     conditioning = model.condition(*told)
-    loss, figures = denoising(process, lambda x, t: model(x, t, conditioning), images, t, noise, min_snr)
+    loss, metrics = denoising(process, lambda x, t: model(x, t, conditioning), images, t, noise, min_snr)
     if conditioning.sketch is not None:
         small = F.adaptive_avg_pool2d(to_signed(images), conditioning.sketch.shape[-1])
-        figures["sketch"] = (conditioning.sketch.float() - small).square().mean()
-        loss = loss + figures["sketch"]
-    return loss, figures
+        metrics["sketch"] = (conditioning.sketch.float() - small).square().mean()
+        loss = loss + metrics["sketch"]
+    return loss, metrics
 
 
 def embedding_noise(embeddings: Tensor, most: float, seed: int, step: int, slots: Sequence[int]) -> Tensor:

@@ -28,7 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 class Task(Protocol):
     """What differs between models: data, loss, validation, and the image grid that shows the state of a run.
 
-    A task may also be one that `Splits`, `ReadsOwnPart`, `Counts` or `Costs`.
+    A task may also be one that `Splits`, `ReadsShard`, `Counts` or `Costs`.
     """
 
     @property

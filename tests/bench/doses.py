@@ -19,7 +19,7 @@ from PIL import Image
 
 from dalle_cli.artifacts import digest_bytes
 from dalle_cli.data.augment import center
-from dalle_cli.data.loader import Pictures
+from dalle_cli.data.loader import ImageSource
 from dalle_cli.devices import arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.blur import gaussian_blur
@@ -57,9 +57,9 @@ Row = dict[str, Cell]  # scores of pictures that were given one dose
 
 @dataclass(frozen=True)
 class Harmed:
-    """Pictures of S x S that are blurred or made noisy as they are read; dose 0 leaves them as they are."""
+    """ImageSource of S x S that are blurred or made noisy as they are read; dose 0 leaves them as they are."""
 
-    pictures: Pictures
+    pictures: ImageSource
     size: int
     kind: str
     dose: float

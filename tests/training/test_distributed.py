@@ -22,14 +22,14 @@ from dalle_cli.training.scaling import BlockScales
 
 
 def facts():
-    group = distributed.Group(dist.get_rank(), WORLD)
+    group = distributed.ProcessGroup(dist.get_rank(), WORLD)
     seen = []
     x = torch.arange(3.0).view(3, 1) + 10 * group.rank
     x.requires_grad_()
-    every = distributed.all_rows(x)
+    every = distributed.gather_rows(x)
     (every * torch.arange(6.0)[:, None]).sum().backward()
     shared = torch.full((2,), float(group.rank))
-    distributed.from_first([shared])
+    distributed.broadcast([shared])
     return {
         "first": group.first(lambda: seen.append(group.rank) or "told"),
         "seen": seen,
@@ -55,7 +55,7 @@ def fail():
         raise OSError(28, "No space left on device")
 
     try:
-        distributed.Group(dist.get_rank(), WORLD).first(broken)
+        distributed.ProcessGroup(dist.get_rank(), WORLD).first(broken)
     except OSError as error:
         raise DalleError(error.strerror) from None
 
@@ -256,7 +256,7 @@ def scales(folder, parallel, overflow):
         if parallel == "replicate" or dist.get_rank() == 1:
             grad[-1, -1] = math.inf
     loop.scales.unscale(loop.strategy.overflowed)
-    found = {n: None if p.grad is None else pieces.whole(p.grad) for n, p in loop.model.named_parameters()}
+    found = {n: None if p.grad is None else pieces.full_tensor(p.grad) for n, p in loop.model.named_parameters()}
     return loop.scales.log2, found
 
 

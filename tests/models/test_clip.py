@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.clip import CLIP, CLIPConfig, caption_hash, equal_captions, sigmoid_loss, softmax_loss
-from dalle_cli.training.distributed import all_rows
+from dalle_cli.training.distributed import gather_rows
 from reference import clip as reference
 
 SMALL = CLIPConfig(
@@ -207,7 +207,7 @@ def parts(loss: str) -> dict[str, object]:
     group = process_pair.group()
     model = make(loss=loss).double()
     images, tokens, lengths = (x.chunk(2)[group.rank] for x in repeated())
-    found, figures = model.loss(images.double(), tokens, lengths, all_rows)
+    found, figures = model.loss(images.double(), tokens, lengths, gather_rows)
     means = group.means({"loss": found.detach(), "accuracy": figures["accuracy"]})
     averaged = [sum(group.gathered(g), torch.zeros_like(g)) / 2 for g in gradients(model, found)]
     return {**means, "gradients": averaged}

@@ -21,7 +21,7 @@ from dalle_cli.evaluation import thumbnails
 from dalle_cli.evaluation.overlap import THRESHOLD, Nearest, Overlap, Pair
 from reference import neighbors as slow
 
-EMOJI = Path(__file__).parent.parent / "recipes" / "emoji" / "small.tar"
+EMOJI = Path(__file__).parents[2] / "recipes" / "emoji" / "small.tar"
 SOME = 80  # pictures of it, half of which are copied
 
 
@@ -318,7 +318,7 @@ def test_the_same_set_twice_is_warned_of(small, tmp_path):
 
 
 class Plain:
-    """Pictures of one color each."""
+    """ImageSource of one color each."""
 
     def __init__(self, n):
         self.ids = [f"{i}" for i in range(n)]

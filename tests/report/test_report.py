@@ -512,7 +512,7 @@ def test_numbers_for_people():
 
 def test_templates_are_shipped():
     """As package data: what an installed package has beside its modules."""
-    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert '"report/templates/*"' in re.search(r"package-data.dalle_cli = \[(.*)\]", text)[1]
     for name in ("base.html", "report.html", "report.css", "report.js", "survey.html", "page.css", "tables.html"):
         assert (pages.TEMPLATES / name).is_file()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-FOLDER = Path(__file__).parent.parent / "recipes" / "emoji"
+FOLDER = Path(__file__).parents[2] / "recipes" / "emoji"
 sys.path.insert(0, str(FOLDER))  # prepare.py imports the file beside it
 spec = importlib.util.spec_from_file_location("emoji_prepare", FOLDER / "prepare.py")
 prepare = importlib.util.module_from_spec(spec)

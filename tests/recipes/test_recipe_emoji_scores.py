@@ -16,7 +16,7 @@ from dalle_cli.evaluation.image_sets import open_image_set
 from dalle_cli.models.pixels import from_uint8, to_uint8
 from dalle_cli.pipelines import loading
 
-FOLDER = Path(__file__).parent.parent / "recipes" / "emoji"
+FOLDER = Path(__file__).parents[2] / "recipes" / "emoji"
 sys.path.insert(0, str(FOLDER))
 scores = importlib.import_module("scores")
 COUNT = 20

@@ -15,7 +15,7 @@ from PIL import Image
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.errors import DalleError
 
-FOLDER = Path(__file__).parent.parent / "recipes" / "emoji"
+FOLDER = Path(__file__).parents[2] / "recipes" / "emoji"
 sys.path.insert(0, str(FOLDER))
 measure, nearest, rates, style_net, withheld, distances = (
     importlib.import_module(name) for name in ("measure", "nearest", "rates", "style_net", "withheld", "distances")

@@ -342,7 +342,7 @@ CASES = {
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the kernel's record of memory")
 @pytest.mark.parametrize("case", CASES)
 def test_memory_and_time_are_what_updates_take_here(tmp_path, case):
-    """`python -m pytest tests/test_plan.py -m slow -rP`: the plan against a process that trains."""
+    """`python -m pytest tests/planning/test_plan.py -m slow -rP`: the plan against a process that trains."""
     name, text, keys = CASES[case]
     tiny, path = tmp_path / "tiny.toml", tmp_path / "recipe.toml"
     tiny.write_text(RECIPE + SECTIONS_UNCLIP)

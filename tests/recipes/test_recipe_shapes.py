@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-FOLDER = Path(__file__).parent.parent / "recipes" / "shapes"
+FOLDER = Path(__file__).parents[2] / "recipes" / "shapes"
 sys.path.insert(0, str(FOLDER))
 scenes = importlib.import_module("scenes")
 score = importlib.import_module("score")

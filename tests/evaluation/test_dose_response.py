@@ -22,14 +22,14 @@ from dalle_cli.evaluation.manifold import precision_recall
 from dalle_cli.evaluation.store import FeatureRows
 from dalle_cli.models.clip import CLIP, CLIPConfig
 
-SMALL = Path(__file__).parent.parent / "recipes" / "emoji" / "small.tar"
+SMALL = Path(__file__).parents[2] / "recipes" / "emoji" / "small.tar"
 SIZE = 32
 DOSES = {"blur": (0, 0.5, 1, 2, 4), "noise": (0, 0.1, 0.2, 0.4)}  # pixels; standard deviation
 
 
 @pytest.fixture(scope="module")
 def halves():
-    """Pictures in [0, 1], every other one."""
+    """ImageSource in [0, 1], every other one."""
     side = open_image_set("reference", str(SMALL))
     images = [found for _, found in sequential(side.images, SIZE, range(len(side.images)), 100)]
     pictures = torch.from_numpy(np.concatenate(images)).float() / 255
@@ -98,7 +98,7 @@ def test_precision_falls_with_noise_and_is_blind_to_blur(responses):
 
 @pytest.fixture(scope="module")
 def captioned(halves, embed, tmp_path_factory):
-    """Pictures, and planted captions: the embedding of a caption is that of its picture and something of its own."""
+    """ImageSource, and planted captions: the embedding of a caption is that of its picture and something of its own."""
     folder = tmp_path_factory.mktemp("captioned")
     pictures = embed(halves[0])
     pictures -= pictures.mean(axis=0)

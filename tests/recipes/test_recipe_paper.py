@@ -20,7 +20,7 @@ from dalle_cli.training.clip import CLIPTrain
 from dalle_cli.training.dvae import DVAETrain
 from dalle_cli.training.prior import PriorTrain
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "paper" / "recipe.toml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "paper" / "recipe.toml"
 PUBLISHED_CLIP_VOCAB = 49408
 
 # What the papers give, written down once more by hand.

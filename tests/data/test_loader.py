@@ -15,7 +15,7 @@ from dalle_cli.errors import DalleError
 SIZE = 8
 
 
-class Pictures:
+class ImageSource:
     """Picture i is of color i, with noise that shows the augmentation's draws."""
 
     def __init__(self, n=23, bad=()):
@@ -53,16 +53,16 @@ def same(a, b):
 
 
 def loader(pictures=None, workers=0, seed=5, batch_size=6, name="dvae", **options):
-    return Loader(pictures or Pictures(), SIZE, augment.by_name(name), batch_size, seed, workers, **options)
+    return Loader(pictures or ImageSource(), SIZE, augment.by_name(name), batch_size, seed, workers, **options)
 
 
 @pytest.mark.parametrize("bad", [(), (0, 7, 8, 22)])
 def test_workers_and_resuming_change_nothing(bad):
-    expected = take(loader(Pictures(bad=bad)), 9)
+    expected = take(loader(ImageSource(bad=bad)), 9)
     for workers in (1, 4):
-        same(take(loader(Pictures(bad=bad), workers), 9), expected)
-        same(take(loader(Pictures(bad=bad), workers), 5, start=4), expected[4:])
-    same([loader(Pictures(bad=bad)).batch(7)], expected[7:8])
+        same(take(loader(ImageSource(bad=bad), workers), 9), expected)
+        same(take(loader(ImageSource(bad=bad), workers), 5, start=4), expected[4:])
+    same([loader(ImageSource(bad=bad)).batch(7)], expected[7:8])
 
 
 def test_batches_are_what_they_say():
@@ -72,7 +72,7 @@ def test_batches_are_what_they_say():
         assert batch.images.flags.c_contiguous
         assert batch.rows.dtype == np.int64
         for image, row in zip(batch.images, batch.rows, strict=True):
-            np.testing.assert_array_equal(image.transpose(1, 2, 0), augment.center(Pictures().read(int(row)), SIZE))
+            np.testing.assert_array_equal(image.transpose(1, 2, 0), augment.center(ImageSource().read(int(row)), SIZE))
 
 
 def test_each_epoch_has_every_row_once_in_another_order():
@@ -87,15 +87,15 @@ def test_each_epoch_has_every_row_once_in_another_order():
 
 def test_seed_epoch_and_row_each_change_the_draws():
     assert (take(loader(seed=1), 1)[0].rows != take(loader(seed=2), 1)[0].rows).any()
-    batches = take(loader(Pictures(1), batch_size=6), 1)[0]
+    batches = take(loader(ImageSource(1), batch_size=6), 1)[0]
     assert batches.epochs.tolist() == [0, 1, 2, 3, 4, 5]  # a batch larger than the data goes on into later epochs
     assert len({image.tobytes() for image in batches.images}) >= 5
-    one = loader(Pictures(1), batch_size=1, seed=1).batch(0).images
-    assert any((one != loader(Pictures(1), batch_size=1, seed=s).batch(0).images).any() for s in (2, 3, 4))
+    one = loader(ImageSource(1), batch_size=1, seed=1).batch(0).images
+    assert any((one != loader(ImageSource(1), batch_size=1, seed=s).batch(0).images).any() for s in (2, 3, 4))
 
 
 def test_bad_samples_are_counted_once_and_replaced_by_the_next_row():
-    pictures = Pictures(bad=(3, 11))
+    pictures = ImageSource(bad=(3, 11))
     batches = take(loader(pictures, workers=3), 12)  # three epochs
     whole = take(loader(), 12)
     rows = np.concatenate([b.rows for b in batches])
@@ -113,14 +113,14 @@ def test_bad_samples_are_counted_once_and_replaced_by_the_next_row():
 def test_nothing_readable_ends_in_one_line():
     for workers in (0, 2):
         with pytest.raises(DalleError, match="found none of 5 that can be read"):
-            take(loader(Pictures(5, bad=range(5)), workers), 1)
+            take(loader(ImageSource(5, bad=range(5)), workers), 1)
 
 
 def test_rows_limit_the_data():
     rows = np.array([2, 3, 5, 7, 11, 13])
     batches = take(loader(workers=2, rows=rows, batch_size=6), 3)
     assert all(sorted(b.rows) == rows.tolist() for b in batches)
-    pictures = Pictures(bad=[5])
+    pictures = ImageSource(bad=[5])
     batch = take(loader(pictures, rows=rows, batch_size=6), 1)[0]
     assert set(batch.rows) == {2, 3, 7, 11, 13}
 
@@ -139,7 +139,7 @@ def threads():
 
 
 def test_stops_cleanly_and_reads_only_a_little_ahead():
-    pictures = Pictures(1000)
+    pictures = ImageSource(1000)
     made = loader(pictures, workers=4).batches()
     next(made)
     time.sleep(0.1)
@@ -155,7 +155,7 @@ def test_stops_cleanly_and_reads_only_a_little_ahead():
 
 
 def test_faults_in_threads_come_through():
-    pictures = Pictures()
+    pictures = ImageSource()
     pictures.read = lambda i: 1 // 0
     for workers in (0, 3):
         with pytest.raises(ZeroDivisionError):
@@ -165,7 +165,7 @@ def test_faults_in_threads_come_through():
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_sequential_is_in_order_and_leaves_bad_ones_out(workers):
-    pictures = Pictures(bad=[1, 4, 5, 6, 7])
+    pictures = ImageSource(bad=[1, 4, 5, 6, 7])
     rows = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10]
     got = list(sequential(pictures, SIZE, rows, 4, workers))
     assert [kept.tolist() for kept, _ in got] == [[0, 2, 3], [8, 10]]
@@ -173,7 +173,7 @@ def test_sequential_is_in_order_and_leaves_bad_ones_out(workers):
         assert images.shape == (len(kept), 3, SIZE, SIZE)
         assert images.flags.c_contiguous
         for row, image in zip(kept, images, strict=True):
-            np.testing.assert_array_equal(image.transpose(1, 2, 0), augment.center(Pictures().read(int(row)), SIZE))
+            np.testing.assert_array_equal(image.transpose(1, 2, 0), augment.center(ImageSource().read(int(row)), SIZE))
     assert [sample_id for sample_id, _ in pictures.skipped.entries()] == ["001", "004", "005", "006", "007"]
     assert list(sequential(pictures, SIZE, [], 4, workers)) == []
     assert not threads()
@@ -182,7 +182,7 @@ def test_sequential_is_in_order_and_leaves_bad_ones_out(workers):
 def test_sequential_draws_are_a_function_of_seed_row_and_draw():
     def crops(rows=(3, 4, 5), batch_size=2, workers=0, **options):
         crop = augment.by_name("dvae", flip=False)
-        parts = list(sequential(Pictures(), SIZE, list(rows), batch_size, workers, augment=crop, **options))
+        parts = list(sequential(ImageSource(), SIZE, list(rows), batch_size, workers, augment=crop, **options))
         return np.concatenate([images for _, images in parts])
 
     first = crops()

@@ -21,7 +21,7 @@ from dalle_cli.training.decoder import DecoderTrain
 from dalle_cli.training.embedding_prior import KINDS, EmbeddingPriorTrain, chosen
 from dalle_cli.training.upsampler import UpsamplerTrain
 
-FOLDER = Path(__file__).parent.parent / "recipes" / "shapes"
+FOLDER = Path(__file__).parents[2] / "recipes" / "shapes"
 sys.path.insert(0, str(FOLDER))
 scenes = importlib.import_module("scenes")
 score = importlib.import_module("score")

@@ -18,7 +18,7 @@ from dalle_cli.artifacts.container import read_header
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles, card, transfer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOKENIZER = b'{"version": "1.0"}'
 LARGE = 24 << 20  # bytes: huggingface-hub writes to disk in steps of 10 MiB
 

@@ -13,7 +13,7 @@ from PIL import Image
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.hub import bundles, card
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 SHIPPED = bundles.SHIPPED
 EMOJI = str(RECIPES / "emoji")
 sys.path.insert(0, str(RECIPES))

@@ -16,7 +16,7 @@ from test_generate_embeddings import plant
 
 import dalle_cli as dalle
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle on white"
 
 
