@@ -264,7 +264,7 @@ class CLIP(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_position_ids)  # type: ignore[no-untyped-call]
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """ImageSource to embeddings, not normalised: (B, 3, S, S) in [0, 1] -> (B, D) float32; resized where S differs.
+        """Images to embeddings, not normalised: (B, 3, S, S) in [0, 1] -> (B, D) float32; resized where S differs.
 
         Raises: DalleError where pictures are not square.
         """

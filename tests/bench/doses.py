@@ -57,7 +57,7 @@ Row = dict[str, Cell]  # scores of pictures that were given one dose
 
 @dataclass(frozen=True)
 class Harmed:
-    """ImageSource of S x S that are blurred or made noisy as they are read; dose 0 leaves them as they are."""
+    """Images of S x S that are blurred or made noisy as they are read; dose 0 leaves them as they are."""
 
     pictures: ImageSource
     size: int

@@ -243,7 +243,7 @@ def test_captions_that_were_never_dropped(root, planted, tmp_path):
 
 @pytest.fixture(scope="module")
 def painted(root):
-    """ImageSource of a color, which z_i tells, in their left or right half, which the caption tells."""
+    """Images of a color, which z_i tells, in their left or right half, which the caption tells."""
     folder, rng = root / "pictures", np.random.default_rng(0)
     folder.mkdir()
     ids, z, tokens = [], [], []

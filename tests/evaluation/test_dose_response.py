@@ -29,7 +29,7 @@ DOSES = {"blur": (0, 0.5, 1, 2, 4), "noise": (0, 0.1, 0.2, 0.4)}  # pixels; stan
 
 @pytest.fixture(scope="module")
 def halves():
-    """ImageSource in [0, 1], every other one."""
+    """Images in [0, 1], every other one."""
     side = open_image_set("reference", str(SMALL))
     images = [found for _, found in sequential(side.images, SIZE, range(len(side.images)), 100)]
     pictures = torch.from_numpy(np.concatenate(images)).float() / 255

@@ -318,7 +318,7 @@ def test_the_same_set_twice_is_warned_of(small, tmp_path):
 
 
 class Plain:
-    """ImageSource of one color each."""
+    """Images of one color each."""
 
     def __init__(self, n):
         self.ids = [f"{i}" for i in range(n)]

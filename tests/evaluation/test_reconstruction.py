@@ -24,7 +24,7 @@ def decibels(images, shown):
     return psnr(squared_error(images, shown))
 
 
-# ImageSource
+# Images
 
 
 @pytest.mark.parametrize("off", [1, 2, 50, 255])

@@ -237,7 +237,7 @@ def test_inversion_is_the_way_back():
 
 
 def squares(folder, per_color=2):
-    """ImageSource all of one color, and embeddings that tell which."""
+    """Images all of one color, and embeddings that tell which."""
     folder.mkdir()
     ids, rows = [], []
     for k, (number, color) in itertools.product(range(per_color), enumerate(COLORS)):

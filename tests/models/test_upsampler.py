@@ -93,7 +93,7 @@ def test_chains():
 
 
 def stripes(folder, n=12):
-    """ImageSource of horizontal bars that begin and end at multiples of four pixels."""
+    """Images of horizontal bars that begin and end at multiples of four pixels."""
     folder.mkdir()
     for i in range(n):
         rows = np.random.default_rng(i).integers(0, 256, (4, 3), dtype=np.uint8)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+
 from bench import cases, unclip
 from bench.prior import N_BATCHES, trainer_of
 
@@ -146,7 +147,6 @@ def test_the_peer_calls_its_network_as_often_as_ours(peer):
 
 def test_the_sizes_are_equal(peer):
     from bench.peers import count
-
     from dalle_cli.models.decoder import Decoder, DecoderConfig
     from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bench import precision
 from conftest import run_ok
+
+from bench import precision
 
 N = 6
 

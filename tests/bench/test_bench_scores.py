@@ -8,16 +8,16 @@ import fidelity
 import numpy as np
 import pytest
 import torch
+
 from bench import cli, doses, scores
 from bench.doses import Cell, verdict
-
 from dalle_cli.artifacts.weights import save_tensors
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.evaluation.image_sets import open_image_set
 from dalle_cli.models.clip import CLIP, CLIPConfig
 
-SMALL = Path(__file__).parent.parent / "recipes" / "emoji" / "small.tar"
+SMALL = Path(__file__).parents[2] / "recipes" / "emoji" / "small.tar"
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from bench import cases, cli, equal_time, machine, report, timing
 from bench import prior as bench_prior
 from bench.cases import Ratio
-
 from dalle_cli.models.attention import Pattern
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 
-BENCH = Path(__file__).parent / "bench"
+BENCH = Path(__file__).parent
 
 
 def run_of(seconds, memory=100, units=60.0, flops=0.0):
