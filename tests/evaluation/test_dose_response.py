@@ -98,7 +98,7 @@ def test_precision_falls_with_noise_and_is_blind_to_blur(responses):
 
 @pytest.fixture(scope="module")
 def captioned(halves, embed, tmp_path_factory):
-    """ImageSource, and planted captions: the embedding of a caption is that of its picture and something of its own."""
+    """Images, and planted captions: the embedding of a caption is that of its picture and something of its own."""
     folder = tmp_path_factory.mktemp("captioned")
     pictures = embed(halves[0])
     pictures -= pictures.mean(axis=0)
