@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from dalle_cli import console
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.data import loader
-from dalle_cli.data.conditions import Conditions
 from dalle_cli.data.datasets import Dataset
+from dalle_cli.data.pairs import Conditions
 from dalle_cli.devices import rank
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.process import Process

@@ -18,8 +18,8 @@ from stage_runs import checkpoints, lasting_rows, rows
 
 from dalle_cli.artifacts import digest_file, open_artifact, write_artifact
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
-from dalle_cli.data.conditions import Conditions
 from dalle_cli.data.datasets import open_dataset
+from dalle_cli.data.pairs import Conditions
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
 from dalle_cli.models.decoder import Decoder, DecoderConfig

@@ -11,8 +11,8 @@ from planted_weights import randomized
 from toy_task import machine
 
 from dalle_cli.artifacts import open_artifact, write_artifact
-from dalle_cli.data.conditions import Conditions
 from dalle_cli.data.datasets import open_dataset
+from dalle_cli.data.pairs import Conditions
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder, DecoderConfig
