@@ -105,15 +105,21 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _parse_json(path: Path, raw: bytes | str, what: str) -> dict[str, Any]:
-    """A JSON object whose text is all valid Unicode."""
+    """A JSON object without repeated keys, whose text is all valid Unicode."""
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, object_pairs_hook=_unique_keys)
         if isinstance(value, dict) and not _too_deep(value, MAX_DEPTH):
             json.dumps(value, ensure_ascii=False).encode()
             return value
     except (ValueError, RecursionError):  # a JSONDecodeError and a UnicodeEncodeError are ValueErrors
         pass
     raise _broken(path, f"{what} that is not a JSON object")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(table := dict(pairs)) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return table
 
 
 def _too_deep(value: object, left: int) -> bool:

@@ -76,6 +76,7 @@ BROKEN = {
     "header is NaN": raw_file(b"NaN"),
     "number of 5000 digits": raw_file(b'{"a": ' + b"9" * 5000 + b"}"),
     "a key twice": raw_file(json.dumps(header()).replace('"ids.bytes"', '"codes"', 1).encode()),
+    "a key of metadata twice": raw_file(header('{"kind":"codes","kind":"images","version":1}')),
     "metadata twice": raw_file((json.dumps(header())[:-1] + ', "__metadata__": {}}').encode()),
     "half a surrogate pair": raw_file(json.dumps(header(meta(kind="codes", config={"a": "\ud800"}))).encode()),
     "no metadata": raw_file(header(__metadata__=None)),
