@@ -209,7 +209,7 @@ class TextTransformer(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """A learned class token, then the picture's patches in raster order, plus positions."""
+    """A learned class token, then the image's patches in raster order, plus positions."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -266,7 +266,7 @@ class CLIP(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:
         """Images to embeddings, not normalised: (B, 3, S, S) in [0, 1] -> (B, D) float32; resized where S differs.
 
-        Raises: DalleError where pictures are not square.
+        Raises: DalleError where images are not square.
         """
         return _project(self.vision_model(self._pixels(images)), self.visual_projection)
 
@@ -334,7 +334,7 @@ class CLIP(nn.Module):
         height, width = images.shape[-2:]
         size, weight = self.config.image_size, self.visual_projection.weight
         if height != width:
-            raise DalleError(f"expected square pictures, found {width} x {height}; crop them first")
+            raise DalleError(f"expected square images, found {width} x {height}; crop them first")
         images = _at_least_float32(images)  # bfloat16 would lose 8-bit steps
         if height != size:
             images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(

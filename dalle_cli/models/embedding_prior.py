@@ -39,7 +39,7 @@ class AutoregressivePriorConfig:
     n_embedding: int = 1024  # width of CLIP's embeddings
     n_component: int = 319  # principal components that are drawn; the others are as in the mean
     n_bucket: int = 1024  # of each component, between its extremes in training
-    n_dot: int = 64  # of the dot product, each with as many pictures in training; the paper does not tell
+    n_dot: int = 64  # of the dot product, each with as many images in training; the paper does not tell
     block: str = "paper"  # or "modern", as of the token prior
     dropout: float = field(default=0.0, metadata={"warm_start": "free"})
 

@@ -116,7 +116,7 @@ class _LineAttention(torch.autograd.Function):
         lines = [_lines(x, n_prefix, grid, columns) for x in (q, k, v)]
         bias = _line_bias(grid, back, distances, q.device, q.dtype)
         scores = _scores(lines[0], text[1], lines[1], back, q.shape[-1] ** -0.5, bias)
-        for line in range(back):  # above the picture there is nothing to see
+        for line in range(back):  # above the image there is nothing to see
             scores[:, line, :, n_prefix : n_prefix + (back - line) * grid] = float("-inf")
         weights = scores.softmax(-1).to(v.dtype)
         y = _averages(weights, text[2], lines[2], back)
@@ -242,7 +242,7 @@ def _fold(windows: Tensor, back: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _line_bias(grid: int, back: int, distances: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """0 where a place of a line sees one of its window, -inf elsewhere: (W, M), but for what lies above the picture."""
+    """0 where a place of a line sees one of its window, -inf elsewhere: (W, M), but for what lies above the image."""
     with torch.inference_mode(False):
         queries = torch.arange(grid, device=device)[:, None] + back * grid
         ago = queries - torch.arange((back + 1) * grid, device=device)

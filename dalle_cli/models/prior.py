@@ -27,7 +27,7 @@ from dalle_cli.models.mlp import gelu_linear
 from dalle_cli.models.modern import apply_rotary, rms_norm, rotary_angles, swiglu
 from dalle_cli.models.sketch import Hint, Sketch
 
-Told = tuple[Tensor, Tensor]  # sketches (B, 3, s, s), and who sees them (B,) bool
+Sketches = tuple[Tensor, Tensor]  # sketches (B, 3, s, s), and who sees them (B,) bool
 
 
 @dataclass(frozen=True)
@@ -187,27 +187,27 @@ class Prior(nn.Module):
                 part.initialize(generator)
 
     def forward(
-        self, tokens: Tensor, lengths: Tensor, codes: Tensor, told: Told | None = None
+        self, tokens: Tensor, lengths: Tensor, codes: Tensor, sketches: Sketches | None = None
     ) -> tuple[Tensor, Tensor]:
         """Logits of every token and code: (B, T), (B,), (B, W, W) int64 -> (B, T, n_text_vocab), (B, W*W, V) float32.
 
-        Tokens at and beyond a caption's length are not read: the pad embedding of their position stands there. `told`
-        are sketches to follow; without, the caption alone is.
+        Tokens at and beyond a caption's length are not read: the pad embedding of their position stands there. The codes
+        follow `sketches`, if there are any.
 
         Raises: DalleError where the shapes are not the model's.
         """
-        x = self._read(tokens, lengths, codes, told)
+        x = self._read(tokens, lengths, codes, sketches)
         n_text = self.config.n_text
         return head_logits(self.text_head, x[:, :n_text]), head_logits(self.image_head, x[:, n_text:])
 
-    def _read(self, tokens: Tensor, lengths: Tensor, codes: Tensor, told: Told | None = None) -> Tensor:
+    def _read(self, tokens: Tensor, lengths: Tensor, codes: Tensor, sketches: Sketches | None = None) -> Tensor:
         """What stands before the heads: (B, L, C)."""
         grid = self.config.grid
         if codes.shape[1:] != (grid, grid):
             found = " x ".join(map(str, codes.shape[1:]))
             raise DalleError(f"expected codes of {grid} x {grid}, found {found}; use codes of the prior's own dVAE")
         images = self.code(codes.flatten(1)[:, :-1]) + self._places()[:-1]
-        hints = None if told is None else self._hints(*told)
+        hints = None if sketches is None else self._hints(*sketches)
         if hints is not None:
             images = images + hints[0]
         x = self.dropout(torch.cat([self._embed_text(tokens, lengths), images], dim=1))
@@ -215,9 +215,9 @@ class Prior(nn.Module):
         for block, pattern in zip(self.blocks, self.patterns, strict=True):
             x = block(x, pattern.attend, rotary)
         y: Tensor = self.norm(x)
-        if hints is not None and told is not None and self.hint is not None:
+        if hints is not None and sketches is not None and self.hint is not None:
             first = self.config.n_text + 1
-            y = torch.cat([y[:, :first], self._followed(y[:, first:], hints[1], told[1][:, None, None])], dim=1)
+            y = torch.cat([y[:, :first], self._followed(y[:, first:], hints[1], sketches[1][:, None, None])], dim=1)
         return y
 
     def _hints(self, sketch: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,16 +255,16 @@ class Prior(nn.Module):
         codes: Tensor,
         n_tokens: Tensor | None = None,
         read: Tensor | None = None,
-        told: Told | None = None,
+        sketches: Sketches | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy by count of caption tokens (pads are no targets) and of codes, weighted (sec. 2.2).
 
         Shapes as `forward`; returns the loss and, detached, `text_nats` a token and `image_nats` a code. `n_tokens` ()
         is what the text loss is divided by if not by the batch's own tokens: for a part of a batch, its fair share.
         `read`, shaped as codes, stands in for them where they are read: what is to be predicted stays `codes`.
-        `told` as in `forward`.
+        `sketches` as in `forward`.
         """
-        x = self._read(tokens, lengths, codes if read is None else read, told)
+        x = self._read(tokens, lengths, codes if read is None else read, sketches)
         n_text, written = self.config.n_text, self.written(lengths)
         if n_tokens is None:
             n_tokens = lengths.sum().clamp(min=1)  # a batch may hold null captions only

@@ -1,4 +1,4 @@
-"""U-Net that tells the noise in a picture (Dhariwal & Nichol 2021, "ADM"; Nichol et al. 2022, "GLIDE").
+"""U-Net that predicts the noise in an image (Dhariwal & Nichol 2021, "ADM"; Nichol et al. 2022, "GLIDE").
 
 Blocks compute what those of `diffusers` do in the layout of published unCLIP weights (tests/models/test_unet.py).
 
@@ -72,10 +72,10 @@ class UNetConfig:
             raise DalleError(f"expected head_width to divide the widths {self.widths}, found {found}; change it")
 
     def check_side(self, side: int) -> None:
-        """Raises: DalleError if pictures of this side cannot be halved as often as there are sizes."""
+        """Raises: DalleError if images of this side cannot be halved as often as there are sizes."""
         halved = 2 ** (len(self.multipliers) - 1)
         if side % halved:
-            raise DalleError(f"expected pictures whose side {halved} divides, found {side}; take fewer multipliers")
+            raise DalleError(f"expected images whose side {halved} divides, found {side}; take fewer multipliers")
 
     @property
     def widths(self) -> list[int]:
@@ -84,7 +84,7 @@ class UNetConfig:
 
     @property
     def sides(self) -> list[int]:
-        """Sides of the picture, from the full size on."""
+        """Sides of the image, from the full size on."""
         return [self.image_size >> level for level in range(len(self.multipliers))]
 
     @property
@@ -108,7 +108,7 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """What all blocks are told of a timestep, or of a noise level."""
+    """The embedding of a timestep, or of a noise level, that all blocks add."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class TimeEmbedding(nn.Module):
 
 
 class UNetAttention(nn.Module):
-    """All places of a picture attend to the context's tokens and to each other, in one softmax; residual."""
+    """All places of an image attend to the context's tokens and to each other, in one softmax; residual."""
 
     def __init__(self, width: int, head_width: int, groups: int, context: int) -> None:
         """`context` is K; 0 where there is none."""
@@ -163,12 +163,12 @@ def _resized(x: Tensor, change: str) -> Tensor:
 
 
 class UNetBlock(StackedBlock):
-    """Two convolutions beside a shortcut, told of the timestep between them; then attention, if there is any."""
+    """Two convolutions beside a shortcut, with the timestep added between them; then attention, if there is any."""
 
     def __init__(
         self, config: UNetConfig, n_in: int, n_out: int, context: int = 0, attends: bool = False, change: str = ""
     ) -> None:
-        """With `change` "down" or "up" the picture is resized before the first convolution."""
+        """With `change` "down" or "up" the image is resized before the first convolution."""
         super().__init__()
         self.change, self.scale_shift = change, config.scale_shift
         self.norm1 = nn.GroupNorm(config.groups, n_in, eps=EPS)
@@ -189,12 +189,12 @@ class UNetBlock(StackedBlock):
         if self.change:
             h, x = _resized(h, self.change), _resized(x, self.change)
         h = self.conv1(h)
-        told = self.time(F.silu(time))[:, :, None, None]
+        shift_scale = self.time(F.silu(time))[:, :, None, None]
         if self.scale_shift:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = shift_scale.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
-            h = self.norm2(h + told)
+            h = self.norm2(h + shift_scale)
         h = self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
         return h if self.attention is None else self.attention(h, context)  # type: ignore[no-any-return]
 
@@ -219,7 +219,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, config: UNetConfig, in_channels: int = 3, context: int = 0) -> None:
-        """`context` is K; 0 where blocks attend to the picture alone, or not at all."""
+        """`context` is K; 0 where blocks attend to the image alone, or not at all."""
         super().__init__()
         self.config = config
         self.time_embedding = TimeEmbedding(config.width, config.time_width)
@@ -279,6 +279,6 @@ class UNet(nn.Module):
             x = block(x, time, context)
         for block in self.up:
             x = block(x if getattr(block, "change", "") else torch.cat([x, made.pop()], dim=1), time, context)
-        with torch.autocast(x.device.type, enabled=False):  # noise is told to more digits than bfloat16 has
+        with torch.autocast(x.device.type, enabled=False):  # the noise needs more digits than bfloat16 has
             y: Tensor = self.conv_out(F.silu(self.norm_out(x.to(self.conv_out.weight.dtype))))
         return y
