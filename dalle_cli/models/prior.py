@@ -191,8 +191,8 @@ class Prior(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits of every token and code: (B, T), (B,), (B, W, W) int64 -> (B, T, n_text_vocab), (B, W*W, V) float32.
 
-        Tokens at and beyond a caption's length are not read: the pad embedding of their position stands there. The codes
-        follow `sketches`, if there are any.
+        Tokens at and beyond a caption's length are not read: the pad embedding of their position stands there.
+        The codes follow `sketches`, if there are any.
 
         Raises: DalleError where the shapes are not the model's.
         """
