@@ -9,20 +9,11 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models import block_attention
-from dalle_cli.models.local_attention import (
-    batched_attention,
-    causal_attention,
-    column_attention,
-    local_attention,
-)
 
-LONG_STREAM = 512  # positions; beyond, the weights of every head take more memory than they save time
-LOCAL_GAIN = 1.5  # times that the stream must be longer than what a row sees, for gathering keys row by row to pay
-BLOCK = 128  # codes of a "full" cache that lie together
+BLOCK = 128  # codes in one block of a "full" cache
+SLOWEST = 100.0  # ratio of the fastest and the slowest rotary frequency
 KINDS = ("full", "row", "column", "conv")
 
 
@@ -84,21 +75,9 @@ class Pattern:
         """Whether a position of the stream sees another: (L, L) bool, one shared tensor per pattern and device."""
         return _stream_mask(self, device)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention over the whole stream, three times (B, N, L, D) -> (B, N, L, D)."""
-        if q.device.type == "cpu" and self.kind == "column":
-            return column_attention(q, k, v, self.n_text + 1, self.grid)
-        if q.device.type == "cpu" and self.kind != "full" and LOCAL_GAIN * self.n_seen < q.shape[-2]:
-            return local_attention(q, k, v, self.n_text + 1, self.grid, self.distances)
-        if q.device.type == "cuda" and self.kind != "full" and block_attention.usable():
-            return block_attention.block_attention(q, k, v, self.n_text + 1, self.distances)
-        if trains_on_cpu(q):
-            return batched_attention(q, k, v, _stream_bias(self, q.device, q.dtype))
-        if self.kind == "full" and q.device.type == "cpu" and torch.is_grad_enabled():
-            return causal_attention(q, k, v)
-        if self.kind == "full":
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(q.device))
+    def bias(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The mask as a bias on scores, 0 or -inf: (L, L)."""
+        return _stream_bias(self, device, dtype)
 
     @property
     def distances(self) -> tuple[int, ...]:
@@ -109,8 +88,8 @@ class Pattern:
         return tuple(range(0, stop, step))
 
     @property
-    def n_seen(self) -> int:
-        """Keys that `local_attention` gathers for a row of "row" and "conv"."""
+    def n_local_keys(self) -> int:
+        """Keys that one row of "row" or "conv" needs: the caption's and those of a few rows."""
         rows = min(-(-self.distances[-1] // self.grid), self.grid - 1) + 1
         return self.n_text + 1 + rows * self.grid
 
@@ -162,11 +141,6 @@ class Pattern:
         return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen, float("-inf"))
 
 
-def trains_on_cpu(q: Tensor) -> bool:
-    """Whether `batched_attention` is the faster one: a backward pass is to follow, on CPU, over a short stream."""
-    return q.device.type == "cpu" and torch.is_grad_enabled() and q.shape[-2] <= LONG_STREAM
-
-
 @lru_cache(maxsize=16)
 def _stream_mask(pattern: Pattern, device: torch.device) -> Tensor:
     # kept across calls, so it must not become an inference tensor, which training could not save for its backward
@@ -180,7 +154,36 @@ def _stream_mask(pattern: Pattern, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _stream_bias(pattern: Pattern, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The mask as a bias, 0 or -inf: (L, L)."""
     with torch.inference_mode(False):
-        hidden = ~_stream_mask(pattern, device)
-        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, float("-inf"))
+        return as_bias(_stream_mask(pattern, device), dtype)
+
+
+@lru_cache(maxsize=64)
+def causal_bias(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """0 for a key at or before the query, -inf for a later one: (length, length)."""
+    with torch.inference_mode(False):
+        return as_bias(torch.ones(length, length, dtype=torch.bool, device=device).tril(), dtype)
+
+
+def as_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a bool tensor is true, -inf elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
+
+
+@lru_cache(maxsize=16)
+def rotary_angles(n_prefix: int, grid: int, width: int, device: torch.device) -> Tensor:
+    """Cosines and sines of rotary angles (Su et al. 2021), (2, L, D) float64: half the pairs by row, half by column.
+
+    Caption position p has row and column p; the grid starts at row and column n_prefix.
+    """
+    n_pairs = width // 2
+    with torch.inference_mode(False):
+        rows, columns = torch.arange(grid).repeat_interleave(grid), torch.arange(grid).repeat(grid)
+        prefix = torch.arange(n_prefix)
+        angles = []
+        for axis, n in ((rows, n_pairs // 2), (columns, n_pairs - n_pairs // 2)):
+            line = torch.cat([prefix, axis + n_prefix])[:-1].double()
+            angles.append(line[:, None] * SLOWEST ** (-torch.arange(n, dtype=torch.float64) / max(n, 1)))
+        angle = torch.cat(angles, dim=-1).repeat(1, 2)
+        rotary = torch.stack([angle.cos(), angle.sin()])
+        return rotary.float().to(device) if device.type == "mps" else rotary.to(device)  # there is no float64 there

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models.attention import trains_on_cpu
+from dalle_cli.models import kernels
 from dalle_cli.models.blocks import StackedBlock
-from dalle_cli.models.local_attention import batched_attention
 
 HASH_BASE = 0x9E3779B97F4A7C15 - 2**64  # any large odd number
 MAX_LOG_SCALE = math.log(100.0)  # sec. 2.5: the scale is clipped, or training becomes unstable
@@ -86,12 +85,6 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _bias(x: Tensor, causal: bool) -> Tensor:
-    """0 where a position is seen, -inf where it lies ahead: (B, T, C) -> (T, T), or a () of 0 where all are seen."""
-    length = x.shape[1]
-    return x.new_full((length, length), float("-inf")).triu(1) if causal else x.new_zeros(())
-
-
 class CLIPAttention(nn.Module):
     """Multi-head self-attention; q, k and v stay separate because the published names are."""
 
@@ -109,10 +102,7 @@ class CLIPAttention(nn.Module):
         q, k, v = (
             proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if trains_on_cpu(q):
-            h = batched_attention(q, k, v, _bias(x, self.causal))
-        else:
-            h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        h = (kernels.causal_attention if self.causal else kernels.attention)(q, k, v)
         return self.out_proj(h.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.cache import Prompt
-from dalle_cli.models.embeddings import Captions, Principal, after_prefix, causal, draw_weights, stack, stream_rotary
+from dalle_cli.models.embeddings import Captions, EmbeddingTransformer, Principal, residual_blocks
+from dalle_cli.models.kernels import causal_attention_after_prefix
 from dalle_cli.models.prior import PriorConfig
 
 OWN = 3  # positions behind caption and z_t: timestep, noised z_i, query
@@ -67,7 +68,7 @@ class DiffusionPriorConfig:
         return self.n_text + 1 + OWN
 
 
-class DiffusionPrior(nn.Module):
+class DiffusionPrior(EmbeddingTransformer):
     """From caption, z_t, timestep and a noised z_i to z_i."""
 
     def __init__(self, config: DiffusionPriorConfig) -> None:
@@ -82,11 +83,11 @@ class DiffusionPrior(nn.Module):
         self.query = nn.Parameter(torch.empty(width))
         self.position = nn.Embedding(config.n_positions, width)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = stack(config.blocks)
-        self.lasts = (*[None] * (config.n_layer - 1), 1)  # of the last block nothing is read but the query
+        self.blocks = residual_blocks(config.blocks)
+        self.lasts = (*[None] * (config.n_layer - 1), 1)  # of the last block only the query's output is used
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, config.n_embedding)
-        draw_weights(self, config.n_layer)
+        self.initialize()
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor, lengths: Tensor, z_t: Tensor) -> Tensor:
         """The z_i that a noised one is made of, standardized: (B, D), (B,), (B, T), (B,), (B, D) -> (B, D).
@@ -95,12 +96,7 @@ class DiffusionPrior(nn.Module):
 
         Raises: DalleError where the shapes are not the model's.
         """
-        captions, own = self.captions(tokens, lengths, z_t), self._own(x, t)
-        stream = self.dropout(torch.cat([captions, own], dim=1) + self.position.weight)
-        places = stream_rotary(self.config.blocks, self.config.n_positions, stream.device)
-        for block, last in zip(self.blocks, self.lasts, strict=True):
-            stream = block(stream, causal, places, last)
-        return self._answer(stream)
+        return self._prediction(self.transform(self.captions(tokens, lengths, z_t), self._own(x, t)))
 
     def loss(
         self, x: Tensor, t: Tensor, tokens: Tensor, lengths: Tensor, z_t: Tensor, x_start: Tensor
@@ -109,33 +105,13 @@ class DiffusionPrior(nn.Module):
         predicted = self(x, t, tokens, lengths, z_t)
         return F.mse_loss(predicted.to(x_start.dtype), x_start), {}
 
-    def prefill(self, tokens: Tensor, lengths: Tensor, z_t: Tensor) -> Prompt:
-        """Read captions once, for any number of timesteps: (P, T), (P,), (P, D) -> Prompt, which has no logits.
-
-        Raises: DalleError where the shapes are not the model's.
-        """
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys.append(k.contiguous())
-            values.append(v.contiguous())
-            return causal(q, k, v)
-
-        captions = self.captions(tokens, lengths, z_t)
-        stream = self.dropout(captions + self.position.weight[:-OWN])
-        places = stream_rotary(self.config.blocks, self.config.n_positions, stream.device)[:, :-OWN]
-        for block, last in zip(self.blocks, self.lasts, strict=True):
-            stream = block(stream, attend, places, last)
-        return Prompt(stream.new_zeros(len(stream), 0), tuple(keys), tuple(values))
-
     def step(self, x: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
-        """`forward` behind captions that were read already, each for B / P rows one after another: -> (B, D)."""
+        """`forward` with captions from `prefill`, each for B / P consecutive rows: -> (B, D)."""
         stream = self.dropout(self._own(x, t) + self.position.weight[-OWN:])
-        places = stream_rotary(self.config.blocks, self.config.n_positions, stream.device)[:, -OWN:]
+        rotary = self.rotary(stream.device)[:, -OWN:]
         for block, keys, values, last in zip(self.blocks, prompt.keys, prompt.values, self.lasts, strict=True):
-            stream = block(stream, partial(after_prefix, keys=keys, values=values), places, last)
-        return self._answer(stream)
+            stream = block(stream, partial(causal_attention_after_prefix, keys=keys, values=values), rotary, last)
+        return self._prediction(stream)
 
     def flops(self) -> float:
         """Floating-point operations of forward and backward for one pair."""
@@ -154,8 +130,8 @@ class DiffusionPrior(nn.Module):
         image = self.image_in(x.to(weight.dtype))
         return torch.stack([time, image, self.query.to(time.dtype).expand_as(time)], dim=1)
 
-    def _answer(self, stream: Tensor) -> Tensor:
-        """What the query has found, outside of autocast: (B, L, C) -> (B, D)."""
+    def _prediction(self, stream: Tensor) -> Tensor:
+        """The output at the query, outside of autocast: (B, L, C) -> (B, D)."""
         with torch.autocast(stream.device.type, enabled=False):
             y: Tensor = self.out(self.norm(stream[:, -1].to(self.out.weight.dtype)))
         return y

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.blocks import StackedBlock
-from dalle_cli.models.head import float32_linear
+from dalle_cli.models.kernels import float32_linear
 from dalle_cli.models.quantizers import FiniteScalarQuantizer, GumbelQuantizer, Quantized, VectorQuantizer
 
 LOGIT_LAPLACE_EPS = 0.1

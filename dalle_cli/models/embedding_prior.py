@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dalle_cli.errors import DalleError
 from dalle_cli.models.attention import Pattern
 from dalle_cli.models.cache import Cache, Prompt
-from dalle_cli.models.embeddings import Captions, Principal, causal, draw_weights, stack, stream_rotary
-from dalle_cli.models.head import head_logits, head_loss
+from dalle_cli.models.embeddings import Captions, EmbeddingTransformer, Principal, residual_blocks
+from dalle_cli.models.kernels import head_logits, head_loss
 from dalle_cli.models.prior import PriorConfig
 
 
@@ -68,7 +68,7 @@ class AutoregressivePriorConfig:
         return self.n_text + 1 + self.n_component
 
 
-class AutoregressivePrior(nn.Module):
+class AutoregressivePrior(EmbeddingTransformer):
     """From caption, z_t and dot product to buckets, one after another."""
 
     low: Tensor  # (M,) the least coordinate of each component in training
@@ -88,10 +88,11 @@ class AutoregressivePrior(nn.Module):
         self.bucket = nn.Embedding(config.n_bucket, width)
         self.position = nn.Embedding(config.n_positions, width)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = stack(config.blocks)
+        self.blocks = residual_blocks(config.blocks)
+        self.lasts = [None] * config.n_layer
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, config.n_bucket)
-        draw_weights(self, config.n_layer)
+        self.initialize()
 
     def quantize(self, z: Tensor) -> Tensor:
         """The bucket of each component, those beyond the training range in the outermost: (B, D) -> (B, M) int64."""
@@ -128,38 +129,13 @@ class AutoregressivePrior(nn.Module):
         """What stands before the head: (B, M, C)."""
         captions = self.captions(tokens, lengths, z_t)
         own = torch.cat([self._dot(dots, lengths)[:, None], self.bucket(buckets[:, :-1])], dim=1)
-        stream = self.dropout(torch.cat([captions, own], dim=1) + self.position.weight)
-        places = stream_rotary(self.config.blocks, self.config.n_positions, stream.device)
-        for block in self.blocks:
-            stream = block(stream, causal, places)
-        y: Tensor = self.norm(stream[:, captions.shape[1] :])
+        y: Tensor = self.norm(self.transform(captions, own)[:, captions.shape[1] :])
         return y
 
     def _dot(self, dots: Tensor, lengths: Tensor) -> Tensor:
         """Embeddings of dot products, which a null caption has none of: (B,), (B,) -> (B, C)."""
         y: Tensor = self.dot(torch.where(lengths > 0, dots, self.config.n_dot))
         return y
-
-    def prefill(self, tokens: Tensor, lengths: Tensor, z_t: Tensor) -> Prompt:
-        """Read captions once, for any number of candidates: (P, T), (P,), (P, D) -> Prompt, which has no logits.
-
-        Raises: DalleError where the shapes are not the model's.
-        """
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys.append(k.contiguous())
-            values.append(v.contiguous())
-            return causal(q, k, v)
-
-        captions = self.captions(tokens, lengths, z_t)
-        length = captions.shape[1]
-        stream = self.dropout(captions + self.position.weight[:length])
-        places = stream_rotary(self.config.blocks, self.config.n_positions, stream.device)[:, :length]
-        for block in self.blocks:
-            stream = block(stream, attend, places)
-        return Prompt(stream.new_zeros(len(stream), 0), tuple(keys), tuple(values))
 
     def cache(self, prompt: Prompt, candidates: int = 1) -> Cache:
         """Buffers to draw `candidates` embeddings for each caption of a prompt, as the token prior draws codes."""
@@ -178,8 +154,7 @@ class AutoregressivePrior(nn.Module):
 
     def _advance(self, own: Tensor, cache: Cache) -> Tensor:
         x = self.dropout((own + cache.row(cache.places))[:, None])
-        places = stream_rotary(self.config.blocks, self.config.n_positions, x.device)
-        here = cache.row(places.transpose(0, 1), self.config.n_text + 1).transpose(0, 1)
+        here = cache.row(self.rotary(x.device).transpose(0, 1), self.config.n_text + 1).transpose(0, 1)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block(x, partial(layer.attend, cache.position), here)
         cache.position = cache.position + 1

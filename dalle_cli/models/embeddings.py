@@ -5,17 +5,18 @@ what follows it, H heads, E width of a head. Embeddings are of length 1, so that
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models.attention import trains_on_cpu
-from dalle_cli.models.local_attention import batched_attention, causal_attention
-from dalle_cli.models.modern import rotary_angles
-from dalle_cli.models.prior import BLOCKS, PriorConfig
+from dalle_cli.models.attention import rotary_angles
+from dalle_cli.models.cache import Prompt
+from dalle_cli.models.kernels import causal_attention
+from dalle_cli.models.prior import BLOCKS, PriorConfig, init_transformer, prefill
 
 OFF_SCALE = 1.25  # times that entries may be larger or smaller than of unit variance
 
@@ -118,27 +119,48 @@ class Captions(nn.Module):
         return torch.cat([words, z[:, None].to(words.dtype)], dim=1)
 
 
-def stack(config: PriorConfig) -> nn.ModuleList:
-    """The residual blocks of a stream, those of the token prior."""
+def residual_blocks(config: PriorConfig) -> nn.ModuleList:
+    """The blocks of the token prior."""
     return nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.n_layer))
 
 
-def stream_rotary(config: PriorConfig, length: int, device: torch.device) -> Tensor:
-    """Rotary angles of positions in a line, cosines and sines (2, L, E)."""
-    return rotary_angles(length, 1, config.n_embd // config.n_head, device)
+class EmbeddingTransformer(nn.Module):
+    """A causal transformer over a caption, then `own` positions; the base of both priors over CLIP embeddings."""
 
+    captions: Captions
+    position: nn.Embedding
+    dropout: nn.Dropout
+    blocks: nn.ModuleList
+    config: Any
+    lasts: Sequence[int | None]  # by block: how many last positions it computes, None for all
 
-@torch.no_grad()
-def draw_weights(model: nn.Module, n_layer: int) -> None:
-    """Draw matrices and embeddings from N(0, 0.02), what ends a residual branch by 1 / sqrt(2 n_layer) less."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif "norm" in name or name.endswith("qk_scale"):
-            parameter.fill_(1)
-        else:
-            residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
-            parameter.normal_(0, 0.02 / math.sqrt(2 * n_layer) if residual else 0.02)
+    def initialize(self) -> None:
+        """Sample all weights as the token prior's."""
+        init_transformer(self.named_parameters(), self.config.n_layer)
+
+    def rotary(self, device: torch.device) -> Tensor:
+        """Rotary angles of the positions, in one line: (2, L, E)."""
+        config = self.config
+        return rotary_angles(config.n_positions, 1, config.n_embd // config.n_head, device)
+
+    def transform(self, captions: Tensor, own: Tensor) -> Tensor:
+        """All blocks over both parts: (B, T + 1, C), (B, L - T - 1, C) -> (B, L, C), or the last positions alone."""
+        x = self.dropout(torch.cat([captions, own], dim=1) + self.position.weight)
+        rotary = self.rotary(x.device)
+        for block, last in zip(self.blocks, self.lasts, strict=True):
+            x = block(x, causal_attention, rotary, last)
+        return x
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, z_t: Tensor) -> Prompt:
+        """Compute the captions' keys and values once: (P, T), (P,), (P, D) -> Prompt, without logits.
+
+        Raises: DalleError where the shapes are not the model's.
+        """
+        captions = self.captions(tokens, lengths, z_t)
+        length = captions.shape[1]
+        x = self.dropout(captions + self.position.weight[:length])
+        x, keys, values = prefill(self.blocks, x, self.rotary(x.device)[:, :length], self.lasts)
+        return Prompt(x.new_zeros(len(x), 0), keys, values)
 
 
 def off_scale(spread: float) -> bool:
@@ -165,42 +187,3 @@ def covariance_of(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         raise DalleError("expected embeddings, found none; give some")
     shift = total / count
     return origin + shift, products / count - torch.outer(shift, shift)
-
-
-def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each position sees itself and those before: (B, H, L, E), of the last positions, and twice (B, H, M, E)."""
-    if trains_on_cpu(q):
-        return batched_attention(q, k, v, _ahead(q, k))
-    if q.shape != k.shape:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=_ahead(q, k))
-    if q.is_cpu and torch.is_grad_enabled():
-        return causal_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def after_prefix(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The same for positions behind a prefix whose keys and values (P, H, S, E) were computed once.
-
-    (B, H, L, E), of the last positions, and twice (B, H, M, E) -> (B, H, L, E); of B rows each prefix serves B / P, one
-    after another.
-    """
-    n_rows, n_head, length, width = q.shape
-    shared = (len(keys), n_rows // len(keys), n_head, length)
-
-    def together(x: Tensor) -> Tensor:  # a prefix's rows side by side: (B, H, L, X) -> (P, H, B/P * L, X)
-        return x.reshape(*shared, -1).transpose(1, 2).flatten(2, 3)
-
-    q = q * width**-0.5
-    near = together(q @ k.mT + _ahead(q, k))
-    weights = torch.softmax(torch.cat([together(q) @ keys.mT, near], dim=-1), dim=-1)
-    far, near = torch.split(weights, [keys.shape[-2], k.shape[-2]], dim=-1)
-
-    def apart(x: Tensor) -> Tensor:  # the way back
-        return x.reshape(len(keys), n_head, shared[1], length, -1).transpose(1, 2).flatten(0, 1)
-
-    return apart(far @ values) + apart(near) @ v
-
-
-def _ahead(q: Tensor, k: Tensor) -> Tensor:
-    """-inf where a key lies ahead of a query, the queries being of the last positions, else 0: (L, M)."""
-    return q.new_full((q.shape[-2], k.shape[-2]), float("-inf")).triu(1 + k.shape[-2] - q.shape[-2])

@@ -9,22 +9,28 @@ carries text position T like any caption position, by the image head, in trainin
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models.attention import Pattern, layer_kinds
+from dalle_cli.models.attention import Pattern, layer_kinds, rotary_angles
 from dalle_cli.models.blocks import StackedBlock
 from dalle_cli.models.cache import Cache, Prompt
-from dalle_cli.models.head import head_logits, head_loss
-from dalle_cli.models.mlp import gelu_linear
-from dalle_cli.models.modern import apply_rotary, rms_norm, rotary_angles, swiglu
+from dalle_cli.models.kernels import (
+    apply_rotary,
+    causal_attention,
+    gelu_linear,
+    head_logits,
+    head_loss,
+    rms_norm,
+    sparse_attention,
+    swiglu,
+)
 from dalle_cli.models.sketch import Hint, Sketch
 
 Sketches = tuple[Tensor, Tensor]  # sketches (B, 3, s, s), and who sees them (B,) bool
@@ -155,9 +161,7 @@ class Prior(nn.Module):
         self.row = nn.Embedding(config.grid, width)
         self.column = nn.Embedding(config.grid, width)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
-            (ModernBlock if config.block == "modern" else PriorBlock)(config) for _ in range(config.n_layer)
-        )
+        self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(width)
         self.text_head = nn.Linear(width, config.n_text_vocab)
         self.image_head = nn.Linear(width, config.n_image_vocab)
@@ -170,18 +174,9 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draw matrices and embeddings from N(0, 0.02), what ends a residual branch by 1 / sqrt(2 n_layer) less."""
-        for name, parameter in self.named_parameters():
-            if name.startswith(("sketch.", "hint.")):
-                continue  # have sizes of their own
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name or name.endswith("qk_scale"):
-                parameter.fill_(1)
-            else:
-                residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-                parameter.normal_(0, std, generator=generator)
+        """Sample all weights, those of the sketch by its own rule."""
+        own = (pair for pair in self.named_parameters() if not pair[0].startswith(("sketch.", "hint.")))
+        init_transformer(own, self.config.n_layer, generator)
         for part in (self.sketch, self.hint):
             if part is not None:
                 part.initialize(generator)
@@ -213,7 +208,7 @@ class Prior(nn.Module):
         x = self.dropout(torch.cat([self._embed_text(tokens, lengths), images], dim=1))
         rotary = self._rotary(x)
         for block, pattern in zip(self.blocks, self.patterns, strict=True):
-            x = block(x, pattern.attend, rotary)
+            x = block(x, partial(sparse_attention, pattern=pattern), rotary)
         y: Tensor = self.norm(x)
         if hints is not None and sketches is not None and self.hint is not None:
             first = self.config.n_text + 1
@@ -279,19 +274,9 @@ class Prior(nn.Module):
 
         Raises: DalleError where the captions' length is not the model's.
         """
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys.append(k.contiguous())
-            values.append(v.contiguous())
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
         x = self.dropout(self._embed_text(tokens, lengths))
-        rotary = self._rotary(x)[:, : x.shape[1]]
-        for block in self.blocks:
-            x = block(x, attend, rotary)
-        return Prompt(head_logits(self.image_head, self.norm(x[:, -1])), tuple(keys), tuple(values))
+        x, keys, values = prefill(self.blocks, x, self._rotary(x)[:, : x.shape[1]], [None] * self.config.n_layer)
+        return Prompt(head_logits(self.image_head, self.norm(x[:, -1])), keys, values)
 
     def cache(self, prompt: Prompt, candidates: int = 1, static: bool = False) -> Cache:
         """Buffers to draw `candidates` grids for each caption of a prompt; `static` for a compiled `step`."""
@@ -345,6 +330,41 @@ class Prior(nn.Module):
     def _places(self) -> Tensor:
         """Row and column embeddings, added, in raster order: (W*W, C)."""
         return (self.row.weight[:, None] + self.column.weight).flatten(0, 1)
+
+
+@torch.no_grad()
+def init_transformer(
+    parameters: Iterable[tuple[str, Tensor]], n_layer: int, generator: torch.Generator | None = None
+) -> None:
+    """Weights from N(0, 0.02), where a residual branch ends divided by sqrt(2 n_layer); norms 1, biases 0."""
+    for name, parameter in parameters:
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "norm" in name or name.endswith("qk_scale"):
+            parameter.fill_(1)
+        else:
+            residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
+            parameter.normal_(0, 0.02 / math.sqrt(2 * n_layer) if residual else 0.02, generator=generator)
+
+
+def prefill(
+    blocks: Iterable[nn.Module], x: Tensor, rotary: Tensor, lasts: Sequence[int | None]
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Run blocks causally over a caption (P, S, C) and return the output with each block's keys and values.
+
+    `lasts` are the blocks' arguments `last`.
+    """
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys.append(k.contiguous())
+        values.append(v.contiguous())
+        return causal_attention(q, k, v)
+
+    for block, last in zip(blocks, lasts, strict=True):
+        x = block(x, attend, rotary, last)
+    return x, tuple(keys), tuple(values)
 
 
 def drop_captions(lengths: Tensor, probability: float, generator: torch.Generator) -> Tensor:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models.attention import trains_on_cpu
+from dalle_cli.models import kernels
 from dalle_cli.models.blocks import StackedBlock
-from dalle_cli.models.local_attention import batched_attention
 
 EPS = 1e-5
 MAX_PERIOD = 10_000.0  # of the sinusoids of a timestep, as in all papers
@@ -148,9 +147,7 @@ class UNetAttention(nn.Module):
             assert context is not None
             more_k, more_v = self._heads(self.context_kv(context), 2)
             k, v = torch.cat([more_k, k], dim=2), torch.cat([more_v, v], dim=2)
-        fast = trains_on_cpu(k)
-        h = batched_attention(q, k, v, q.new_zeros(())) if fast else F.scaled_dot_product_attention(q, k, v)
-        h = self.out(h.transpose(1, 2).flatten(2))
+        h = self.out(kernels.attention(q, k, v).transpose(1, 2).flatten(2))
         y: Tensor = x + h.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
         return y
 

@@ -24,12 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from dalle_cli.devices import Arithmetic
-from dalle_cli.models import local_attention
 from dalle_cli.models.clip import CLIP
 from dalle_cli.models.decoder import Decoder
 from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.models.dvae import DVAE
 from dalle_cli.models.embedding_prior import AutoregressivePrior
+from dalle_cli.models.fast import cpu_attention
 from dalle_cli.models.prior import Prior
 from dalle_cli.models.upsampler import Upsampler
 from dalle_cli.planning.workload import Workload
@@ -252,6 +252,6 @@ def _fused_attention() -> Iterator[None]:
         return y
 
     with ExitStack() as stack:
-        for function in (local_attention._Dense, local_attention._Causal, local_attention._LineAttention):
+        for function in (cpu_attention._Dense, cpu_attention._Causal, cpu_attention._LineAttention):
             stack.enter_context(mock.patch.object(function, "apply", attend))
         yield

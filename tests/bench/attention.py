@@ -4,6 +4,7 @@ import torch
 
 from bench.timing import Subject
 from dalle_cli.models.attention import Pattern
+from dalle_cli.models.kernels import sparse_attention
 
 HEADS, WIDTH = 8, 64
 
@@ -19,7 +20,7 @@ def layer(kind: str, grid: int, n_text: int, batch: int) -> Subject:
     def update() -> None:
         qkv.grad = None
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        pattern.attend(q, k, v).backward(grad)  # type: ignore[no-untyped-call]
+        sparse_attention(q, k, v, pattern).backward(grad)  # type: ignore[no-untyped-call]
 
     pairs = int(pattern.mask(torch.device("cpu")).sum())
     return Subject(update, batch * length, 12.0 * batch * HEADS * WIDTH * pairs)

@@ -8,6 +8,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.models import attention
 from dalle_cli.models.attention import KINDS, Pattern, layer_kinds
 from dalle_cli.models.cache import LayerCache, StaticLayerCache
+from dalle_cli.models.kernels import sparse_attention
 from reference import prior as reference
 
 CPU = torch.device("cpu")
@@ -143,7 +144,7 @@ def test_mask_made_while_sampling_can_train():
     with torch.inference_mode():
         pattern.mask(CPU)
     q = torch.randn(1, 1, 12, 4, requires_grad=True)
-    pattern.attend(q, q, q).sum().backward()
+    sparse_attention(q, q, q, pattern).sum().backward()
     assert q.grad is not None
 
 
@@ -161,7 +162,7 @@ def test_cache_equals_masked_attention(monkeypatch, made, kind, grid, kernel, ca
     v[:, :, :4] = v[::candidates, :, :4].repeat_interleave(candidates, 0)
     mask = torch.tensor([[reference.sees(kind, 3, grid, kernel, i, j) for j in range(n)] for i in range(n)])
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(pattern.attend(q, k, v), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sparse_attention(q, k, v, pattern), expected, rtol=0, atol=1e-12)
     cache = made(pattern, k[::candidates, :, :4], v[::candidates, :, :4], candidates)
     for _ in range(2):  # the second time over what the first has left in the buffers
         for j in range(grid**2 - 1):

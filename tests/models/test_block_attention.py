@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from dalle_cli.models.attention import Pattern
-from dalle_cli.models.block_attention import block_mask
+from dalle_cli.models.fast.block_attention import block_mask
 
 CPU = torch.device("cpu")
 KINDS = [("row", 1), ("column", 1), ("conv", 3), ("conv", 5), ("conv", 11)]

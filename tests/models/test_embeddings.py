@@ -8,7 +8,8 @@ import torch
 from planted_embeddings import WIDTH, embeddings, unit
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models.embeddings import Principal, after_prefix, causal, covariance_of, off_scale
+from dalle_cli.models.embeddings import Principal, covariance_of, off_scale
+from dalle_cli.models.kernels import causal_attention, causal_attention_after_prefix
 
 
 def fitted(z, scale=0.0, chunk=37):
@@ -86,7 +87,7 @@ def test_attention_behind_a_prefix(shared):
     rows = prefixes * shared
     k0, v0 = torch.randn(2, prefixes, heads, before, width, dtype=torch.double)
     q, k, v = torch.randn(3, rows, heads, own, width, dtype=torch.double)
-    got = after_prefix(q, k, v, k0, v0)
+    got = causal_attention_after_prefix(q, k, v, k0, v0)
     for row in range(rows):
         for head in range(heads):
             keys = torch.cat([k0[row // shared, head], k[row, head]])
@@ -108,13 +109,13 @@ def test_attention_of_the_last_positions_alone(length, last):
     q, k, v = given
     weights = torch.randn(1, 2, last, 4, dtype=torch.double)
     found = []
-    for y in (causal(q, k, v)[:, :, -last:], causal(q[:, :, -last:], k, v)):
+    for y in (causal_attention(q, k, v)[:, :, -last:], causal_attention(q[:, :, -last:], k, v)):
         found.append([y, *torch.autograd.grad((y * weights).sum(), given)])
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
     with torch.no_grad():
-        torch.testing.assert_close(causal(q[:, :, -last:], k, v), y, rtol=0, atol=1e-12)
+        torch.testing.assert_close(causal_attention(q[:, :, -last:], k, v), y, rtol=0, atol=1e-12)
         before = (x[:, :, :2] for x in (k, v))
-        behind = after_prefix(q[:, :, -min(last, length - 2) :], k[:, :, 2:], v[:, :, 2:], *before)
+        behind = causal_attention_after_prefix(q[:, :, -min(last, length - 2) :], k[:, :, 2:], v[:, :, 2:], *before)
     torch.testing.assert_close(behind, y[:, :, -min(last, length - 2) :], rtol=0, atol=1e-12)
 
 
@@ -122,12 +123,12 @@ def test_attention_of_the_last_positions_alone(length, last):
 def test_causal_attention_in_training_and_drawing(length):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, length, 4, dtype=torch.double)
-    trained = causal(*(x.requires_grad_() for x in (q, k, v)))
+    trained = causal_attention(*(x.requires_grad_() for x in (q, k, v)))
     with torch.no_grad():
-        drawn = causal(q, k, v)
+        drawn = causal_attention(q, k, v)
     torch.testing.assert_close(trained, drawn, rtol=0, atol=1e-12)
     later = v.detach().clone()
     later[:, :, -1] += 1
-    changed = causal(q, k, later) - trained
+    changed = causal_attention(q, k, later) - trained
     assert changed[:, :, :-1].abs().max() == 0
     assert changed[:, :, -1].abs().min() > 0

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_cli.models import head as module
-from dalle_cli.models.head import float32_linear, head_logits, head_loss
+from dalle_cli.models.fast import head as module
+from dalle_cli.models.kernels import float32_linear, head_logits, head_loss
 
 
 def inputs(dtype=torch.double, rows=23):

@@ -10,7 +10,8 @@ from torch import nn
 
 from dalle_cli import devices
 from dalle_cli.models.dvae import DVAE, DVAEConfig
-from dalle_cli.models.packed import Int8Linear, PackedLinear, PackedPointwise, pack, pack_pointwise, packs
+from dalle_cli.models.kernels import Int8Linear, PackedLinear, PackedPointwise, packs
+from dalle_cli.models.packed import pack, pack_pointwise
 from dalle_cli.models.prior import Prior, PriorConfig
 
 SMALL = PriorConfig(

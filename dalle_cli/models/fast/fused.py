@@ -1,17 +1,17 @@
-"""What newer transformers do otherwise: RMS norm, rotary positions on normalised queries and keys, a gated MLP.
+"""Autograd functions with backward passes written out, for operations that torch does not fuse on CPU.
 
-torch has no fused kernels for these on CPU, and autograd over their formulas is several times as slow as the backward
-passes written out here. B batch, L positions, N heads, D width of a head (even), C = N D.
+Autograd over the plain formulas takes several times as long. B batch, L positions, N heads, D width of a head (even),
+C = N D.
 """
 
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 EPSILON = 1e-6
-SLOWEST = 100.0  # the ratio between the fastest and the slowest pair's rotation
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -36,6 +36,12 @@ def apply_rotary(qkv: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     q, k, v = _ApplyRotary.apply(qkv, rotary[0].to(qkv.dtype), rotary[1].to(qkv.dtype), rotary.shape[-1])  # type: ignore[no-untyped-call]
     return q, k, v
+
+
+def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """layer(gelu(x)): (..., H) -> (..., C); stores x alone, and computes the GELU again in the backward pass."""
+    y: Tensor = _GeluLinear.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    return y
 
 
 def _shrink(x: Tensor) -> Tensor:
@@ -120,20 +126,18 @@ def _crossed(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.cat([torch.cat([none, half], 1), torch.cat([-half, none], 1)]).to(dtype)
 
 
-@lru_cache(maxsize=16)
-def rotary_angles(n_prefix: int, grid: int, width: int, device: torch.device) -> Tensor:
-    """Cosines and sines of every position of the stream, (2, L, D) float64: half the pairs turn by row, half by column.
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
 
-    Caption position p stands on the diagonal, (p, p); the grid begins at (n_prefix, n_prefix).
-    """
-    n_pairs = width // 2
-    with torch.inference_mode(False):
-        rows, columns = torch.arange(grid).repeat_interleave(grid), torch.arange(grid).repeat(grid)
-        prefix = torch.arange(n_prefix)
-        angles = []
-        for place, n in ((rows, n_pairs // 2), (columns, n_pairs - n_pairs // 2)):
-            line = torch.cat([prefix, place + n_prefix])[:-1].double()
-            angles.append(line[:, None] * SLOWEST ** (-torch.arange(n, dtype=torch.float64) / max(n, 1)))
-        angle = torch.cat(angles, dim=-1).repeat(1, 2)
-        rotary = torch.stack([angle.cos(), angle.sin()])
-        return rotary.float().to(device) if device.type == "mps" else rotary.to(device)  # there is no float64 there
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_weight = rows.mT @ F.gelu(x).to(rows.dtype).flatten(0, -2)
+        grad_x = (rows @ weight.to(rows.dtype)).view(x.shape).to(x.dtype)
+        grad_x = torch.ops.aten.gelu_backward(grad_x, x)
+        wide = torch.promote_types(rows.dtype, weight.dtype)
+        return grad_x, grad_weight.to(weight.dtype), rows.sum(0, dtype=wide)

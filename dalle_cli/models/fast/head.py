@@ -44,16 +44,6 @@ class _Float32Linear(torch.autograd.Function):
         return grad_x, grad_weight, wide.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def head_logits(head: nn.Module, x: Tensor) -> Tensor:
-    """Logits in at least 32 bits, even where the other matrix products run in 16 (2021, app. D).
-
-    Those of a packed head have been rounded to its own precision.
-    """
-    with torch.autocast(x.device.type, enabled=False):
-        logits: Tensor = head(x.to(head.weight.dtype) if isinstance(head, nn.Linear) else x)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def head_loss(head: nn.Linear, x: Tensor, targets: Tensor) -> Tensor:
     """Sum of -ln p(target) over rows: (R, C), (R,) int64 -> () in nats.
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 256  # queries that `causal_attention` takes at a time
+from dalle_cli.models.attention import as_bias, causal_bias
+
+BLOCK = 256  # queries that `chunked_causal_attention` takes at a time
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int, distances: tuple[int, ...]) -> Tensor:
@@ -33,7 +35,7 @@ def column_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int) 
     return y
 
 
-def batched_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Dense attention as batched products, (B, N, L, D), twice (B, N, M, D) and bias (L, M) or () -> (B, N, L, D).
 
     On CPU the fused kernel's backward is its slow half: for short streams this is several times as fast
@@ -43,7 +45,7 @@ def batched_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def chunked_causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention as batched products, a block of queries at a time over the keys so far: (B, N, L, D) thrice."""
     y: Tensor = _Causal.apply(q, k, v)  # type: ignore[no-untyped-call]
     return y
@@ -112,7 +114,7 @@ class _LineAttention(torch.autograd.Function):
         back = 0 if columns else min(-(-distances[-1] // grid), grid - 1)
         ctx.sizes = n_prefix, grid, back, columns
         text = [x[:, :, :n_prefix].reshape(-1, n_prefix, x.shape[-1]) for x in (q, k, v)]
-        text_weights, text_y = _weigh(text[0], text[1], text[2], _causal_bias(n_prefix, q.device, q.dtype))
+        text_weights, text_y = _weigh(text[0], text[1], text[2], causal_bias(n_prefix, q.device, q.dtype))
         lines = [_lines(x, n_prefix, grid, columns) for x in (q, k, v)]
         bias = _line_bias(grid, back, distances, q.device, q.dtype)
         scores = _scores(lines[0], text[1], lines[1], back, q.shape[-1] ** -0.5, bias)
@@ -246,21 +248,11 @@ def _line_bias(grid: int, back: int, distances: tuple[int, ...], device: torch.d
     with torch.inference_mode(False):
         queries = torch.arange(grid, device=device)[:, None] + back * grid
         ago = queries - torch.arange((back + 1) * grid, device=device)
-        return _as_bias(torch.isin(ago, torch.tensor(distances, device=device)), dtype)
+        return as_bias(torch.isin(ago, torch.tensor(distances, device=device)), dtype)
 
 
 @lru_cache(maxsize=64)
 def _tail_bias(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """What the last queries of a stream may not see: (BLOCK, BLOCK + length); its last columns serve shorter ones."""
     with torch.inference_mode(False):
-        return F.pad(_causal_bias(BLOCK, device, dtype), (length, 0))
-
-
-@lru_cache(maxsize=64)
-def _causal_bias(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return _as_bias(torch.ones(length, length, dtype=torch.bool, device=device).tril(), dtype)
-
-
-def _as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, float("-inf"))
+        return F.pad(causal_bias(BLOCK, device, dtype), (length, 0))
