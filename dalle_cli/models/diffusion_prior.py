@@ -120,7 +120,8 @@ class DiffusionPrior(EmbeddingTransformer):
         everywhere = sum(sizes[:-1]) + 3 * width**2  # of the last block, queries, keys and values
         once = sizes[-1] - 3 * width**2 + 3 * width * self.config.n_embedding + 2 * width**2
         attended = (self.config.n_layer - 1) * length * (length + 1) // 2 + length
-        return 6.0 * (everywhere * length + once + 2 * width * attended)
+        flops: float = 6.0 * (everywhere * length + once + 2 * width * attended)
+        return flops
 
     def _own(self, x: Tensor, t: Tensor) -> Tensor:
         """Timestep, noised z_i and query, without their positions: (B, D), (B,) -> (B, 3, C)."""

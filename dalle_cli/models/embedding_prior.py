@@ -97,7 +97,8 @@ class AutoregressivePrior(EmbeddingTransformer):
     def quantize(self, z: Tensor) -> Tensor:
         """The bucket of each component, those beyond the training range in the outermost: (B, D) -> (B, M) int64."""
         share = (self.principal.project(z, self.config.n_component) - self.low) / self._range
-        return (share * self.config.n_bucket).floor().clamp(0, self.config.n_bucket - 1).long()
+        buckets: Tensor = (share * self.config.n_bucket).floor().clamp(0, self.config.n_bucket - 1).long()
+        return buckets
 
     def dequantize(self, buckets: Tensor) -> Tensor:
         """The embedding of the buckets' middles, to length 1: (B, M) int64 -> (B, D)."""
@@ -185,4 +186,5 @@ class AutoregressivePrior(EmbeddingTransformer):
         inner = sum(p.numel() for block in self.blocks for p in block.parameters() if p.ndim == 2)
         heads = width * (self.config.n_component * self.config.n_bucket + self.config.n_embedding)
         attended = self.config.n_layer * length * (length + 1) // 2
-        return 6.0 * (inner * length + heads + 2 * width * attended)
+        flops: float = 6.0 * (inner * length + heads + 2 * width * attended)
+        return flops

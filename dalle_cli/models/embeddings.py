@@ -145,7 +145,7 @@ class EmbeddingTransformer(nn.Module):
 
     def transform(self, captions: Tensor, own: Tensor) -> Tensor:
         """All blocks over both parts: (B, T + 1, C), (B, L - T - 1, C) -> (B, L, C), or the last positions alone."""
-        x = self.dropout(torch.cat([captions, own], dim=1) + self.position.weight)
+        x: Tensor = self.dropout(torch.cat([captions, own], dim=1) + self.position.weight)
         rotary = self.rotary(x.device)
         for block, last in zip(self.blocks, self.lasts, strict=True):
             x = block(x, causal_attention, rotary, last)
