@@ -16,7 +16,7 @@ from dalle_cli.data.datasets import open_dataset
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder, DecoderConfig
-from dalle_cli.sampling.decoder import SamplerConfig, invert, paint, process, to_images
+from dalle_cli.sampling.decoder import SamplerConfig, invert, sample_images, to_images, unet_process
 from dalle_cli.training.decoder import DecoderTask, DecoderTrain, loss_of
 from dalle_cli.training.denoising import denoising
 from dalle_cli.training.loop import Trainer
@@ -168,7 +168,7 @@ def test_what_does_not_fit(model):
 def painted(model, brush, rows=range(3), **more):
     have = {**told(), **more}
     rows = list(rows)
-    return paint(
+    return sample_images(
         model, have["embeddings"][rows], have["tokens"][rows], have["lengths"][rows], brush,
         row_noise(5, rows, "decoder"), have["given"][rows],
     )  # fmt: skip
@@ -227,10 +227,10 @@ def test_inversion_is_the_way_back():
     pictures = to_images(randn(3, 3, 8, 8) / 4)
     start = invert(model, pictures, *rows, 20, iterations=10)
     brush, noise = SamplerConfig(20, "ddim"), row_noise(1, range(3), "decoder")
-    again = paint(model, *rows, brush, noise, start=start)
+    again = sample_images(model, *rows, brush, noise, start=start)
     assert differs(again, pictures) <= 10
-    assert differs(paint(model, *rows, brush, noise), pictures) > 60
-    assert differs(paint(model, rows[0].flip(0), *rows[1:], brush, noise, start=start), pictures) > 12
+    assert differs(sample_images(model, *rows, brush, noise), pictures) > 60
+    assert differs(sample_images(model, rows[0].flip(0), *rows[1:], brush, noise, start=start), pictures) > 12
 
 
 # Training
@@ -260,7 +260,7 @@ def task_of(data, embeddings, prediction="epsilon", sketch=0, **more):
 def test_the_loss_of_a_sketch():
     """It is added to the noise's, of pictures made small, and neither loss is the other's business."""
     c = config(sketch=2)
-    model, process_ = randomized(Decoder(c)), process(c)
+    model, process_ = randomized(Decoder(c)), unet_process(c)
     images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
     batch = (images, torch.tensor([3, 50, 99]), randn(3, 3, 8, 8))
     total, figures = loss_of(model, process_, *batch, list(told().values()), 0.0)
@@ -309,7 +309,7 @@ def test_a_small_one_learns_the_colors(tmp_path, prediction):
     rows = torch.eye(6)[[0, 1, 2, 3] * 2]
     none = torch.zeros(8, 0, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
     for brush in (SamplerConfig(12), SamplerConfig(12, guidance=2.0), SamplerConfig(25, "ddpm")):
-        pictures = paint(trainer.ema.model, rows, *none, brush, row_noise(1, range(8), "decoder"))
+        pictures = sample_images(trainer.ema.model, rows, *none, brush, row_noise(1, range(8), "decoder"))
         for number, picture in enumerate(pictures.numpy()):
             mean = picture.reshape(3, -1).mean(1)
             near = min(names, key=lambda name, m=mean: np.abs(m - COLORS[name]).sum())

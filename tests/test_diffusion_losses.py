@@ -8,7 +8,7 @@ import torch
 from dalle_cli.diffusion.losses import by_timestep, discretized_log_likelihood, losses, min_snr_weights, normal_kl
 from dalle_cli.diffusion.noise import noise_for
 from dalle_cli.diffusion.process import PREDICTIONS, Process, target
-from dalle_cli.diffusion.schedules import cosine, linear, named
+from dalle_cli.diffusion.schedules import cosine, linear, make_schedule
 from reference import diffusion as reference
 
 T = torch.tensor([0, 0, 1, 7, 20, 39])
@@ -20,7 +20,7 @@ def batch(process, shape=(3, 4), scale=0.3):
     x_start = ((whole + 1) * 127.5).round() / 127.5 - 1
     x_start[1, 0, 0], x_start[1, 0, 1] = -1, 1  # the outermost bins are open
     noise = noise_for(0, range(6), 1, shape).double()
-    x = process.noised(x_start, T, noise)
+    x = process.add_noise(x_start, T, noise)
     level = process.schedule.at(T, x)
     output = target(process.prediction, x_start, noise, level) + 0.1 * noise_for(0, range(6), 2, shape)
     if process.learned_variance:
@@ -31,7 +31,7 @@ def batch(process, shape=(3, 4), scale=0.3):
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_learned_variance_loss_matches_reference(prediction, name):
-    process = Process(named(name, 40), prediction, learned_variance=True)
+    process = Process(make_schedule(name, 40), prediction, learned_variance=True)
     output, x_start, x, t, noise = batch(process)
     found = losses(process, output, x_start, x, t, noise)
     table = process.schedule.alphas_cumprod.tolist()
@@ -98,7 +98,7 @@ def test_losses_work_on_embeddings_and_in_low_precision():
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_float32_loses_nothing_near_data(name):
     """1 - alphas_cumprod has three digits in float32: coefficients are worked out in float64."""
-    process = Process(named(name, 1000), learned_variance=True)
+    process = Process(make_schedule(name, 1000), learned_variance=True)
     parts = batch(process)
     exact = losses(process, *parts)
     found = losses(process, *[part.float() if part.is_floating_point() else part for part in parts])
@@ -122,7 +122,7 @@ def test_min_snr_makes_all_predictions_one_loss():
     weighted, plain = [], []
     for prediction in PREDICTIONS:
         process = Process(linear(40), prediction)
-        x, level = process.noised(x_start, T, noise), process.schedule.at(T, x_start)
+        x, level = process.add_noise(x_start, T, noise), process.schedule.at(T, x_start)
         epsilon = (x - level.sqrt() * wrong) / (1 - level).sqrt()
         output = target(prediction, wrong, epsilon, level)
         weighted.append(losses(process, output, x_start, x, T, noise, min_snr=5.0).total)
@@ -133,12 +133,14 @@ def test_min_snr_makes_all_predictions_one_loss():
 
 
 def test_min_snr_where_no_data_are_left():
-    schedule = named("cosine", 50, zero_snr=True)
+    schedule = make_schedule("cosine", 50, zero_snr=True)
     assert [min_snr_weights(schedule, prediction)[-1].item() for prediction in PREDICTIONS] == [1, 0, 0]
     process = Process(schedule, "v", learned_variance=True)
     last = torch.tensor([49])
     x_start, noise, output = (noise_for(0, [0], step, (2, 3)) for step in range(3))
-    found = losses(process, torch.cat([output, output], 1), x_start, process.noised(x_start, last, noise), last, noise)
+    found = losses(
+        process, torch.cat([output, output], 1), x_start, process.add_noise(x_start, last, noise), last, noise
+    )
     assert found.total.isfinite().all()
 
 

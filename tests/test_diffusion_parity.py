@@ -11,7 +11,7 @@ from dalle_cli.diffusion.denoiser import Threshold, denoiser
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.process import PREDICTIONS, Process
 from dalle_cli.diffusion.samplers import ddim, ddim_invert, ddpm, dpm_solver, heun
-from dalle_cli.diffusion.schedules import Schedule, cosine, karras, linear, named, sigma_of_level, spaced
+from dalle_cli.diffusion.schedules import Schedule, cosine, karras, linear, make_schedule, select_timesteps, to_sigma
 
 pytest.importorskip("diffusers", reason="the oracle of this file")
 from diffusers import (
@@ -66,7 +66,7 @@ def test_ddpm_is_unclip(monkeypatch, prediction, limit, learned, n):
     )
     scheduler.one = torch.tensor(1.0, dtype=torch.double)
     scheduler.set_timesteps(n)
-    steps = spaced(schedule, n, "linspace")
+    steps = select_timesteps(schedule, n, "linspace")
     assert scheduler.timesteps.tolist() == list(steps.timesteps)
 
     def two(x, t):
@@ -89,7 +89,7 @@ def test_ddpm_is_unclip(monkeypatch, prediction, limit, learned, n):
 def test_ddim_is_ddim(prediction, eta, threshold, zero_snr):
     if zero_snr and prediction == "epsilon":
         return  # refused by ours: see test_diffusion_schedules
-    schedule = named("linear", 1000, zero_snr)
+    schedule = make_schedule("linear", 1000, zero_snr)
     scheduler = DDIMScheduler(
         clip_sample=threshold == Threshold(0.8),
         clip_sample_range=0.8,
@@ -102,7 +102,7 @@ def test_ddim_is_ddim(prediction, eta, threshold, zero_snr):
     )
     scheduler = equip(scheduler, schedule)
     scheduler.set_timesteps(20)
-    steps = spaced(schedule, 20)
+    steps = select_timesteps(schedule, 20)
     assert scheduler.timesteps.tolist() == list(steps.timesteps)
     x = START
     for i, t in enumerate(steps.timesteps):
@@ -121,7 +121,7 @@ def test_spacings(spacing, n):
     scheduler.set_timesteps(n)
     if spacing == "linspace" and n == 1:
         return  # theirs takes the timestep nearest to data
-    assert scheduler.timesteps.tolist() == list(spaced(linear(1000), n, spacing).timesteps)
+    assert scheduler.timesteps.tolist() == list(select_timesteps(linear(1000), n, spacing).timesteps)
 
 
 def test_inversion_is_ddim_inverse():
@@ -130,7 +130,7 @@ def test_inversion_is_ddim_inverse():
     scheduler = equip(DDIMInverseScheduler(clip_sample=False, timestep_spacing="leading"), schedule)
     scheduler.initial_alpha_cumprod = torch.tensor(1.0, dtype=torch.double)
     scheduler.set_timesteps(20)
-    steps = spaced(schedule, 20, "leading")
+    steps = select_timesteps(schedule, 20, "leading")
     x = START
     for t in scheduler.timesteps.tolist():
         x = scheduler.step(network(x, torch.full((3,), t)), t, x).prev_sample
@@ -156,10 +156,10 @@ def test_dpm_solver_is_dpm_solver(monkeypatch, n, prediction, spacing):
         DPMSolverMultistepScheduler(prediction_type=TYPES[prediction], timestep_spacing="trailing"), schedule
     )
     scheduler.set_timesteps(n)
-    steps = spaced(schedule, n, spacing)
+    steps = select_timesteps(schedule, n, spacing)
     if spacing == "trailing":
         assert scheduler.timesteps.tolist() == list(steps.timesteps)
-    scheduler.sigmas = torch.tensor([sigma_of_level(level) for level in steps.levels], dtype=torch.double)
+    scheduler.sigmas = torch.tensor([to_sigma(level) for level in steps.alphas_cumprod], dtype=torch.double)
     x = START
     for t, theirs in zip(steps.timesteps, scheduler.timesteps, strict=True):
         x = scheduler.step(network(x, torch.full((3,), t, dtype=torch.double)), theirs, x).prev_sample
@@ -174,7 +174,7 @@ def test_heun_is_heun():
     equip(scheduler, schedule)
     scheduler.set_timesteps(12)
     steps = karras(schedule, 12, sigma_max=1e9)
-    sigmas = torch.tensor([sigma_of_level(level) for level in steps.levels], dtype=torch.double)
+    sigmas = torch.tensor([to_sigma(level) for level in steps.alphas_cumprod], dtype=torch.double)
     each = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
     torch.testing.assert_close(scheduler.sigmas.double(), each, rtol=1e-6, atol=0)
     scheduler.sigmas = each

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from dalle_cli.diffusion.losses import losses
 from dalle_cli.errors import DalleError
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig, timestep_features
-from dalle_cli.sampling.embeddings import process_of
+from dalle_cli.sampling.embeddings import prior_process
 from reference import embedding_priors as reference
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_text_vocab": 11, "n_text": 4, "n_embedding": 6}
@@ -191,11 +191,11 @@ def test_parity_with_diffusers(size):
 def test_loss_is_the_process_own():
     """Mean squared error of x_start, as the losses of diffusion have it."""
     model, (_, _, tokens, lengths, z_t) = prior(n_timestep=100), inputs()
-    process = process_of(model)
+    process = prior_process(model)
     assert (len(process.schedule), process.prediction) == (100, "x_start")
     x_start, noise = torch.randn(2, 4, 6, dtype=torch.double)
     t = torch.tensor([0, 33, 66, 99])
-    x = process.noised(x_start, t, noise)
+    x = process.add_noise(x_start, t, noise)
     output = model(x, t, tokens, lengths, z_t)
     expected = losses(process, output, x_start, x, t, noise).total.mean()
     torch.testing.assert_close(model.loss(x, t, tokens, lengths, z_t, x_start)[0], expected)

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_cli.diffusion.denoiser import Denoised, Guidance, Threshold, denoiser, guided_span
+from dalle_cli.diffusion.denoiser import Denoised, Guidance, Threshold, denoiser, guidance_interval
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.process import PREDICTIONS, Process, target
 from dalle_cli.diffusion.samplers import SAMPLERS, ddim, ddim_invert, ddpm, dpm_solver, heun, sample
-from dalle_cli.diffusion.schedules import Steps, cosine, karras, linear, named, sigma_of_level, spaced
+from dalle_cli.diffusion.schedules import Timesteps, cosine, karras, linear, make_schedule, select_timesteps, to_sigma
 from dalle_cli.errors import DalleError
 from reference import diffusion as reference
 
@@ -26,7 +26,7 @@ def exact(data, process):
     """The best network for these data: E[x_start | x_t], told as the process's prediction."""
 
     def network(x, t):
-        level = process.schedule.level(t[0].item())
+        level = process.schedule.alpha_bar(t[0].item())
         x_start = torch.from_numpy(data.x_start(x.numpy(), level))
         epsilon = (x - math.sqrt(level) * x_start) / math.sqrt(1 - level)
         return target(process.prediction, x_start, epsilon, level)
@@ -60,15 +60,18 @@ def error(found, expected):
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++", 2), ("heun", 2)])
 def test_order_of_convergence_on_a_gaussian(solver, order, name, prediction):
     """Between two levels, in 20 to 160 steps equal in sigma^(1/7): the error falls with the order of the solver."""
-    process = Process(named(name, 1000), prediction)
+    process = Process(make_schedule(name, 1000), prediction)
     denoise = denoiser(exact(GAUSSIAN, process), process)
     errors = []
     for n in (20, 40, 80, 160):
         whole = karras(process.schedule, n + 1)
-        steps = Steps(whole.timesteps[:-1], whole.levels[:-1])  # ends at the least sigma, not at data
-        x = start(GAUSSIAN, steps.levels[0])
+        steps = Timesteps(whole.timesteps[:-1], whole.alphas_cumprod[:-1])  # ends at the least sigma, not at data
+        x = start(GAUSSIAN, steps.alphas_cumprod[0])
         errors.append(
-            error(SOLVERS[solver](denoise, x, steps), GAUSSIAN.flow(x.numpy(), steps.levels[0], steps.levels[-1]))
+            error(
+                SOLVERS[solver](denoise, x, steps),
+                GAUSSIAN.flow(x.numpy(), steps.alphas_cumprod[0], steps.alphas_cumprod[-1]),
+            )
         )
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert orders[-1] == pytest.approx(order, abs=0.2)
@@ -82,9 +85,9 @@ def test_order_of_convergence_on_a_mixture(solver, order):
     errors = []
     for n in (40, 80, 160):
         whole = karras(process.schedule, n + 1)
-        steps = Steps(whole.timesteps[:-1], whole.levels[:-1])
-        x = start(MIXTURE, steps.levels[0], 16)
-        expected = MIXTURE.flow(x.numpy(), steps.levels[0], steps.levels[-1])
+        steps = Timesteps(whole.timesteps[:-1], whole.alphas_cumprod[:-1])
+        x = start(MIXTURE, steps.alphas_cumprod[0], 16)
+        expected = MIXTURE.flow(x.numpy(), steps.alphas_cumprod[0], steps.alphas_cumprod[-1])
         errors.append(error(SOLVERS[solver](denoise, x, steps), expected))
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert orders[-1] == pytest.approx(order, abs=0.3)
@@ -98,10 +101,10 @@ def test_whole_way_to_data(solver, spacing):
     denoise = denoiser(exact(GAUSSIAN, process), process)
     errors = []
     for n in (25, 100, 400):
-        steps = spaced(process.schedule, n, spacing)
-        x = start(GAUSSIAN, steps.levels[0])
+        steps = select_timesteps(process.schedule, n, spacing)
+        x = start(GAUSSIAN, steps.alphas_cumprod[0])
         drawn = sample(solver, denoise, process.schedule, x, n, row_noise(0, range(64)), spacing=spacing)
-        errors.append(error(drawn, GAUSSIAN.flow(x.numpy(), steps.levels[0], 1.0)))
+        errors.append(error(drawn, GAUSSIAN.flow(x.numpy(), steps.alphas_cumprod[0], 1.0)))
     assert errors[2] < errors[1] < errors[0] < 0.5  # also where the first step goes from a sigma of 20,000 to 16
     assert errors[2] < (0.06 if solver == "ddim" else 0.02)
 
@@ -109,7 +112,7 @@ def test_whole_way_to_data(solver, spacing):
 @pytest.mark.parametrize("solver", ["ddim", "dpm++", "heun"])
 def test_starts_where_no_data_are_left(solver):
     """Zero terminal SNR: the first level is 0, its sigma infinite."""
-    process = Process(named("linear", 1000, zero_snr=True), "v")
+    process = Process(make_schedule("linear", 1000, zero_snr=True), "v")
     denoise = denoiser(exact(GAUSSIAN, process), process)
     x = start(GAUSSIAN, 0.0)
     drawn = sample(solver, denoise, process.schedule, x, 200, row_noise(0, range(64)), spacing="trailing")
@@ -137,10 +140,10 @@ def test_heun_calls_the_network_twice_a_step_but_for_the_last():
 def test_ddpm_by_moments(n, large):
     """What n steps draw is Gaussian, with moments that follow exactly; more steps bring them to the data's."""
     process = Process(linear(1000), "epsilon")
-    steps = spaced(process.schedule, n)
+    steps = select_timesteps(process.schedule, n)
     noise = generated(4000)
     drawn = ddpm(denoiser(exact(GAUSSIAN, process), process), noise(0, (4,)).double(), steps, noise, large=large)
-    mean, deviation = GAUSSIAN.ancestral(steps.levels, large)
+    mean, deviation = GAUSSIAN.ancestral(steps.alphas_cumprod, large)
     check_moments(drawn, mean, deviation)
     if n == 100:
         np.testing.assert_allclose(mean, GAUSSIAN.mean, atol=0.02)
@@ -150,9 +153,9 @@ def test_ddpm_by_moments(n, large):
 def test_ddim_with_eta_1_by_moments():
     process = Process(cosine(1000), "v")
     noise = generated(4000)
-    steps = spaced(process.schedule, 40)
+    steps = select_timesteps(process.schedule, 40)
     drawn = ddim(denoiser(exact(GAUSSIAN, process), process), noise(0, (4,)).double(), steps, 1.0, noise)
-    check_moments(drawn, *GAUSSIAN.ancestral(steps.levels, large=False))
+    check_moments(drawn, *GAUSSIAN.ancestral(steps.alphas_cumprod, large=False))
 
 
 def check_moments(drawn, mean, deviation):
@@ -164,10 +167,10 @@ def check_moments(drawn, mean, deviation):
 
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_ddim_with_eta_1_is_ddpm(zero_snr):
-    process = Process(named("cosine", 100, zero_snr=zero_snr), "v")
+    process = Process(make_schedule("cosine", 100, zero_snr=zero_snr), "v")
     denoise = denoiser(exact(MIXTURE, process), process)
     noise = row_noise(5, range(8))
-    x, steps = noise(0, (2,)).double(), spaced(process.schedule, 30)
+    x, steps = noise(0, (2,)).double(), select_timesteps(process.schedule, 30)
     torch.testing.assert_close(ddim(denoise, x, steps, 1.0, noise), ddpm(denoise, x, steps, noise), rtol=0, atol=1e-9)
     assert not torch.allclose(ddim(denoise, x, steps, 0.5, noise), ddim(denoise, x, steps, 1.0, noise), atol=0.01)
     assert not torch.allclose(ddim(denoise, x, steps, 0.5, noise), ddim(denoise, x, steps), atol=0.01)
@@ -175,7 +178,7 @@ def test_ddim_with_eta_1_is_ddpm(zero_snr):
 
 def test_eta_is_a_share_of_the_deviation():
     """One step with x_start known: what it adds is eta times what DDPM adds, and the variance of x_s stays."""
-    one = Steps((3,), (0.2, 0.6))
+    one = Timesteps((3,), (0.2, 0.6))
     x, flat = torch.full((5, 1), 0.7, dtype=torch.double), torch.ones(5, 1, dtype=torch.double)
 
     def moved(eta, scale):
@@ -194,7 +197,7 @@ def test_learned_variance_lies_between_the_fixed_ones():
     process = Process(linear(100), "epsilon", learned_variance=True)
     plain = Process(linear(100), "epsilon")
     noise = row_noise(6, range(8))
-    x, steps = noise(0, (2,)).double(), spaced(process.schedule, 10)
+    x, steps = noise(0, (2,)).double(), select_timesteps(process.schedule, 10)
 
     def drawn(place):
         network = exact(MIXTURE, plain)
@@ -206,7 +209,7 @@ def test_learned_variance_lies_between_the_fixed_ones():
 
     torch.testing.assert_close(drawn(-1.0), fixed(False), rtol=0, atol=1e-12)
     torch.testing.assert_close(drawn(1.0), fixed(True), rtol=0, atol=1e-12)
-    one = Steps(steps.timesteps[:1], steps.levels[:2])
+    one = Timesteps(steps.timesteps[:1], steps.alphas_cumprod[:2])
     middle = ddpm(lambda x, t: Denoised(0 * x, x, torch.full_like(x, 0.5)), x, one, noise)
     ends = [ddpm(lambda x, t: Denoised(0 * x, x), x, one, noise, large=large) for large in (False, True)]
     none = ddpm(lambda x, t: Denoised(0 * x, x), x, one, lambda step, shape: torch.zeros(8, *shape))
@@ -223,10 +226,10 @@ def test_inversion_and_back_comes_nearer_with_steps_and_with_iterations():
     x = torch.tensor([[1.1, 0.4], [0.9, 0.8], [-0.9, -0.1], [-1.2, -0.3]], dtype=torch.double)
     errors = []
     for n in (25, 50, 100, 200):
-        steps = spaced(process.schedule, n, "karras")
+        steps = select_timesteps(process.schedule, n, "karras")
         errors.append(error(ddim(denoise, ddim_invert(denoise, x, steps), steps), x.numpy()))
     assert all(b < 0.7 * a for a, b in itertools.pairwise(errors))
-    steps = spaced(process.schedule, 25, "karras")
+    steps = select_timesteps(process.schedule, 25, "karras")
     for iterations, most in ((1, 1.0), (3, 0.1), (20, 1e-6)):
         back = ddim(denoise, ddim_invert(denoise, x, steps, iterations), steps)
         assert error(back, x.numpy()) < most * errors[0] * 1.001
@@ -235,10 +238,10 @@ def test_inversion_and_back_comes_nearer_with_steps_and_with_iterations():
 def test_inversion_finds_the_noise_of_the_flow():
     process = Process(linear(1000), "v")
     denoise = denoiser(exact(GAUSSIAN, process), process)
-    steps = spaced(process.schedule, 500)
+    steps = select_timesteps(process.schedule, 500)
     x = start(GAUSSIAN, 1.0)
     found = ddim_invert(denoise, x, steps)
-    assert error(found, GAUSSIAN.flow(x.numpy(), 1.0, steps.levels[0])) < 0.1
+    assert error(found, GAUSSIAN.flow(x.numpy(), 1.0, steps.alphas_cumprod[0])) < 0.1
     with pytest.raises(DalleError, match="1 iteration or more"):
         ddim_invert(denoise, x, steps, 0)
 
@@ -287,10 +290,10 @@ def test_guidance_of_scale_1_is_the_identity_and_costs_nothing():
 def test_guidance_at_a_single_step_changes_the_result(sampler, at):
     """First, middle and last: each is guided alone, and no other call has null rows."""
     process = Process(cosine(100), "x_start")
-    steps = spaced(process.schedule, 10)
+    steps = select_timesteps(process.schedule, 10)
     noise = row_noise(2, range(3))
     x = noise(0, (4,)).double()
-    sigma = sigma_of_level(steps.levels[at])
+    sigma = to_sigma(steps.alphas_cumprod[at])
     network = Recorder(process)
 
     def drawn(guidance):
@@ -307,24 +310,24 @@ def test_guidance_at_a_single_step_changes_the_result(sampler, at):
     assert torch.equal(drawn(Guidance(4.0, sigma, sigma)), free)
 
 
-def test_guided_spans_that_meet_share_no_step():
+def test_guidance_intervals_that_meet_share_no_step():
     schedule = linear(100)
-    spans = [guided_span(schedule, 2.0, a, b) for a, b in itertools.pairwise((0, 0.07, 0.5, 0.97, 1))]
-    held = [[span.holds(schedule.level(t)) for span in spans] for t in range(99, -1, -1)]
+    spans = [guidance_interval(schedule, 2.0, a, b) for a, b in itertools.pairwise((0, 0.07, 0.5, 0.97, 1))]
+    held = [[span.applies_at(schedule.alpha_bar(t)) for span in spans] for t in range(99, -1, -1)]
     assert all(sum(row) == 1 for row in held)
     assert [row.index(True) for row in held] == sorted(row.index(True) for row in held)
     assert [sum(column) for column in zip(*held, strict=True)] == [7, 43, 47, 3]
-    everything = guided_span(named("linear", 100, zero_snr=True), 2.0, 0, 1)
-    assert all(everything.holds(level) for level in (0.0, 0.5, 0.9999))
-    with pytest.raises(DalleError, match="a share of the way"):
-        guided_span(schedule, 2.0, 0.5, 0.4)
+    everything = guidance_interval(make_schedule("linear", 100, zero_snr=True), 2.0, 0, 1)
+    assert all(everything.applies_at(level) for level in (0.0, 0.5, 0.9999))
+    with pytest.raises(DalleError, match="a guidance interval within 0 to 1"):
+        guidance_interval(schedule, 2.0, 0.5, 0.4)
 
 
 def test_guided_variance_is_the_conditional_one():
     process = Process(linear(100), learned_variance=True)
     x = row_noise(1, range(3))(0, (4,)).double()
     guided = denoiser(Recorder(process, learned=True), process, Guidance(3.0))(x, 40)
-    assert torch.equal(guided.place, torch.ones_like(x))
+    assert torch.equal(guided.interpolation, torch.ones_like(x))
     assert guided.x_start.shape == x.shape
 
 
@@ -338,7 +341,7 @@ def test_threshold_clips_and_epsilon_follows():
     cut = denoiser(lambda x, t: torch.zeros_like(x), process, threshold=Threshold(2.0))(x, 700)
     assert free.x_start.abs().max() > 2
     assert torch.equal(cut.x_start, free.x_start.clamp(-2, 2))
-    level = process.schedule.level(700)
+    level = process.schedule.alpha_bar(700)
     torch.testing.assert_close(math.sqrt(level) * cut.x_start + math.sqrt(1 - level) * cut.epsilon, x)
 
 
@@ -360,7 +363,7 @@ def test_samplers_by_name():
     process = Process(linear(100), "v")
     denoise = denoiser(exact(MIXTURE, process), process)
     noise = row_noise(8, range(3))
-    x, trailing = noise(0, (2,)).double(), spaced(process.schedule, 7)
+    x, trailing = noise(0, (2,)).double(), select_timesteps(process.schedule, 7)
     expected = {
         "ddpm": ddpm(denoise, x, trailing, noise),
         "ddim": ddim(denoise, x, trailing, 0.6, noise),
@@ -370,7 +373,7 @@ def test_samplers_by_name():
     assert tuple(expected) == SAMPLERS
     for name, drawn in expected.items():
         assert torch.equal(sample(name, denoise, process.schedule, x, 7, noise, eta=0.6), drawn)
-    linspace = ddim(denoise, x, spaced(process.schedule, 7, "linspace"))
+    linspace = ddim(denoise, x, select_timesteps(process.schedule, 7, "linspace"))
     assert torch.equal(sample("ddim", denoise, process.schedule, x, 7, noise, spacing="linspace"), linspace)
 
 
@@ -403,7 +406,7 @@ def test_low_precision_networks_leave_x_in_its_own(prediction):
 def test_bad_settings_are_refused():
     process = Process(cosine(10))
     denoise, noise = denoiser(lambda x, t: x, process), row_noise(0, [0])
-    x, steps = torch.zeros(1, 2), spaced(process.schedule, 3)
+    x, steps = torch.zeros(1, 2), select_timesteps(process.schedule, 3)
     with pytest.raises(DalleError, match=r"expected a sampler among ddpm, ddim, dpm\+\+, heun, found 'euler'"):
         sample("euler", denoise, process.schedule, x, 3, noise)
     with pytest.raises(DalleError, match=r"eta in \[0, 1\], found 1\.5"):

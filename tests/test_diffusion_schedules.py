@@ -26,11 +26,11 @@ from dalle_cli.diffusion.schedules import (
     Schedule,
     cosine,
     karras,
-    level_of_sigma,
     linear,
-    named,
-    sigma_of_level,
-    spaced,
+    make_schedule,
+    select_timesteps,
+    to_alpha_bar,
+    to_sigma,
     zero_terminal_snr,
 )
 from dalle_cli.errors import DalleError
@@ -46,9 +46,9 @@ VALUES = st.floats(-5, 5)
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_schedule_matches_reference(name, n):
     expected = torch.tensor(getattr(reference, name)(n), dtype=torch.double)
-    torch.testing.assert_close(named(name, n).alphas_cumprod, expected, rtol=1e-11, atol=0)
+    torch.testing.assert_close(make_schedule(name, n).alphas_cumprod, expected, rtol=1e-11, atol=0)
     rescaled = torch.tensor(reference.zero_snr(expected.tolist()), dtype=torch.double)
-    torch.testing.assert_close(named(name, n, zero_snr=True).alphas_cumprod, rescaled, rtol=1e-9, atol=1e-18)
+    torch.testing.assert_close(make_schedule(name, n, zero_snr=True).alphas_cumprod, rescaled, rtol=1e-9, atol=1e-18)
 
 
 def test_ends_of_the_schedules():
@@ -67,7 +67,7 @@ def test_ends_of_the_schedules():
 
 @pytest.mark.parametrize("betas", [[0.5, 0.6], [1.2, 0.5], [0.9, 0.9]])
 def test_bad_schedules_are_refused(betas):
-    with pytest.raises(DalleError, match="expected alphas_cumprod to fall"):
+    with pytest.raises(DalleError, match="expected decreasing alphas_cumprod"):
         Schedule(torch.tensor(betas, dtype=torch.double))
 
 
@@ -75,17 +75,17 @@ def test_bad_settings_are_refused():
     with pytest.raises(DalleError, match=r"expected alphas_cumprod .* found torch\.float32"):
         Schedule(torch.tensor([0.9, 0.5]))
     with pytest.raises(DalleError, match="among cosine, linear, found 'cosin'"):
-        named("cosin", 1000)
+        make_schedule("cosin", 1000)
     with pytest.raises(DalleError, match="2 timesteps or more, found 1"):
-        named("linear", 1)
+        make_schedule("linear", 1)
     with pytest.raises(DalleError, match="1 to 10 steps"):
-        spaced(linear(10), 11)
+        select_timesteps(linear(10), 11)
     with pytest.raises(DalleError, match="expected a spacing"):
-        spaced(linear(10), 5, "even")
+        select_timesteps(linear(10), 5, "even")
     with pytest.raises(DalleError, match="expected a prediction"):
         Process(linear(10), "noise")
     with pytest.raises(DalleError, match="all noise, found epsilon"):
-        Process(named("linear", 10, zero_snr=True), "epsilon")
+        Process(make_schedule("linear", 10, zero_snr=True), "epsilon")
     with pytest.raises(DalleError, match="expected 6 channels from the network, found 3"):
         Process(linear(10), learned_variance=True).split(torch.zeros(1, 3), torch.zeros(1, 3))
 
@@ -97,17 +97,17 @@ def test_bad_settings_are_refused():
 @settings(max_examples=50, deadline=None)
 @given(t=st.floats(0, 99))
 def test_timestep_inverts_level(schedule, t):
-    sigma = sigma_of_level(schedule.level(t))
+    sigma = to_sigma(schedule.alpha_bar(t))
     assert schedule.timestep(sigma) == pytest.approx(t, abs=1e-6)
-    assert level_of_sigma(sigma) == pytest.approx(schedule.level(t), rel=1e-9)
+    assert to_alpha_bar(sigma) == pytest.approx(schedule.alpha_bar(t), rel=1e-9)
 
 
 def test_levels_between_timesteps_are_linear_in_log_sigma():
     schedule = cosine(50)
-    assert schedule.level(7) == schedule.alphas_cumprod[7]
+    assert schedule.alpha_bar(7) == schedule.alphas_cumprod[7]
     t = np.linspace(0, 49, 1001)
     expected = np.interp(t, np.arange(50), schedule.log_sigmas.numpy())
-    found = [math.log(sigma_of_level(schedule.level(at))) for at in t]
+    found = [math.log(to_sigma(schedule.alpha_bar(at))) for at in t]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
     assert schedule.timestep(1e-9) == 0
     assert schedule.timestep(1e9) == 49
@@ -119,32 +119,34 @@ def test_levels_between_timesteps_are_linear_in_log_sigma():
 def test_spacings_are_those_of_the_paper():
     """Lin et al. 2023, table 2, T = 1000 and 10 steps, counted from 0."""
     schedule = linear(1000)
-    assert spaced(schedule, 10, "leading").timesteps == tuple(range(900, -1, -100))
-    assert spaced(schedule, 10, "trailing").timesteps == tuple(range(999, 98, -100))
-    assert spaced(schedule, 10, "linspace").timesteps == (999, 888, 777, 666, 555, 444, 333, 222, 111, 0)
+    assert select_timesteps(schedule, 10, "leading").timesteps == tuple(range(900, -1, -100))
+    assert select_timesteps(schedule, 10, "trailing").timesteps == tuple(range(999, 98, -100))
+    assert select_timesteps(schedule, 10, "linspace").timesteps == (999, 888, 777, 666, 555, 444, 333, 222, 111, 0)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 64, 100])
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading", "karras"])
 def test_steps_fall_and_end_at_data(spacing, n):
-    for schedule in (linear(100), named("cosine", 100, zero_snr=True)):
-        steps = spaced(schedule, n, spacing)
-        assert len(steps.timesteps) == n == len(steps.levels) - 1
+    for schedule in (linear(100), make_schedule("cosine", 100, zero_snr=True)):
+        steps = select_timesteps(schedule, n, spacing)
+        assert len(steps.timesteps) == n == len(steps.alphas_cumprod) - 1
         assert all(a > b for a, b in itertools.pairwise(steps.timesteps))
-        assert all(a < b for a, b in itertools.pairwise(steps.levels))
-        assert steps.levels[-1] == 1
-        assert steps.levels[:-1] == pytest.approx([schedule.level(t) for t in steps.timesteps], rel=1e-9)
+        assert all(a < b for a, b in itertools.pairwise(steps.alphas_cumprod))
+        assert steps.alphas_cumprod[-1] == 1
+        assert steps.alphas_cumprod[:-1] == pytest.approx([schedule.alpha_bar(t) for t in steps.timesteps], rel=1e-9)
 
 
 def test_karras_sigmas():
     schedule = linear(1000)
-    sigmas = [sigma_of_level(level) for level in karras(schedule, 9, sigma_max=50, rho=5).levels]
+    sigmas = [to_sigma(level) for level in karras(schedule, 9, sigma_max=50, rho=5).alphas_cumprod]
     assert sigmas[0] == pytest.approx(50)
-    assert sigmas[-2] == pytest.approx(sigma_of_level(schedule.level(0)))
+    assert sigmas[-2] == pytest.approx(to_sigma(schedule.alpha_bar(0)))
     assert sigmas[-1] == 0
     gaps = np.diff(np.array(sigmas[:-1]) ** (1 / 5))
     np.testing.assert_allclose(gaps, gaps[0], rtol=1e-9)
-    assert sigma_of_level(karras(schedule, 9, sigma_max=1e9).levels[0]) == pytest.approx(schedule.log_sigmas[-1].exp())
+    assert to_sigma(karras(schedule, 9, sigma_max=1e9).alphas_cumprod[0]) == pytest.approx(
+        schedule.log_sigmas[-1].exp()
+    )
 
 
 # ---- predictions
@@ -181,7 +183,7 @@ def test_noised_is_one_level_for_each_sample(shape):
     generator = torch.Generator().manual_seed(0)
     x_start, noise = torch.randn(2, *shape, generator=generator)
     t = torch.tensor([0, 3, 500, 999])
-    x = Process(schedule).noised(x_start, t, noise)
+    x = Process(schedule).add_noise(x_start, t, noise)
     for i in range(4):
         level = schedule.alphas_cumprod[t[i]].item()
         expected = math.sqrt(level) * x_start[i] + math.sqrt(1 - level) * noise[i]

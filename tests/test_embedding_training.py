@@ -18,7 +18,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
 from dalle_cli.models.embedding_prior import AutoregressivePriorConfig
 from dalle_cli.pipelines.loading import embedding_prior
-from dalle_cli.sampling.embeddings import Read, diffused
+from dalle_cli.sampling.embeddings import PromptBatch, sample_diffusion
 from dalle_cli.training.distributed import Group
 from dalle_cli.training.embedding_prior import (
     AutoregressivePriorTask,
@@ -246,12 +246,13 @@ def test_guidance_draws_nearer_to_the_caption(tmp_path):
     made.train()
     held = made.task.held_out
     tokens, lengths = joined.tokens(held)
-    given = Read(*map(torch.from_numpy, (tokens, lengths, joined.text_embeddings(held))))
+    given = PromptBatch(*map(torch.from_numpy, (tokens, lengths, joined.text_embeddings(held))))
     clean = torch.from_numpy(embeddings(noise=0.0)[3][held])
 
     def nearness(scale):
         model = made.ema.model
-        drawn = torch.cat(list(diffused(model, given, range(len(held)), 0, steps=10, guidance_scale=scale, best_of=1)))
+        how = {"steps": 10, "guidance_scale": scale, "best_of": 1}
+        drawn = torch.cat(list(sample_diffusion(model, given, range(len(held)), 0, **how)))
         return cosines(drawn, clean)["cosine"] - cosines(drawn, clean)["cosine_others"]
 
     assert nearness(2.0) > nearness(1.0) + 0.02

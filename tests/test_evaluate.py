@@ -70,13 +70,13 @@ def test_scores_are_those_of_the_features_that_it_keeps(evaluate, tmp_path, chai
     )
     precision, recall = precision_recall(drawn, real)
     assert (first["precision"]["value"], first["recall"]["value"]) == (precision.mean(), recall.mean())
-    assert first["frechet"]["called"] == told["called"] == f"Frechet distance ({told['features']['name']})"
+    assert first["frechet"]["name"] == told["name"] == f"Frechet distance ({told['features']['name']})"
     assert first["frechet"]["value"] != pytest.approx(second["frechet"]["value"], rel=1e-3)
     for name in NAMES - {"retrieval"}:
         assert first[name]["low"] <= first[name]["value"] <= first[name]["high"]
     assert told["inputs"]["generated"] == open_artifact(rebuilt).digest
     assert told["inputs"]["clip"] == told["inputs"]["features"] == open_artifact(chain.clip).digest
-    assert told["counts"]["reference"] == {"pictures": 24, "skipped": 0, "exclude": 0}
+    assert told["counts"]["reference"] == {"images": 24, "skipped": 0, "exclude": 0}
     assert list(told["left_out"]) == ["inception"]
     assert (tmp_path / "scores.json").read_text() == json.dumps(told, sort_keys=True, indent=1) + "\n"
     assert str(tmp_path) not in json.dumps(told)
@@ -89,7 +89,7 @@ def test_the_clip_score_is_the_one_that_rerank_gives(evaluate, chain, rebuilt, t
     found = told["scores"][0]["clip"]
     assert found["value"] == pytest.approx(expected, abs=1e-3)
     assert found["shuffled"] != pytest.approx(expected, abs=1e-3)
-    assert found["pictures"] == 24
+    assert found["images"] == 24
 
 
 def test_real_pictures_are_perfect(evaluate, chain):
@@ -166,10 +166,10 @@ def test_broken_pictures_are_listed_and_stay_listed(evaluate, chain, tmp_path):
     listed = tmp_path / "scores.reference.skipped.jsonl"
     for _ in range(2):  # the second finds features of the others
         told = evaluate("--scores", "frechet,retrieval", reference=data)
-        assert told["counts"]["reference"] == {"pictures": 23, "skipped": 1, "exclude": 0}
+        assert told["counts"]["reference"] == {"images": 23, "skipped": 1, "exclude": 0}
         assert [json.loads(line)["id"] for line in listed.read_text().splitlines()] == ["00"]
     assert not (tmp_path / "scores.generated.skipped.jsonl").exists()
-    assert told["scores"][0]["retrieval"]["pictures"] == 23  # its picture's own real one cannot be read
+    assert told["scores"][0]["retrieval"]["images"] == 23  # its picture's own real one cannot be read
 
 
 def test_a_pass_that_was_stopped_goes_on_and_keeps_the_list(evaluate, chain, tmp_path, monkeypatch):
@@ -192,7 +192,7 @@ def test_ids_are_left_out_with_the_pictures_drawn_for_them(evaluate, chain, rebu
     ids.write_text("03\n17\nnobody\n")
     whole = evaluate("--scores", "frechet")
     part = evaluate("--scores", "frechet", "--exclude", ids)
-    assert part["counts"]["generated"] == part["counts"]["reference"] == {"pictures": 22, "skipped": 0, "exclude": 2}
+    assert part["counts"]["generated"] == part["counts"]["reference"] == {"images": 22, "skipped": 0, "exclude": 2}
     found = open_artifact(rebuilt)
     columns = {"images": np.asarray(found.array("images")[:]), "text": list(found.strings("text"))}
     other = [f"drawn-{i}" for i in found.strings("ids")]
@@ -307,7 +307,7 @@ def test_only_scores_are_replaced(chain, rebuilt, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "give --reference"),
+        ((), "give IMAGES --reference"),
         (("--reference", "nowhere"), "found no such file"),
         (("--reference", "DATA", "--blur", "1,x"), "radii of blur such as 0,1,2"),
         (("--reference", "DATA", "--blur", "-1"), "radii of blur"),
@@ -339,7 +339,7 @@ def test_weights_go_to_their_judges(chain, tmp_path):
     run_ok("evaluate", chain.prior, chain.captions, chain.codes, "-o", out)
     told = json.loads(out.read_text())
     assert (told["kind"], told["inputs"]["codes"]) == ("weights.prior.codes", open_artifact(chain.codes).digest)
-    assert "give --reference" in run_bad("evaluate", chain.dvae, "-o", out)
+    assert "give DVAE --reference" in run_bad("evaluate", chain.dvae, "-o", out)
     assert "give PRIOR CAPTIONS CODES" in run_bad("evaluate", chain.prior, chain.captions, "-o", out)
 
 
@@ -349,7 +349,7 @@ def test_each_metric_has_its_function_and_its_row():
     from dalle_cli.evaluation.tables import NAMES as ROWS
 
     assert set(METRICS) == set(SCORES)
-    assert set(SCORES) - {"frechet", "retrieval"} == set(ROWS) - {"r1", "r5"}
+    assert set(SCORES) - {"retrieval"} == set(ROWS) - {"r1", "r5"}
 
 
 def test_figures_are_told_with_their_errors():

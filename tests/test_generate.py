@@ -79,29 +79,36 @@ def test_without_options_the_best_four_of_eight_are_kept_and_a_terminal_shows_th
     assert shown == {(t, m): m == ("--terminal",) or (t and m == ()) for t, m in shown}
 
 
+def most_alive(monkeypatch, prior, decoder, run):
+    """How many arrays of latents and images were alive at a time, and how many there were in all."""
+    refs, most = [], 0
+
+    class Watched(np.ndarray):
+        pass
+
+    def watch(made):
+        nonlocal most
+        refs.append(weakref.ref(array := made.view(Watched)))
+        most = max(most, sum(ref() is not None for ref in refs))
+        return array
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoder, "decode", lambda *a, decode=decoder.decode: watch(decode(*a)))
+        sample = prior.sample
+        patched.setattr(prior, "sample", lambda *a, **k: map(watch, sample(*a, **k)))
+        assert run().status == 0
+    return most, len(refs)
+
+
 def test_nothing_of_the_others_is_alive(chain, tmp_path, monkeypatch):
-    """Codes and pictures of whole batches: no more are alive of 60 candidates than of 12."""
-
-    def most_alive(n):
-        refs, most = [], 0
-
-        class Watched(np.ndarray):
-            pass
-
-        def watch(made):
-            nonlocal most
-            refs.append(weakref.ref(kept := made.view(Watched)))
-            most = max(most, sum(ref() is not None for ref in refs))
-            return kept
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Codec, "decode", lambda *a, decode=Codec.decode: watch(decode(*a)))
-            draw = TokenPrior.sample
-            patched.setattr(TokenPrior, "sample", lambda *a, **k: map(watch, draw(*a, **k)))
-            assert generate(chain, tmp_path, "--keep", 2, "--batch-size", 4, n=n).status == 0
-        return most
-
-    assert most_alive(12) == most_alive(60) <= 4  # codes and pictures of this batch, and of the one before it
+    """Codes and images of whole batches: no more are alive of 60 candidates than of 12."""
+    few, many = (
+        most_alive(
+            monkeypatch, TokenPrior, Codec, lambda n=n: generate(chain, tmp_path, "--keep", 2, "--batch-size", 4, n=n)
+        )
+        for n in (12, 60)
+    )
+    assert few[0] == many[0] <= 4  # codes and images of this batch, and of the one before it
 
 
 @pytest.mark.parametrize("order", ["rising", "falling"])
@@ -133,9 +140,9 @@ def test_the_top_ranks_as_rerank_does(rows, keep):
     assert top.best() == scores.max()
 
 
-def interrupted(monkeypatch, call):
+def interrupt(monkeypatch, decoder, call):
     """Ctrl-C while the batch of this number, from 1, is decoded."""
-    calls, decode = [], Codec.decode
+    calls, decode = [], decoder.decode
 
     def stop(*arguments):
         calls.append(1)
@@ -143,13 +150,13 @@ def interrupted(monkeypatch, call):
             raise KeyboardInterrupt
         return decode(*arguments)
 
-    monkeypatch.setattr(Codec, "decode", stop)
+    monkeypatch.setattr(decoder, "decode", stop)
 
 
 def test_an_interrupt_keeps_the_best_so_far(chain, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     assert generate(chain, tmp_path / "whole", "--keep", 2, n=8).status == 0
-    interrupted(monkeypatch, 3)
+    interrupt(monkeypatch, Codec, 3)
     result = generate(chain, tmp_path, "--keep", 2, "--batch-size", 4)
     assert (result.status, result.stdout) == (130, f"{tmp_path / 'a.png'}\n")
     assert "interrupted: these are the best of the first 8 of 12" in result.stderr
@@ -161,28 +168,38 @@ def test_an_interrupt_keeps_the_best_so_far(chain, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_before_the_first_batch_leaves_nothing(chain, tmp_path, monkeypatch):
-    interrupted(monkeypatch, 1)
+    interrupt(monkeypatch, Codec, 1)
     result = generate(chain, tmp_path, "--batch-size", 4)
     assert (result.status, result.stdout) == (130, "")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_progress_tells_of_candidates_and_the_best(chain, tmp_path, monkeypatch):
-    told = []
+def reported(monkeypatch):
+    """What the console's progress gets: (total, unit), then (candidates, metrics) each time."""
+    calls = []
 
     @contextlib.contextmanager
     def progress(label, total, done=0, unit=""):
-        told.append((total, {"unit": unit}))
-        yield lambda n=1, /, **figures: told.append((n, figures))
+        calls.append((total, {"unit": unit}))
+        yield lambda n=1, /, **metrics: calls.append((n, metrics))
 
     monkeypatch.setattr(console, "progress", progress)
-    assert generate(chain, tmp_path, "--keep", 2, "--batch-size", 5).status == 0
-    assert told[0] == (12, {"unit": "candidates"})
-    assert sum(n for n, _ in told[1:]) == 12
-    bests = [figures["best"] for _, figures in told[1:] if "best" in figures]
+    return calls
+
+
+def check_progress(calls, images):
+    assert calls[0] == (12, {"unit": "candidates"})
+    assert sum(n for n, _ in calls[1:]) == 12
+    bests = [metrics["best"] for _, metrics in calls[1:] if "best" in metrics]
     assert bests == sorted(bests)
-    assert bests[-1] == array(tmp_path / "a.safetensors", "score").max()
-    assert not any("batch" in figures for _, figures in told)
+    assert bests[-1] == array(images, "score").max()
+    assert not any("batch" in metrics for _, metrics in calls)
+
+
+def test_progress_tells_of_candidates_and_the_best(chain, tmp_path, monkeypatch):
+    calls = reported(monkeypatch)
+    assert generate(chain, tmp_path, "--keep", 2, "--batch-size", 5).status == 0
+    check_progress(calls, tmp_path / "a.safetensors")
 
 
 # ---- sample --from
@@ -192,8 +209,8 @@ SETTINGS = ("--temperature", 0.8, "--top-k", 15, "--guidance", 3, "--guidance-to
 
 
 @pytest.fixture(scope="module")
-def drawn(chain, tmp_path_factory):
-    path = tmp_path_factory.mktemp("drawn") / "x.codes.safetensors"
+def sampled(chain, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sampled") / "x.codes.safetensors"
     run_ok("sample", PROMPT, OTHER, "-n", 10, "-m", chain.model, "-o", path, *SETTINGS)
     return path
 
@@ -202,55 +219,55 @@ def again(chain, source, out, *more):
     return run_ok("sample", "--from", source, "-m", chain.model, "-o", out, *more)
 
 
-def test_rows_are_drawn_again(chain, drawn, tmp_path):
-    made = again(chain, drawn, tmp_path / "y.safetensors", "--rows", "3,17,0")
+def test_rows_are_sampled_again(chain, sampled, tmp_path):
+    made = again(chain, sampled, tmp_path / "y.safetensors", "--rows", "3,17,0")
     for name in ("codes", "prompt", "seed"):
-        assert array(made, name).tobytes() == array(drawn, name)[[3, 17, 0]].tobytes()
+        assert array(made, name).tobytes() == array(sampled, name)[[3, 17, 0]].tobytes()
     for name in ("ids", "text"):
-        assert strings(made, name) == [strings(drawn, name)[row] for row in (3, 17, 0)]
-    assert open_artifact(made).config == open_artifact(drawn).config
-    first, last = open_artifact(drawn).history[-1], open_artifact(made).history[-1]
+        assert strings(made, name) == [strings(sampled, name)[row] for row in (3, 17, 0)]
+    assert open_artifact(made).config == open_artifact(sampled).config
+    first, last = open_artifact(sampled).history[-1], open_artifact(made).history[-1]
     assert first in open_artifact(made).history
     assert last["options"] == {**first["options"], "rows": "3,17,0"}
-    assert last["inputs"] == {"model": first["inputs"]["model"], "drawn": open_artifact(drawn).digest}
-    third = again(chain, made, tmp_path / "z.safetensors", "--rows", 1)  # and what was drawn again, once more
-    assert array(third, "codes").tobytes() == array(drawn, "codes")[[17]].tobytes()
-    whole = again(chain, drawn, tmp_path / "w.safetensors", "--batch-size", 3)
-    assert array(whole, "codes").tobytes() == array(drawn, "codes").tobytes()
+    assert last["inputs"] == {"model": first["inputs"]["model"], "drawn": open_artifact(sampled).digest}
+    third = again(chain, made, tmp_path / "z.safetensors", "--rows", 1)  # and what was sampled again, once more
+    assert array(third, "codes").tobytes() == array(sampled, "codes")[[17]].tobytes()
+    whole = again(chain, sampled, tmp_path / "w.safetensors", "--batch-size", 3)
+    assert array(whole, "codes").tobytes() == array(sampled, "codes").tobytes()
 
 
-def test_an_option_that_differs_is_heeded(chain, drawn, tmp_path):
-    made = again(chain, drawn, tmp_path / "y.safetensors", "--rows", "3,17", "--temperature", 2, "--top-k", 0)
-    assert not np.array_equal(array(made, "codes"), array(drawn, "codes")[[3, 17]])
+def test_an_option_that_differs_is_heeded(chain, sampled, tmp_path):
+    made = again(chain, sampled, tmp_path / "y.safetensors", "--rows", "3,17", "--temperature", 2, "--top-k", 0)
+    assert not np.array_equal(array(made, "codes"), array(sampled, "codes")[[3, 17]])
     options = open_artifact(made).history[-1]["options"]
     assert (options["temperature"], options["top_k"], options["guidance"], options["guidance_to"]) == (2, 0, 3, 0.5)
-    seeded = again(chain, drawn, tmp_path / "z.safetensors", "--rows", "3", "--seed", 6)
+    seeded = again(chain, sampled, tmp_path / "z.safetensors", "--rows", "3", "--seed", 6)
     assert array(seeded, "seed").tolist() == [6]
-    assert not np.array_equal(array(seeded, "codes"), array(drawn, "codes")[[3]])
-    same = again(chain, drawn, tmp_path / "w.safetensors", "--rows", "3", "--temperature", 0.8)
-    assert np.array_equal(array(same, "codes"), array(drawn, "codes")[[3]])
+    assert not np.array_equal(array(seeded, "codes"), array(sampled, "codes")[[3]])
+    same = again(chain, sampled, tmp_path / "w.safetensors", "--rows", "3", "--temperature", 0.8)
+    assert np.array_equal(array(same, "codes"), array(sampled, "codes")[[3]])
 
 
-def test_int8_is_heeded_again_and_can_be_left_out(chain, drawn, tmp_path):
-    eight = again(chain, drawn, tmp_path / "x.safetensors", "--rows", "3,17", "--int8")
+def test_int8_is_heeded_again_and_can_be_left_out(chain, sampled, tmp_path):
+    eight = again(chain, sampled, tmp_path / "x.safetensors", "--rows", "3,17", "--int8")
     assert open_artifact(eight).history[-1]["options"]["int8"] is True
     kept = again(chain, eight, tmp_path / "y.safetensors")
     assert open_artifact(kept).history[-1]["options"]["int8"] is True
     assert array(kept, "codes").tobytes() == array(eight, "codes").tobytes()
     without = again(chain, eight, tmp_path / "z.safetensors", "--no-int8")
     assert "int8" not in open_artifact(without).history[-1]["options"]
-    assert array(without, "codes").tobytes() == array(drawn, "codes")[[3, 17]].tobytes()
+    assert array(without, "codes").tobytes() == array(sampled, "codes")[[3, 17]].tobytes()
 
 
-def test_another_prior_is_refused(chain, drawn, tmp_path):
+def test_another_prior_is_refused(chain, sampled, tmp_path):
     shutil.copytree(chain.model, tmp_path / "model", ignore=shutil.ignore_patterns("*.run"))
     prior = open_artifact(chain.prior)
     tensors = {name: np.array(prior.headers[0].map(name)) for name in prior.headers[0].tensors}
     tensors["start"] = tensors["start"] + 1
     write_artifact(tmp_path / "model/prior.safetensors", prior.kind, tensors, prior.config, prior.history)
     out = ("-o", tmp_path / "y.safetensors")
-    error = run_bad("sample", "--from", drawn, "--rows", 3, "-m", tmp_path / "model", *out)
-    assert f"expected the prior that {drawn} was made with (sha256 {prior.digest[:12]})" in error
+    error = run_bad("sample", "--from", sampled, "--rows", 3, "-m", tmp_path / "model", *out)
+    assert f"expected the prior that {sampled} was made with (sha256 {prior.digest[:12]})" in error
     assert not (tmp_path / "y.safetensors").exists()
 
 
@@ -265,17 +282,17 @@ def test_another_prior_is_refused(chain, drawn, tmp_path):
         (("--temperature", "nan"), "temperature"),
     ],
 )
-def test_what_cannot_be_drawn_again_is_told(chain, drawn, tmp_path, more, message):
-    line = run_bad("sample", "--from", drawn, *more, "-m", chain.model, "-o", tmp_path / "y.safetensors")
+def test_what_cannot_be_sampled_again_is_refused(chain, sampled, tmp_path, more, message):
+    line = run_bad("sample", "--from", sampled, *more, "-m", chain.model, "-o", tmp_path / "y.safetensors")
     assert message in line
 
 
-def test_codes_that_were_not_drawn_are_refused(chain, drawn, tmp_path):
+def test_codes_that_were_not_sampled_are_refused(chain, sampled, tmp_path):
     out = ("-m", chain.model, "-o", tmp_path / "y.safetensors")
     assert "that `sample` wrote" in run_bad("sample", "--from", chain.codes, *out)
     assert "expected --from beside --rows" in run_bad("sample", PROMPT, "--rows", 3, *out)
-    assert "over itself" in run_bad("sample", "--from", drawn, "-m", chain.model)
-    lying = open_artifact(drawn)
+    assert "over itself" in run_bad("sample", "--from", sampled, "-m", chain.model)
+    lying = open_artifact(sampled)
     columns = {name: np.array(lying.array(name)) for name in ("codes", "prompt", "seed")}
     columns |= {name: list(lying.strings(name)) for name in ("ids", "text")}
     for change in ({"seed": columns["seed"] + 1}, {"ids": ["x"] * 20}, {"prompt": columns["prompt"] + 1}):
@@ -302,7 +319,7 @@ def test_the_guided_part_is_written_down_and_matters(chain, tmp_path):
     assert (told["guidance_from"], told["guidance_to"]) == (0.5, 1.0)
     early, _ = codes("c", "--guidance-to", 0.5)
     assert not np.array_equal(whole, late)
-    assert np.array_equal(whole[:, :2], early[:, :2])  # of 4 x 4 codes the first half is drawn alike
+    assert np.array_equal(whole[:, :2], early[:, :2])  # of 4 x 4 codes the first half is sampled alike
     assert not np.array_equal(whole[:, 2:], early[:, 2:])
     out = ("-m", chain.model, "-o", tmp_path / "d")
     assert "exchange them" in run_bad("sample", PROMPT, *out, "--guidance-from", 0.6, "--guidance-to", 0.5)

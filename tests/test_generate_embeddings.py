@@ -1,8 +1,6 @@
 """`generate` with a prior over embeddings: the four stages in one, each option heeded, the best held and no more."""
 
-import contextlib
 import shutil
-import weakref
 from dataclasses import asdict
 
 import numpy as np
@@ -10,8 +8,8 @@ import pytest
 from artifact_files import array, strings
 from conftest import run_bad, run_cli, run_ok
 from planted_weights import randomized
+from test_generate import check_progress, interrupt, most_alive, reported
 
-from dalle_cli import console
 from dalle_cli.artifacts import digest_file, open_artifact, write_artifact
 from dalle_cli.artifacts.weights import save_tensors
 from dalle_cli.models.decoder import Decoder, DecoderConfig
@@ -20,13 +18,13 @@ from dalle_cli.models.embedding_prior import AutoregressivePrior, Autoregressive
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
 from dalle_cli.pipelines import pipeline
 from dalle_cli.pipelines.decoder import ImageDecoder
-from dalle_cli.pipelines.prior import EmbeddingPrior as PriorPipeline
+from dalle_cli.pipelines.prior import EmbeddingPrior
 
 PROMPT, OTHER = "a red circle on white", "a blue bar on black"
 KINDS = ("diffusion", "autoregressive")
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_embedding": 16}
 UNET = {"width": 8, "multipliers": (1, 2), "depth": 1, "head_width": 4, "groups": 4, "n_timestep": 40}
-DRAWN = {
+SAMPLING = {
     "diffusion": ("--sampler", "ddim", "--steps", 4, "--guidance", 2, "--seed", 5),
     "autoregressive": ("--temperature", 0.9, "--top-k", 12, "--guidance", 2, "--seed", 5),
 }
@@ -58,6 +56,9 @@ def plant(chain, folder, kind):
     return folder
 
 
+DECODING = ("--decoder-steps", 3, "--decoder-sampler", "ddim", "--eta", 0.5, "--decoder-guidance", 3)
+
+
 @pytest.fixture(scope="module")
 def models(chain, tmp_path_factory):
     root = tmp_path_factory.mktemp("unclip")
@@ -86,27 +87,12 @@ def piped(models, tmp_path_factory):
     folders = {}
     for kind, model in models.items():
         folder = folders[kind] = tmp_path_factory.mktemp(kind)
-        drawn, images, best = (folder / f"{name}.safetensors" for name in ("drawn", "images", "best"))
-        run_ok("sample", PROMPT, OTHER, "-n", 6, "-m", model, *DRAWN[kind], "-o", drawn)
-        painted = (
-            "--decoder-steps",
-            3,
-            "--decoder-sampler",
-            "ddim",
-            "--eta",
-            0.5,
-            "--decoder-guidance",
-            3,
-            "--upsampler-steps",
-            2,
-        )
-        run_ok("decode", drawn, "-m", model, *painted, "--seed", 5, "-o", images)
+        sampled, images, best = (folder / f"{name}.safetensors" for name in ("sampled", "images", "best"))
+        run_ok("sample", PROMPT, OTHER, "-n", 6, "-m", model, *SAMPLING[kind], "-o", sampled)
+        run_ok("decode", sampled, "-m", model, *DECODING, "--upsampler-steps", 2, "--seed", 5, "-o", images)
         run_ok("rerank", images, "-m", model, "--keep", 3, "-o", best)
         run_ok("show", best, "-o", folder / "best.png")
     return folders
-
-
-PAINTED = ("--decoder-steps", 3, "--decoder-sampler", "ddim", "--eta", 0.5, "--decoder-guidance", 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,7 +100,7 @@ PAINTED = ("--decoder-steps", 3, "--decoder-sampler", "ddim", "--eta", 0.5, "--d
 def test_generate_is_the_four_stages(models, piped, tmp_path, monkeypatch, kind, batch_size):
     if batch_size == 5:
         monkeypatch.setattr(pipeline, "AT_ONCE", 2)
-    more = (*DRAWN[kind], *PAINTED, "--keep", 3, "--batch-size", batch_size)
+    more = (*SAMPLING[kind], *DECODING, "--keep", 3, "--batch-size", batch_size)
     result = generate(models[kind], tmp_path, *more, n=6, prompts=(PROMPT, OTHER))
     assert (result.status, result.stdout) == (0, f"{tmp_path / 'a.png'}\n"), result.stderr
     made, best = tmp_path / "a.safetensors", piped[kind] / "best.safetensors"
@@ -154,7 +140,7 @@ def test_a_candidate_is_the_same_among_few(models, tmp_path):
     ],
     ids=str,
 )
-def test_each_option_changes_the_pictures(models, tmp_path, kind, base, more):
+def test_each_option_changes_the_image(models, tmp_path, kind, base, more):
     plain = pictures(models[kind], tmp_path, *base)
     assert plain.shape == (4, 3, 16, 16)
     changed = np.abs(pictures(models[kind], tmp_path, *base, *more) - plain).reshape(4, -1).max(1)
@@ -164,60 +150,38 @@ def test_each_option_changes_the_pictures(models, tmp_path, kind, base, more):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_history_tells_how_and_by_what(models, tmp_path, kind):
     model = models[kind]
-    assert generate(model, tmp_path, *DRAWN[kind], *PAINTED, "--keep", 1).status == 0
-    drawn, made = open_artifact(tmp_path / "a.safetensors").history[-2:]
+    assert generate(model, tmp_path, *SAMPLING[kind], *DECODING, "--keep", 1).status == 0
+    sampled, made = open_artifact(tmp_path / "a.safetensors").history[-2:]
     said = {"diffusion": {"sampler": "ddim", "steps": 4}, "autoregressive": {"temperature": 0.9, "top_k": 12}}[kind]
     said |= {"top_p": 1.0} if kind == "autoregressive" else {}
-    assert drawn["stage"] == "sample"
-    assert drawn["options"] == {"n": 4, "guidance": 2.0, "seed": 5, "dtype": "float32", **said}
+    assert sampled["stage"] == "sample"
+    assert sampled["options"] == {"n": 4, "guidance": 2.0, "seed": 5, "dtype": "float32", **said}
     assert made["stage"] == "generate"
     painted = {"decoder_steps": 3, "decoder_sampler": "ddim", "decoder_guidance": 3.0, "eta": 0.5, "seed": 5}
     assert made["options"] == {"keep": 1, "dtype": "float32", "upsampler_steps": 2, **painted}
     files = {"decoder": "decoder", "upsampler_1": "larger", "clip": "clip"}
     assert made["inputs"] == {name: digest_file(model / f"{file}.safetensors") for name, file in files.items()}
     ours = {"model": digest_file(model / "drawer.safetensors"), "clip": digest_file(model / "clip.safetensors")}
-    assert drawn["inputs"] == ours
+    assert sampled["inputs"] == ours
 
 
 # Memory
 
 
 def test_nothing_of_the_others_is_alive(models, tmp_path, monkeypatch):
-    """Embeddings and pictures of whole batches: no more are alive of 40 candidates than of 12."""
+    """Embeddings and images of whole batches: no more are alive of 40 candidates than of 12."""
 
-    def most_alive(n):
-        refs, most = [], 0
-
-        class Watched(np.ndarray):
-            pass
-
-        def watch(made):
-            nonlocal most
-            refs.append(weakref.ref(kept := made.view(Watched)))
-            most = max(most, sum(ref() is not None for ref in refs))
-            return kept
-
-        with monkeypatch.context() as patched:
-            paint, draw = ImageDecoder.decode, PriorPipeline.sample
-            patched.setattr(ImageDecoder, "decode", lambda *a: watch(paint(*a)))
-            patched.setattr(PriorPipeline, "sample", lambda *a, **k: map(watch, draw(*a, **k)))
-            assert generate(models["diffusion"], tmp_path, "--keep", 2, "--batch-size", 4, n=n).status == 0
-        assert len(refs) == 2 * n / 4
+    def alive(n):
+        run = lambda: generate(models["diffusion"], tmp_path, "--keep", 2, "--batch-size", 4, n=n)  # noqa: E731
+        most, total = most_alive(monkeypatch, EmbeddingPrior, ImageDecoder, run)
+        assert total == 2 * n / 4
         return most
 
-    assert most_alive(12) == most_alive(40) <= 4  # of this batch, and of the one before it
+    assert alive(12) == alive(40) <= 4  # of this batch, and of the one before it
 
 
 def test_an_interrupt_keeps_the_best_so_far(models, tmp_path, monkeypatch):
-    calls, paint = [], ImageDecoder.decode
-
-    def stop(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return paint(*arguments)
-
-    monkeypatch.setattr(ImageDecoder, "decode", stop)
+    interrupt(monkeypatch, ImageDecoder, 3)
     result = generate(models["diffusion"], tmp_path, "--keep", 2, "--batch-size", 4, n=12)
     assert (result.status, result.stdout) == (130, f"{tmp_path / 'a.png'}\n")
     assert "interrupted: these are the best of the first 8 of 12" in result.stderr
@@ -225,21 +189,11 @@ def test_an_interrupt_keeps_the_best_so_far(models, tmp_path, monkeypatch):
     assert len(strings(tmp_path / "a.safetensors", "ids")) == 2
 
 
-def test_progress_tells_of_painted_candidates_and_the_best(models, tmp_path, monkeypatch):
-    told = []
-
-    @contextlib.contextmanager
-    def progress(label, total, done=0, unit=""):
-        told.append((total, {"unit": unit}))
-        yield lambda n=1, /, **figures: told.append((n, figures))
-
-    monkeypatch.setattr(console, "progress", progress)
+def test_progress_tells_of_decoded_candidates_and_the_best(models, tmp_path, monkeypatch):
+    calls = reported(monkeypatch)
     assert generate(models["diffusion"], tmp_path, "--keep", 2, "--batch-size", 5, n=12).status == 0
-    assert told[0] == (12, {"unit": "candidates"})
-    assert [n for n, _ in told[1:] if n] == [5, 5, 2]
-    bests = [figures["best"] for _, figures in told[1:] if "best" in figures]
-    assert bests == sorted(bests)
-    assert bests[-1] == array(tmp_path / "a.safetensors", "score").max()
+    assert [n for n, _ in calls[1:] if n] == [5, 5, 2]
+    check_progress(calls, tmp_path / "a.safetensors")
 
 
 # Which system, and what it has no use for

@@ -7,10 +7,10 @@ from conftest import run_bad, run_cli, run_ok
 from interruptions import Crash, after_update
 from stage_runs import TRAINERS, lasting_rows
 from stage_runs import training as of_the_chain
+from test_decoder_stages import trained, unclip  # noqa: F401 - fixtures
+from test_decoder_stages import training as decoder_training
 from test_embedding_stages import KINDS as PRIORS
 from test_embedding_stages import made  # noqa: F401 - a fixture
-from test_painting_stages import trained, unclip  # noqa: F401 - fixtures
-from test_painting_stages import training as of_a_painter
 
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
@@ -30,7 +30,7 @@ def stage(request, chain):
         section, weights = f"embedding_prior.{name}", embedded.models[name] / "prior.safetensors"
         return section, weights, lambda out, *more: embedded.training(name, out, *more)
     inputs, weights = get("unclip"), get("trained") / f"{name}.safetensors"
-    return name, weights, lambda out, *more: of_a_painter(inputs, name, out, *more)
+    return name, weights, lambda out, *more: decoder_training(inputs, name, out, *more)
 
 
 def still(section, **more):

@@ -68,7 +68,7 @@ def test_a_dvae_is_scored_by_what_decode_would_show(chain, tmp_path):
     told = of_dvae(chain, tmp_path)
     assert told["psnr"] == pytest.approx(psnr(squared_error(images, shown)).mean().item(), abs=1e-9)
     assert told["ssim"] == pytest.approx(ssim(images, shown).mean().item(), abs=1e-9)
-    assert (told["pictures"], told["skipped"]) == (24, 0)
+    assert (told["images"], told["skipped"]) == (24, 0)
     codes = loading.dvae(open_artifact(chain.dvae), CPU).encode(from_uint8(images))
     share = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
     bits = -(share * np.log2(share)).sum()
@@ -81,7 +81,7 @@ def test_a_dvae_is_scored_by_what_decode_would_show(chain, tmp_path):
     part = psnr(squared_error(images[mask], shown[mask])).mean().item()
     assert told["trained_on"] is True
     assert told["held_out"]["psnr"] == pytest.approx(part, abs=1e-9)
-    assert told["held_out"]["pictures"] == int(mask.sum())
+    assert told["held_out"]["images"] == int(mask.sum())
     json.dumps(told, allow_nan=False)
 
 
@@ -95,7 +95,7 @@ def test_a_limit_is_spread_over_the_data(chain, tmp_path):
     images, shown, _ = rebuilt(chain)
     some = [0, 4, 9, 14, 19]
     told = of_dvae(chain, tmp_path, limit=5)
-    assert told["pictures"] == 5
+    assert told["images"] == 5
     assert told["psnr"] == pytest.approx(psnr(squared_error(images[some], shown[some])).mean().item(), abs=1e-9)
 
 
@@ -104,7 +104,7 @@ def test_broken_pictures_are_left_out_and_listed(chain, tmp_path):
     shutil.copytree(chain.data, data)
     (data / "03.png").write_bytes((data / "03.png").read_bytes()[:60])
     told = of_dvae(chain, tmp_path / "new", data)
-    assert (told["pictures"], told["skipped"], told["trained_on"]) == (23, 1, False)
+    assert (told["images"], told["skipped"], told["trained_on"]) == (23, 1, False)
     assert "held_out" not in told
     (row,) = map(json.loads, (tmp_path / "new" / "scores.skipped.jsonl").read_text().splitlines())
     assert row["id"] == "03"
@@ -143,7 +143,7 @@ def test_the_frechet_distance_is_between_originals_and_reconstructions(chain, tm
     told = of_dvae(chain, tmp_path, features=str(chain.clip))["frechet"]
     assert told["value"] == pytest.approx(expected, rel=1e-4)
     assert told["value"] > 1e-3 * np.trace(a)  # the tiny dVAE rebuilds badly
-    assert told["called"] == f"Frechet distance ({told['features']})"
+    assert told["name"] == f"Frechet distance ({told['features']})"
     with pytest.raises(DalleError, match=r"expected at least 17 images .* found 16"):
         of_dvae(chain, tmp_path, features=str(chain.clip), limit=16)
 
@@ -359,16 +359,16 @@ def test_a_dvae_is_judged_without_them(chain, lacking, tmp_path, capsys):
     left = torch.tensor([name not in gone for name in ids])
     mask = torch.tensor([held_out(name, SHARE) for name in ids])
     told = of_dvae(chain, tmp_path, exclude=listed)
-    assert (told["pictures"], told["exclude"]) == (19, 5)
+    assert (told["images"], told["exclude"]) == (19, 5)
     assert told["psnr"] == pytest.approx(psnr(squared_error(images[left], shown[left])).mean().item(), abs=1e-9)
-    assert told["held_out"]["pictures"] == int((left & mask).sum()) < int(mask.sum())
+    assert told["held_out"]["images"] == int((left & mask).sum()) < int(mask.sum())
     weights = open_artifact(folder / "dvae.safetensors")
     capsys.readouterr()
     told = of_dvae(chain, tmp_path, weights=weights, exclude=listed)
-    assert told["held_out"]["pictures"] == int((left & mask).sum())
+    assert told["held_out"]["images"] == int((left & mask).sum())
     assert "warning" not in capsys.readouterr().err
     told = of_dvae(chain, tmp_path, weights=weights)
-    assert (told["pictures"], told["trained_on"], "held_out" in told) == (24, True, False)
+    assert (told["images"], told["trained_on"], "held_out" in told) == (24, True, False)
     assert "warning: expected --exclude with the ids that training left out" in capsys.readouterr().err
 
 

@@ -5,13 +5,13 @@ import dataclasses
 
 import pytest
 import torch
+from by_keyword import sample_codes
 from torch import nn
 
 from dalle_cli import devices
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.packed import Int8Linear, PackedLinear, PackedPointwise, pack, pack_pointwise, packs
 from dalle_cli.models.prior import Prior, PriorConfig
-from dalle_cli.sampling.autoregressive import sample_codes
 
 SMALL = PriorConfig(
     n_layer=3,
@@ -175,7 +175,7 @@ def test_what_is_compiled_is_for_one_size_of_batch(monkeypatch):
     def compiled(step, *_):
         return lambda codes, cache: sizes.add(len(codes)) or step(codes, cache)
 
-    options = {"batch_size": 3, "given": torch.arange(7)[:, None, None].expand(-1, 6, 6), "kept": torch.eye(6) > 0}
+    options = {"batch_size": 3, "known": torch.arange(7)[:, None, None].expand(-1, 6, 6), "keep": torch.eye(6) > 0}
     plain = sample_codes(model, TOKENS, LENGTHS, range(7), 0, **options)
     monkeypatch.setattr(devices, "compiled", compiled)
     options |= {"compiled": True, "progress": told.append}

@@ -4,6 +4,7 @@ import logging
 import re
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -97,14 +98,22 @@ def test_the_pages_examples_run(chain, tmp_path, monkeypatch):
     for block in examples():
         exec(compile(block, "docs/python.md", "exec"), names)
     assert (tmp_path / "circle.best.safetensors").exists()
-    assert names["codes"].shape == (4, 16, 16)
+    assert names["codes"].shape == (2, 16, 16)
+    assert names["x"].shape == (2, 3, 8, 8)
     assert names["varied"].labels == ["original", "variation 1", "variation 2"]
 
 
-def test_every_class_is_on_the_page():
+def test_every_class_and_its_methods_are_on_the_page():
     from dalle_cli import pipelines
 
     page = (ROOT / "docs/python.md").read_text()
-    for name in ("Codec", "TokenPrior", "ClipScorer", "SourceImage"):
-        assert name in pipelines.__all__
-        assert name in page
+    for name in pipelines.__all__:
+        assert re.search(rf"`{name}\b", page), name
+        found = getattr(pipelines, name)
+        members = [m for base in getattr(found, "__mro__", ()) for m, of in vars(base).items() if is_method(of)]
+        for member in members:
+            assert member.startswith("_") or re.search(rf"\b{member}\b", page), f"{name}.{member}"
+
+
+def is_method(member):
+    return callable(member) or isinstance(member, property | cached_property | classmethod)

@@ -1,15 +1,15 @@
-"""A prior that sketches: a small picture is drawn of the words first, and the codes follow it, fast and slow alike."""
+"""A prior with a sketch: a small image is sampled first, and the codes are conditioned on it; fast and slow alike."""
 
 import numpy as np
 import pytest
 import torch
+from by_keyword import sample_codes
 from sketch_priors import LENGTHS, SIZES, TOKENS, codes, made, pictures
 
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.cache import Prompt
 from dalle_cli.models.prior import Prior, PriorConfig
-from dalle_cli.sampling.autoregressive import sample_codes
 from dalle_cli.sampling.sketches import resample_sketches, sample_sketches
 from dalle_cli.training.prior import PriorTrain
 
@@ -33,7 +33,7 @@ def test_step_by_step_is_what_forward_says(block, attention, static):
     torch.testing.assert_close(torch.stack(steps, 1), expected, atol=2e-5, rtol=1e-4)
     _, unseen = prior(tokens, torch.tensor([3, 3, 4, 4, 0, 0]), given)
     assert (expected[:4, 1:] - unseen[:4, 1:]).abs().amax((1, 2)).min() > 1e-3
-    assert torch.equal(expected[:, 0], unseen[:, 0])  # the first code is drawn without
+    assert torch.equal(expected[:, 0], unseen[:, 0])  # the first code is sampled without
     torch.testing.assert_close(expected[4:], unseen[4:])
 
 
@@ -131,8 +131,8 @@ def test_a_true_sketch_is_the_mean_color_of_each_cells_codes():
 # ---- Drawing
 
 
-def test_a_sketch_of_one_picture_is_that_picture():
-    """A denoiser that knows the answer: whatever the noise, the guidance and the steps, it is what is drawn."""
+def test_a_sketch_of_one_image_is_that_image():
+    """A denoiser that knows the answer: whatever the noise, the guidance and the steps, it is what is sampled."""
     prior, true = made(), pictures(1)
 
     class Knows(torch.nn.Module):
@@ -146,8 +146,8 @@ def test_a_sketch_of_one_picture_is_that_picture():
 
     prior.sketch = Knows()
     for scale, steps in ((1.0, 30), (4.0, 30), (1.0, 5)):
-        drawn = sample_sketches(prior, TOKENS[:2], LENGTHS[:2], [0, 1], 0, guidance_scale=scale, steps=steps)
-        torch.testing.assert_close(drawn, true.expand(2, -1, -1, -1), atol=1e-3, rtol=1e-3)
+        sampled = sample_sketches(prior, TOKENS[:2], LENGTHS[:2], [0, 1], 0, guidance_scale=scale, steps=steps)
+        torch.testing.assert_close(sampled, true.expand(2, -1, -1, -1), atol=1e-3, rtol=1e-3)
 
 
 def test_a_sketch_belongs_to_its_candidate():
@@ -183,32 +183,32 @@ def test_null_rows_see_the_sketch_and_no_caption(monkeypatch):
     prior, seen = made(), []
     step = Prior.step
     monkeypatch.setattr(Prior, "step", lambda self, codes, cache: seen.append(step(self, codes, cache)) or seen[-1])
-    drawn = sample_codes(prior, TOKENS[:1], LENGTHS[:1], [4, 5], 0, guidance_scale=3.0, sketch_guidance=2.0)
+    sampled = sample_codes(prior, TOKENS[:1], LENGTHS[:1], [4, 5], 0, guidance_scale=3.0, sketch_guidance=2.0)
     numbers = [4, 5]
     told = sample_sketches(prior, TOKENS[[0, 0]], LENGTHS[[0, 0]], numbers, 0, guidance_scale=2.0)
     sees = torch.ones(4, dtype=torch.bool)
     lengths = torch.tensor([3, 3, 0, 0])
-    _, expected = prior(TOKENS[[0, 0, 0, 0]], lengths, drawn.repeat(2, 1, 1), (told.repeat(2, 1, 1, 1), sees))
+    _, expected = prior(TOKENS[[0, 0, 0, 0]], lengths, sampled.repeat(2, 1, 1), (told.repeat(2, 1, 1, 1), sees))
     torch.testing.assert_close(torch.stack(seen, 1), expected[:, 1:], atol=2e-5, rtol=1e-4)
 
 
-def test_what_is_kept_of_a_picture_is_in_its_sketch():
-    """Only cells all of whose codes are kept are known; the rest is drawn beside them, and so otherwise."""
+def test_what_is_kept_of_an_image_is_in_its_sketch():
+    """Only cells all of whose codes are kept are known; the rest is sampled beside them, and so otherwise."""
     prior, given = made(), codes(2)
     kept = torch.zeros(4, 4, dtype=torch.bool)
     kept[:2] = True
     kept[2, :2] = True  # half a cell
     captions = (TOKENS[:2], LENGTHS[:2], [0, 1], 0)
     free = sample_sketches(prior, *captions)
-    drawn = sample_sketches(prior, *captions, kept=(given, kept))
-    torch.testing.assert_close(drawn[:, :, 0], prior.sketch.of(given)[:, :, 0])
-    assert (drawn[:, :, 1] - prior.sketch.of(given)[:, :, 1]).abs().amin((1, 2)).max() > 1e-3
-    assert (drawn[:, :, 1] - free[:, :, 1]).abs().max() > 1e-3
-    found = sample_codes(prior, TOKENS, LENGTHS, [0, 1], 0, captions=[0, 1], given=given, kept=kept)
+    sampled = sample_sketches(prior, *captions, known=(given, kept))
+    torch.testing.assert_close(sampled[:, :, 0], prior.sketch.of(given)[:, :, 0])
+    assert (sampled[:, :, 1] - prior.sketch.of(given)[:, :, 1]).abs().amin((1, 2)).max() > 1e-3
+    assert (sampled[:, :, 1] - free[:, :, 1]).abs().max() > 1e-3
+    found = sample_codes(prior, TOKENS, LENGTHS, [0, 1], 0, captions=[0, 1], known=given, keep=kept)
     assert torch.equal(found[:, kept], given[:, kept])
 
 
-def test_redrawn_from_all_noise_it_is_drawn_and_from_none_the_picture():
+def test_resampled_from_all_noise_it_is_sampled_and_from_none_the_image():
     """Between, some stay, each from a timestep of its own."""
     prior, true = made(), pictures(3)
     noise = row_noise(3, [5, 6, 7], "sketch")(0, true.shape[1:])
@@ -217,18 +217,18 @@ def test_redrawn_from_all_noise_it_is_drawn_and_from_none_the_picture():
     def redrawn(*since, scale=2.0):
         return resample_sketches(*captions, true, torch.tensor(since), noise, guidance_scale=scale)
 
-    drawn = sample_sketches(*captions, [5, 6, 7], 3, guidance_scale=2.0)
-    torch.testing.assert_close(redrawn(1000.0, 1000.0, 1000.0), drawn)
+    sampled = sample_sketches(*captions, [5, 6, 7], 3, guidance_scale=2.0)
+    torch.testing.assert_close(redrawn(1000.0, 1000.0, 1000.0), sampled)
     assert torch.equal(redrawn(30.0, 0.0, 31.0), true)  # the last of 30 steps is from timestep 33
     mixed = redrawn(0.0, 400.0, 1000.0)
     assert torch.equal(mixed[0], true[0])
-    torch.testing.assert_close(mixed[2], drawn[2])
-    for other in (true, drawn, redrawn(0.0, 700.0, 1000.0), redrawn(0.0, 400.0, 1000.0, scale=1.0)):
+    torch.testing.assert_close(mixed[2], sampled[2])
+    for other in (true, sampled, redrawn(0.0, 700.0, 1000.0), redrawn(0.0, 400.0, 1000.0, scale=1.0)):
         assert (mixed[1] - other[1]).abs().max() > 1e-3
     assert torch.equal(noise, row_noise(3, [5, 6, 7], "sketch")(0, true.shape[1:]))
 
 
-def test_redrawing_is_ddim_by_plain_loops():
+def test_resampling_is_ddim_by_plain_loops():
     """One picture at a time, in float64, by equation 12 of DDIM and the cosine of its own."""
     prior, true = made().double(), pictures(2).double()
     noise = torch.randn(true.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)

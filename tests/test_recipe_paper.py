@@ -14,7 +14,8 @@ from dalle_cli.models.attention import layer_kinds
 from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.prior import Prior, PriorConfig
-from dalle_cli.planning.subjects import subjects
+from dalle_cli.planning.estimate import models_on_meta
+from dalle_cli.planning.workload import workloads
 from dalle_cli.training.clip import CLIPTrain
 from dalle_cli.training.dvae import DVAETrain
 from dalle_cli.training.prior import PriorTrain
@@ -192,8 +193,8 @@ TRAINS = {
 @pytest.fixture(scope="module")
 def unclip():
     """The models of the second recipe on the meta device, and how they are trained."""
-    with torch.device("meta"):
-        return {s.name: (s.build(), s.train) for s in subjects(config.read(UNCLIP))}
+    with models_on_meta():
+        return {w.name: (w.task(w.train).model, w.train) for w in workloads(config.read(UNCLIP))}
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -16,7 +16,7 @@ from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
 from dalle_cli.models.embedding_prior import AutoregressivePriorConfig
 from dalle_cli.models.upsampler import UpsamplerConfig
-from dalle_cli.sampling.decoder import chained
+from dalle_cli.sampling.decoder import upsampler_order
 from dalle_cli.training.decoder import DecoderTrain
 from dalle_cli.training.embedding_prior import KINDS, EmbeddingPriorTrain, chosen
 from dalle_cli.training.upsampler import UpsamplerTrain
@@ -203,7 +203,7 @@ def test_numbers_are_of_models_that_exist(name):
         config.section({"x": sizes}, "x", cls, {**known, "kind": found}, train=EmbeddingPriorTrain)
     decoder, _ = config.section(table, "decoder", DecoderConfig, known, train=DecoderTrain)
     upsampler, _ = config.section(table, "upsampler_1", UpsamplerConfig, train=UpsamplerTrain)
-    assert chained([upsampler], decoder.image_size) == [0]
+    assert upsampler_order([upsampler], decoder.image_size) == [0]
     assert upsampler.image_size == clip.image_size
 
 

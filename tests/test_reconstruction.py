@@ -134,7 +134,7 @@ def test_means_are_those_of_the_twin():
     assert told["ssim_error"] == pytest.approx(np.std(alike, ddof=1) / math.sqrt(10))
     apart = ((images.double() - shown.double()) ** 2).mean().item()
     assert told["psnr_pooled"] == pytest.approx(10 * math.log10(255**2 / apart))
-    assert (told["pictures"], told["identical"]) == (10, 1)
+    assert (told["images"], told["identical"]) == (10, 1)
     used, perplexity, bits = reference.usage(codes.flatten().tolist())
     assert scores.code_metrics() == pytest.approx(
         {
@@ -173,10 +173,10 @@ def test_a_mask_takes_a_part():
     mask = torch.zeros(10, dtype=torch.bool)
     mask[[2, 4, 7]] = True
     part = scores.image_metrics(mask)
-    assert (part["pictures"], part["identical"]) == (3, 1)
+    assert (part["images"], part["identical"]) == (3, 1)
     assert part["psnr"] == pytest.approx(decibels(images, shown)[mask].mean().item())
     assert part["ssim"] == pytest.approx(ssim(images, shown)[mask].mean().item())
-    assert scores.image_metrics(torch.zeros(10, dtype=torch.bool)) == {"pictures": 0}
+    assert scores.image_metrics(torch.zeros(10, dtype=torch.bool)) == {"images": 0}
 
 
 def test_small_pictures_have_no_ssim():

@@ -411,8 +411,7 @@ def test_scores_at_several_radii_stand_side_by_side(tmp_path):
         return {"value": value, "low": value - 1, "high": value + 1}
 
     scores = [
-        {"blur": b, "frechet": {"called": "FID", **score(10.0 + b)}, "retrieval": {"r1": score(2.5)}}
-        for b in (0.0, 2.0)
+        {"blur": b, "frechet": {"name": "FID", **score(10.0 + b)}, "retrieval": {"r1": score(2.5)}} for b in (0.0, 2.0)
     ]
     path = images(tmp_path / "x.images.safetensors", 2, ["a", "b"])
     inputs = {"generated": digest_file(path), "reference": "f" * 64}

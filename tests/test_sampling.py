@@ -1,4 +1,4 @@
-"""Drawing codes: guidance, truncation, frequencies, and samples that depend on seed and index only."""
+"""Sample codes: guidance, truncation, frequencies, and samples that depend on seed and index only."""
 
 import dataclasses
 import itertools
@@ -6,15 +6,16 @@ import math
 
 import pytest
 import torch
+from by_keyword import sample_codes
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.prior import Prior, PriorConfig
-from dalle_cli.sampling import autoregressive
-from dalle_cli.sampling.autoregressive import draw, guide, guided_positions, sample_batches, sample_codes, uniforms
-from dalle_cli.sampling.truncation import top_k, top_p
+from dalle_cli.sampling import categorical
+from dalle_cli.sampling.autoregressive import sample_batches
+from dalle_cli.sampling.categorical import guide, guided_positions, sample_categorical, top_k, top_p, uniforms
 
 SMALL = PriorConfig(n_layer=3, n_head=2, n_embd=32, n_text_vocab=11, n_text=6, n_image_vocab=40, grid=5, conv_kernel=3)
 TOKENS = torch.tensor([[1, 2, 3, 4, 0, 0]])
@@ -39,10 +40,10 @@ def sample(model, indices, seed=7, **options):
 
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 3.0, "top_k": 20, "temperature": 0.8}, {"top_p": 0.9}])
 @pytest.mark.parametrize("attention", ["sparse", "full"])
-def test_sample_equals_uncached_drawing(attention, options):
+def test_sample_equals_uncached_sampling(attention, options):
     """The whole grid again, one full pass for each code, with the same numbers."""
     model = build(torch.double, attention=attention)
-    drawn = sample(model, [3, 8], batch_size=2, **options)
+    sampled = sample(model, [3, 8], batch_size=2, **options)
     scale = options.get("guidance_scale", 1.0)
     codes = torch.zeros(2, 25, dtype=torch.int64)
     noise = torch.stack([uniforms(7, i, 25) for i in (3, 8)])
@@ -52,8 +53,8 @@ def test_sample_equals_uncached_drawing(attention, options):
         null = model(TOKENS.expand(2, -1), torch.zeros(2, dtype=torch.int64), grid)[1][:, j]
         logits = (null + scale * (conditional - null)) / options.get("temperature", 1.0)
         logits = top_k(logits, options.get("top_k", 40))
-        codes[:, j] = draw(top_p(logits, options.get("top_p", 1.0)), noise[:, j])
-    assert torch.equal(drawn.flatten(1), codes)
+        codes[:, j] = sample_categorical(top_p(logits, options.get("top_p", 1.0)), noise[:, j])
+    assert torch.equal(sampled.flatten(1), codes)
 
 
 def test_sample_depends_on_seed_and_index_only():
@@ -88,14 +89,14 @@ def test_candidates_of_several_captions_in_any_order():
     tokens, lengths = torch.tensor([[1, 2, 3, 4, 0, 0], [5, 6, 0, 0, 0, 0]]), torch.tensor([4, 2])
     captions = [0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 1]
     for scale in (1.0, 2.0):
-        drawn = sample_codes(
+        sampled = sample_codes(
             model, tokens, lengths, range(12), 7, captions=captions, batch_size=2, guidance_scale=scale
         )
         for of in (0, 1):
             rows = [row for row, caption in enumerate(captions) if caption == of]
             own = slice(of, of + 1)
             assert torch.equal(
-                drawn[rows], sample_codes(model, tokens[own], lengths[own], rows, 7, guidance_scale=scale)
+                sampled[rows], sample_codes(model, tokens[own], lengths[own], rows, 7, guidance_scale=scale)
             )
 
 
@@ -119,7 +120,7 @@ def test_global_random_state_is_neither_read_nor_written():
     assert torch.equal(sample(model, [0, 1]), first)
 
 
-def test_batches_come_as_they_are_drawn_and_progress_is_told():
+def test_batches_come_as_they_are_sampled_and_progress_is_reported():
     model, told = build(), []
     batches = sample_batches(model, TOKENS, LENGTHS, range(5), 7, batch_size=2, progress=told.append)
     first = next(batches)
@@ -182,9 +183,11 @@ def test_guidance_of_scale_zero_ignores_the_caption():
 
 @pytest.mark.parametrize("span", [(0.0, 0.4), (0.4, 0.8), (0.52, 1.0), (0.3, 0.3)])
 def test_guidance_by_part_of_the_grid(monkeypatch, span):
-    """Within the span logits are guided, elsewhere they are the conditional ones of the codes drawn so far."""
+    """Within the span logits are guided, elsewhere they are the conditional ones of the codes sampled so far."""
     model, seen = build(torch.double), []
-    monkeypatch.setattr(autoregressive, "draw", lambda logits, noise: seen.append(logits) or draw(logits, noise))
+    monkeypatch.setattr(
+        categorical, "sample_categorical", lambda logits, u: seen.append(logits) or sample_categorical(logits, u)
+    )
     codes = sample(model, range(4), guidance_scale=3.0, guidance_span=span)
     logits = torch.stack(seen, dim=1)
     monkeypatch.undo()
@@ -221,12 +224,12 @@ def test_an_empty_span_computes_no_null_rows(monkeypatch):
 LOGITS = torch.randn(50, generator=torch.Generator().manual_seed(3)) * 1.5
 
 
-def chi_square(drawn, probabilities):
+def chi_square(sampled, probabilities):
     """The p-value of counts against exact probabilities; values expected under 5 times go into one bin."""
-    assert not drawn[probabilities == 0].any()
-    expected = probabilities * drawn.sum()
+    assert not sampled[probabilities == 0].any()
+    expected = probabilities * sampled.sum()
     rare = expected < 5
-    observed = [*drawn[~rare].tolist(), drawn[rare].sum().item()]
+    observed = [*sampled[~rare].tolist(), sampled[rare].sum().item()]
     wanted = [*expected[~rare].tolist(), expected[rare].sum().item()]
     kept = [i for i, w in enumerate(wanted) if w > 0]
     return stats.chisquare([observed[i] for i in kept], [wanted[i] for i in kept], sum_check=False).pvalue
@@ -238,16 +241,16 @@ def test_frequencies_are_the_softmax(cut, n_vocab):
     n = 20_000
     logits = cut(LOGITS.repeat(100)[:n_vocab].double())
     noise = uniforms(11, n_vocab, n)
-    drawn = torch.cat([draw(logits.expand(len(u), -1), u) for u in noise.split(2000)])
-    assert chi_square(torch.bincount(drawn, minlength=n_vocab).double(), torch.softmax(logits, 0)) > 0.01
+    sampled = torch.cat([sample_categorical(logits.expand(len(u), -1), u) for u in noise.split(2000)])
+    assert chi_square(torch.bincount(sampled, minlength=n_vocab).double(), torch.softmax(logits, 0)) > 0.01
 
 
 def test_frequencies_through_the_whole_sampler():
     model = build(torch.double, grid=1)
     logits = model(TOKENS, LENGTHS, torch.zeros(1, 1, 1, dtype=torch.int64))[1][0, 0] / 0.7
-    drawn = sample(model, range(4000), batch_size=1000, temperature=0.7, top_k=12)
+    sampled = sample(model, range(4000), batch_size=1000, temperature=0.7, top_k=12)
     expected = torch.softmax(top_k(logits, 12), 0)
-    assert chi_square(torch.bincount(drawn.flatten(), minlength=40).double(), expected) > 0.01
+    assert chi_square(torch.bincount(sampled.flatten(), minlength=40).double(), expected) > 0.01
 
 
 @pytest.mark.parametrize("options", [{"top_k": 6}, {"top_p": 0.85}, {"top_k": 12, "top_p": 0.7, "temperature": 1.6}])
@@ -258,8 +261,8 @@ def test_frequencies_against_the_exact_distribution(options):
     conditional, free = (model(TOKENS, n, codes)[1][0, 0].double() for n in (LENGTHS, null))
     row = ((free + 4 * (conditional - free)) / options.get("temperature", 1.0)).tolist()
     exact = torch.tensor(cut_by_hand(row, options.get("top_k", 40), options.get("top_p", 1.0)), dtype=torch.double)
-    drawn = sample(model, range(5000), seed=3, batch_size=1000, guidance_scale=4.0, **options)
-    counts = torch.bincount(drawn.flatten(), minlength=40).double()
+    sampled = sample(model, range(5000), seed=3, batch_size=1000, guidance_scale=4.0, **options)
+    counts = torch.bincount(sampled.flatten(), minlength=40).double()
     assert chi_square(counts, exact) > 0.01
     other = torch.softmax(torch.tensor(row) / 2, 0).double() * (exact > 0)
     assert chi_square(counts, other / other.sum()) < 1e-3  # the test would notice another temperature
@@ -294,16 +297,16 @@ def test_noise_is_uniform_independent_and_a_function_of_its_names():
     assert (uniforms(0, 0, 1) * 2**24).tolist() == [[15773741, 5362364, 5230431]]
 
 
-def test_draw_never_gives_what_was_cut():
+def test_sampling_never_gives_what_was_cut():
     logits = torch.full((4, 3000), float("-inf"))
     logits[:, [5, 1500, 2999]] = torch.tensor([-90.0, 0.0, -1e-3])
     edges = torch.tensor([0.0, 1 - 2**-24])
     noise = torch.cartesian_prod(edges, edges, edges)[:, :3]
-    drawn = draw(logits[:1].expand(8, -1), noise)
-    assert set(drawn.tolist()) <= {5, 1500, 2999}
+    sampled = sample_categorical(logits[:1].expand(8, -1), noise)
+    assert set(sampled.tolist()) <= {5, 1500, 2999}
 
 
-def test_rounding_seldom_changes_a_draw():
+def test_rounding_seldom_changes_a_sample():
     """Beside one inversion over the whole vocabulary, where rounding moves thousands of boundaries past the noise."""
     generator = torch.Generator().manual_seed(0)
     changed = flat = 0
@@ -311,7 +314,7 @@ def test_rounding_seldom_changes_a_draw():
         logits = torch.randn(500, 8192, generator=generator)
         rounded = logits + 1e-3 * torch.randn(500, 8192, generator=generator)
         noise = uniforms(0, block, 500)
-        changed += int((draw(logits, noise) != draw(rounded, noise)).sum())
+        changed += int((sample_categorical(logits, noise) != sample_categorical(rounded, noise)).sum())
         shares = [torch.softmax(x.double(), -1).cumsum(-1) for x in (logits, rounded)]
         flat += int(torch.ne(*(torch.searchsorted(x, noise[:, :1].double()) for x in shares)).sum())
     assert flat > 6 * changed > 0

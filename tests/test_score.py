@@ -182,10 +182,10 @@ def test_the_path_or_json_on_stdout(chain, drawn, tmp_path, monkeypatch):
     shutil.copy(drawn, "x.codes.safetensors")
     result = run_cli("score", "-m", chain.model, stdin="x.codes.safetensors\n")
     assert result.stdout == "x.scored.safetensors\n"
-    assert "pictures 10, mean -" in result.stderr
+    assert "images 10, mean -" in result.stderr
     told = json.loads(run_ok("score", "x.codes.safetensors", "-m", chain.model, "--json"))
     scores = array(tmp_path / "x.scored.safetensors", "score")
-    assert (told["stage"], told["by"], told["pictures"], told["codes"]) == ("score", "prior", 10, 16)
+    assert (told["stage"], told["by"], told["images"], told["codes"]) == ("score", "prior", 10, 16)
     assert [row["score"] for row in told["rows"]] == scores.tolist()
     assert [row["id"] for row in told["rows"]] == strings(drawn, "ids")
     assert told["mean"] == pytest.approx(scores.astype(float).mean())

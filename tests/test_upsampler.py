@@ -13,7 +13,7 @@ from dalle_cli.data.datasets import open_dataset
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge
-from dalle_cli.sampling.decoder import SamplerConfig, chained, enlarge_noised, process, to_images, upsample
+from dalle_cli.sampling.decoder import SamplerConfig, enlarge_noised, to_images, unet_process, upsample, upsampler_order
 from dalle_cli.training.loop import Trainer
 from dalle_cli.training.run import Run
 from dalle_cli.training.upsampler import UpsamplerTask, UpsamplerTrain
@@ -81,12 +81,12 @@ def test_chains():
     sizes = {"width": 8, "multipliers": (1,), "groups": 4}
     two, four, sixteen = (UpsamplerConfig(image_size=b, low_size=a, **sizes) for a, b in ((8, 16), (16, 64), (8, 128)))
     assert (two.factor, four.factor, sixteen.factor) == (2, 4, 16)
-    assert chained([four, two], 8) == [1, 0]
-    assert chained([sixteen], 8) == [0]
-    assert chained([], 8) == []
+    assert upsampler_order([four, two], 8) == [1, 0]
+    assert upsampler_order([sixteen], 8) == [0]
+    assert upsampler_order([], 8) == []
     for wrong, size in (([four], 8), ([two, sixteen], 8), ([two, four], 16)):
         with pytest.raises(DalleError):
-            chained(wrong, size)
+            upsampler_order(wrong, size)
 
 
 # Training
@@ -162,8 +162,8 @@ def test_the_enlarged_image_is_clamped_before_it_is_noised():
     """Each row is its clean image, clamped, and enlarged noise, at its level."""
     c = config(low_noise=0.5)
     low, noise, levels = randn(4, 3, 4, 4).clamp(-1, 1), randn(4, 3, 4, 4, seed=2), torch.tensor([-1, 0, 30, 49])
-    found = enlarge_noised(process(c), low, 4, levels, noise)
-    kept = process(c).schedule.alphas_cumprod[levels.clamp(min=0)].float()[:, None, None, None]
+    found = enlarge_noised(unet_process(c), low, 4, levels, noise)
+    kept = unet_process(c).schedule.alphas_cumprod[levels.clamp(min=0)].float()[:, None, None, None]
     bicubic = {"scale_factor": 4.0, "mode": "bicubic", "antialias": True}
     clean, rough = (F.interpolate(x, **bicubic) for x in (low, noise))
     assert clean.abs().max() > 1
@@ -172,7 +172,7 @@ def test_the_enlarged_image_is_clamped_before_it_is_noised():
     torch.testing.assert_close(found[0], clean[0].clamp(-1, 1))
     assert found[3].abs().max() > 1  # the noise itself is whole
     task = object.__new__(UpsamplerTask)
-    task.config, task.process = c, process(c)
+    task.config, task.process = c, unet_process(c)
     seen = []
     task.predict(lambda x, t, beside, level: seen.append((beside, level)), (low, levels, noise))(None, None)
     assert torch.equal(seen[0][0], found)
@@ -188,7 +188,7 @@ def test_sampling_with_the_noise_that_was_trained():
         upsample(model, low, SamplerConfig(2), noise, share)
         beside, levels = seen[-1]
         assert levels.tolist() == [level] * 2
-        expected = enlarge_noised(process(model.config), low / 127.5 - 1, 4, levels, noise(-1, (3, 4, 4)))
+        expected = enlarge_noised(unet_process(model.config), low / 127.5 - 1, 4, levels, noise(-1, (3, 4, 4)))
         torch.testing.assert_close(beside, expected, atol=1e-5, rtol=0)
     for share in (0.6, -0.1):
         with pytest.raises(DalleError, match=r"low_noise in \[0, 0.5\], as the upsampler was trained with"):

@@ -55,7 +55,7 @@ def run(
 
     texts = prompts.read_prompts(prompt.prompts, prompt.prompts_file)
     settings = Settings(n, keep, sampling, decoder, inpainting, batch_size, compiled)
-    ranking.check_keep(texts * n, settings.kept)
+    ranking.check_keep(texts * n, settings.n_keep)
     target = out or paths.after_prompt(texts, prompt.prompts_file, ".png")
     output.check_outputs(target, images, force)
     pipeline = Pipeline(model, latents=latents, machine=machine.open())

@@ -1,22 +1,20 @@
-"""`dalle plan`: a recipe's models on a machine, before anything is trained."""
+"""`dalle plan`: whether a recipe's models fit on a device, and how long their training takes."""
 
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dalle_cli.options import Json, Sets
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from dalle_cli.planning.hardware import Machine, Rate
+    from dalle_cli.planning.hardware import Hardware, Rate
     from dalle_cli.planning.plan import Memory, ModelPlan
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
-MEMORY = {  # what of a memory's parts is called in the table
+MEMORY = {  # field of a Memory -> label in the table
     "weights": "weights",
     "gradients": "gradients",
     "moments": "optimizer",
@@ -26,6 +24,7 @@ MEMORY = {  # what of a memory's parts is called in the table
 }
 FIRST = ("dvae", "clip", "prior")  # the models of DALL-E
 COLUMNS, WIDTH = 6, 140  # of a table, models and characters
+UNITS = (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("min", 60))
 EXAMPLE = "dalle plan recipes/paper/recipe.toml --device v100-16gb --devices 1024 --pairs 250000000"
 
 
@@ -35,73 +34,69 @@ def run(
     device: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="auto, cpu, cuda, mps: this machine; or a data sheet's, as t4, a100-80gb, h100."
+            metavar="NAME", help="auto, cpu, cuda, mps: this machine; or a data sheet: t4, a100-80gb, h100, ..."
         ),
     ] = "auto",
-    devices: Annotated[int, typer.Option(min=1, metavar="N", help="How many of it.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, metavar="N", help="Number of devices.")] = 1,
     rate: Annotated[
         float | None,
         typer.Option(min=1.0, metavar="FLOPS", help="Operations a second that one device reaches in training."),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Find out the rate by updates of the models on this machine.")
+        bool, typer.Option("--measure", help="Measure the rate by updates of the models on this machine.")
     ] = False,
     pairs: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Also the bytes of so many captions, codes and embeddings, and epochs."),
+        typer.Option(min=1, metavar="N", help="Also show epochs, and bytes of so many captions, codes and embeddings."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate whether a recipe's models fit on a machine, and how long training takes."""
+    """Estimate whether a recipe's models fit on a device, and how long their training takes."""
     from dataclasses import asdict
 
     from dalle_cli import config, console
-    from dalle_cli.planning import hardware as machines
-    from dalle_cli.planning import plan
-    from dalle_cli.planning.subjects import subjects
-    from dalle_cli.training.embedding_prior import SECTION, chosen
+    from dalle_cli.planning import hardware, plan
+    from dalle_cli.planning.workload import Workload, workloads
 
     table = config.read(recipe, sets)
-    if SECTION in table:
-        chosen(table)  # refuses what no training would take
-    models, machine = subjects(table), machines.machine(device)
-    _check_rate(rate, measure, machine)
+    models, found = workloads(table), hardware.find(device)
+    _check_rate(rate, measure, found)
+
+    def speed(workload: Workload, flops: int, fits: bool) -> "Rate | None":
+        if rate is not None:
+            return hardware.Rate(rate, "as stated")
+        return hardware.measured_rate(workload, device, flops, fits) if measure else hardware.assumed_rate(found)
+
     plans: list[ModelPlan] = []
     with console.progress("plan", len(models), unit="models") as advance:
-        for subject in models:
-
-            def speed(flops: int, fits: bool, subject: Any = subject) -> "Rate | None":
-                if rate is not None:
-                    return machines.Rate(rate, "as stated")
-                return machines.measured(subject, device, flops, fits) if measure else machines.assumed(machine)
-
-            plans.append(plan.plan(subject, machine, devices, speed))
+        for model in models:
+            plans.append(plan.plan(model, found, devices, lambda flops, fits, model=model: speed(model, flops, fits)))  # type: ignore[misc]
             advance()
-    stored = plan.data(table, pairs) if pairs else {}
+    stored = plan.stored_bytes(table, pairs) if pairs else {}
     if as_json:
-        told = {"name": machine.name, "memory": machine.memory, "count": devices, "arithmetic": machine.half}
+        about = {"name": found.name, "memory": found.memory, "count": devices, "arithmetic": found.half}
         epochs = {p.name: p.updates * p.batch / pairs for p in plans} if pairs else {}
-        console.emit_json(
-            {"device": told, "models": {p.name: asdict(p) for p in plans}, "data": stored, "epochs": epochs}
-        )
-        return
-    console.emit(_page(plans, machine, devices, pairs, stored))
+        whole = {"device": about, "models": {p.name: asdict(p) for p in plans}, "data": stored, "epochs": epochs}
+        console.emit_json(whole)
+    else:
+        console.emit(_page(plans, found, devices, pairs, stored))
 
 
-def _check_rate(rate: float | None, measure: bool, machine: "Machine") -> None:
+def _check_rate(rate: float | None, measure: bool, device: "Hardware") -> None:
     from dalle_cli.errors import DalleError
 
     if rate is not None and not math.isfinite(rate):
-        raise DalleError(f"expected a finite --rate, found {rate}; say how many operations a second")
+        raise DalleError(f"expected a finite --rate, found {rate}; give operations a second")
     if rate is not None and measure:
         raise DalleError("expected --rate or --measure, found both; leave one out")
-    if measure and machine.peak is not None:
-        raise DalleError(f"expected --measure for this machine, found --device {machine.name}; leave one out")
+    if measure and device.peak is not None:
+        raise DalleError(f"expected --measure for this machine, found --device {device.name}; leave one out")
 
 
-def _page(plans: list["ModelPlan"], machine: "Machine", devices: int, pairs: int | None, stored: dict[str, int]) -> str:
-    """A column for each model, then the verdicts, then what was assumed; in colour on a terminal."""
+def _page(plans: list["ModelPlan"], device: "Hardware", devices: int, pairs: int | None, stored: dict[str, int]) -> str:
+    """A column for each model, then the verdicts, then what was assumed; in color on a terminal."""
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
     from dalle_cli.planning.plan import size
@@ -109,32 +104,23 @@ def _page(plans: list["ModelPlan"], machine: "Machine", devices: int, pairs: int
     terminal = Console().is_terminal
     page = Console(width=WIDTH, force_terminal=terminal, color_system="auto" if terminal else None)
     first = [p for p in plans if p.name in FIRST]
-    with page.capture() as told:
-        for side_by_side in [plans] if len(plans) <= COLUMNS else [first, [p for p in plans if p not in first]]:
-            page.print(_grid(side_by_side, devices, pairs))
-            page.print()
-        for p in plans:
-            page.print(Text(f"{p.name} {p.verdict}", style="green" if p.fits else "red"), soft_wrap=True)
+    with page.capture() as captured:
+        for columns in [plans] if len(plans) <= COLUMNS else [first, [p for p in plans if p not in first]]:
+            grid = Table.grid(padding=(0, 3))
+            grid.add_column()
+            for _ in columns:
+                grid.add_column(justify="right")
+            for title, cells in _rows(columns, devices, pairs):
+                style = "" if title.startswith(" ") else "bold"
+                grid.add_row(Text(title, style=style), *(Text(cell, style=style) for cell in cells))
+            page.print(grid, "")
+        lines = [Text(f"{p.name} {p.verdict}", style="green" if p.fits else "red") for p in plans]
         if stored:
             parts = ", ".join(f"{name} {size(n)}" for name, n in stored.items())
-            page.print(Text(f"{pairs:,} pairs: {parts}; ids and text come on top"), soft_wrap=True)
-        for note in _notes(plans, machine):
-            page.print(Text(note, style="dim"), soft_wrap=True)
-    return "\n".join(line.rstrip() for line in told.get().rstrip().splitlines())
-
-
-def _grid(plans: list["ModelPlan"], devices: int, pairs: int | None) -> "Table":
-    """Models side by side."""
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table.grid(padding=(0, 3))
-    for justify in ("left", *("right" for _ in plans)):
-        grid.add_column(justify=justify)  # type: ignore[arg-type]
-    for title, cells in _rows(plans, devices, pairs):
-        style = "" if title.startswith(" ") else "bold"
-        grid.add_row(Text(title, style=style), *(Text(cell, style=style) for cell in cells))
-    return grid
+            lines.append(Text(f"{pairs:,} pairs: {parts}, and ids and text"))
+        for line in [*lines, *(Text(note, style="dim") for note in _notes(plans, device))]:
+            page.print(line, soft_wrap=True)
+    return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
 
 
 def _rows(plans: list["ModelPlan"], devices: int, pairs: int | None) -> list[tuple[str, list[str]]]:
@@ -159,10 +145,10 @@ def _rows(plans: list["ModelPlan"], devices: int, pairs: int | None) -> list[tup
     row("updates", lambda p: f"{p.updates:,}")
     if pairs:
         row("epochs", lambda p: f"{p.updates * p.batch / pairs:.3g}")
-    memory("memory on one device, at its fullest", lambda p: p.alone)
+    memory("peak memory on one device", lambda p: p.alone)
     if devices > 1:
         memory(f"sharded, on each of {devices:,}", lambda p: p.sharded or p.alone)
-        row(f"a whole copy, on each of {devices:,}", lambda p: size((p.replicated or p.alone).peak))
+        row(f"replicated, on each of {devices:,}", lambda p: size((p.replicated or p.alone).peak))
     row("arithmetic of an update", lambda p: _short(p.flops, " FLOP"))
     row("of all updates", lambda p: _short(p.flops * p.updates, " FLOP"))
     if any(p.seconds for p in plans):
@@ -171,22 +157,22 @@ def _rows(plans: list["ModelPlan"], devices: int, pairs: int | None) -> list[tup
     return rows
 
 
-def _notes(plans: list["ModelPlan"], machine: "Machine") -> list[str]:
+def _notes(plans: list["ModelPlan"], device: "Hardware") -> list[str]:
     """Where the numbers come from, and what they leave out."""
-    from dalle_cli.planning.plan import SLACK_GPU
+    from dalle_cli.planning.plan import slack
 
-    sources = {p.rate.source: p.name for p in plans if p.rate}
+    sources = {p.rate.source for p in plans if p.rate}
     if len(sources) > 1:
-        told = "; ".join(f"{p.name} {p.rate.source}" for p in plans if p.rate)
+        notes = ["rate of one device: " + "; ".join(f"{p.name} {p.rate.source}" for p in plans if p.rate)]
+    elif sources:
+        notes = [f"rate of one device: {sources.pop()}"]
     else:
-        told = next(iter(sources), "give --rate, --measure or a data sheet's --device, and it says how long this takes")
-    notes = [f"rate of one device: {told}" if sources else told]
-    if sources:
-        notes.append("time: updates alone; validation, reading, and what devices tell each other come on top")
-    added = f"{SLACK_GPU:.0%} of the activations" if machine.accelerator else "a heap's holes"
-    notes.append(f"memory: an update rehearsed on tensors without any; {added} are added for what an allocator wastes")
-    if machine.half == "float16":
-        notes.append(f"{machine.name} has no bfloat16: train with --dtype float16")
+        notes = ["for the time, give --rate, --measure or the --device of a data sheet"]
+    if plans[0].rate:
+        notes.append("time: updates alone; validation, reading and communication come on top")
+    notes.append(f"memory: an update on fake tensors, and {slack(device):.0%} of the activations for the allocator")
+    if device.half == "float16":
+        notes.append(f"{device.name} has no bfloat16: train with --dtype float16")
     return notes
 
 
@@ -201,7 +187,7 @@ def _short(value: float, unit: str = "") -> str:
 
 
 def _time(seconds: float) -> str:
-    for unit, length in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("min", 60)):
+    for unit, length in UNITS:
         if seconds >= 2 * length:
             return f"{seconds / length:.3g} {unit}" if seconds < 1000 * length else f"{seconds / length:,.0f} {unit}"
     return f"{seconds:.3g} s"

@@ -4,9 +4,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from dalle_cli.options import Force, Out
+from dalle_cli.options import Force, Out, arg, opt
 
 EXAMPLE = "dalle plot model/prior.safetensors wider/prior.safetensors --keys image_nats,lr -o loss.png"
 
@@ -18,21 +16,17 @@ class Axis(str, Enum):
     seconds = "seconds"
 
 
+Runs = Annotated[
+    list[Path] | None,
+    arg("RUN...", "Weights, the .run folder beside them, or a metrics.jsonl; read from the pipe if left out."),
+]
+X = Annotated[Axis, opt("NAME", "updates or seconds.", "--x")]
+Keys = Annotated[str, opt("NAME,...", "Metrics of the log, as image_nats,lr; else all that vary.")]
+Title = Annotated[str | None, opt("TEXT", "A title above the chart.")]
+
+
 def run(
-    runs: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="RUN...",
-            help="Weights, the .run folder beside them, or a metrics.jsonl; read from the pipe if left out.",
-        ),
-    ] = None,
-    out: Out = None,
-    x: Annotated[Axis, typer.Option("--x", metavar="NAME", help="updates or seconds.")] = Axis.updates,
-    keys: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Metrics of the log, as image_nats,lr; else all that vary.")
-    ] = "",
-    title: Annotated[str | None, typer.Option(metavar="TEXT", help="A title above the chart.")] = None,
-    force: Force = False,
+    runs: Runs = None, out: Out = None, x: X = Axis.updates, keys: Keys = "", title: Title = None, force: Force = False
 ) -> None:
     """Plot the metrics of training runs, several in one chart."""
     from dalle_cli import console

@@ -3,32 +3,19 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from dalle_cli.options import Force
+from dalle_cli.options import OUT, Force, arg, opt
 
 EXAMPLE = "dalle report recipes/emoji/build -o report.html"
 
+Run = Annotated[
+    Path | None,
+    arg("RUN", "A folder such as a recipe's build/, weights, or a .run folder; read from the pipe if left out."),
+]
+Page = Annotated[Path | None, opt("FILE", "Where to write; else report.html in the folder, or beside weights.", *OUT)]
+Title = Annotated[str | None, opt("TEXT", "The page's heading; else the folder's name.")]
 
-def run(
-    path: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="RUN",
-            help="A folder such as a recipe's build/, weights, or a .run folder; read from the pipe if left out.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", metavar="FILE", help="Where to write; else report.html in the folder, or beside weights."
-        ),
-    ] = None,
-    title: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The page's heading; else the folder's name.")
-    ] = None,
-    force: Force = False,
-) -> None:
+
+def run(path: Run = None, out: Page = None, title: Title = None, force: Force = False) -> None:
     """Write one HTML page about a run: charts, images, metrics, and each artifact's history."""
     from dalle_cli import console
     from dalle_cli.artifacts.container import SHARDS
@@ -46,11 +33,5 @@ def run(
     html.check_page(target, page.GENERATOR, force)
     found = scan(source)
     write_text(target, page.page(found, title))
-    console.result(
-        target,
-        artifacts=len(found.items),
-        trainings=len(found.trainings),
-        scores=len(found.scores),
-        left_out=len(found.notes) or None,
-        megabytes=target.stat().st_size / 1e6,
-    )
+    counts = {"artifacts": len(found.items), "trainings": len(found.trainings), "scores": len(found.scores)}
+    console.result(target, **counts, left_out=len(found.notes) or None, megabytes=target.stat().st_size / 1e6)

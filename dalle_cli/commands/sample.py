@@ -49,8 +49,8 @@ def run(
             raise DalleError(
                 f"expected --from alone to say what to sample, found {' and '.join(found)}; pick by --rows"
             )
-        past, wanted, options, inpainting, recorded = stages.sample_again(source, rows, options, inpainting)
-        n, dtype = stages.entry(past)["options"].get("n", len(wanted)), dtype or recorded
+        past, wanted, n, options, inpainting, recorded = stages.resample(source, rows, options, inpainting)
+        dtype = dtype or recorded
         target = out or paths.beside(source, ".codes.safetensors")
     elif rows is not None:
         raise DalleError("expected --from beside --rows, found none; say of which codes these are the rows")

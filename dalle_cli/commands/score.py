@@ -54,4 +54,4 @@ def run(
         made.pop("skipped")
         console.emit_json({"stage": "score", "by": by, **made})
     else:
-        console.result(target, **{name: made[name] for name in ("pictures", "mean", "best", "skipped")})
+        console.result(target, **{name: made[name] for name in ("images", "mean", "best", "skipped")})

@@ -8,41 +8,36 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from dalle_cli.errors import DalleError
-from dalle_cli.options import Force, Json, PromptFile, Seed
+from dalle_cli.options import OUT, Force, Json, PromptFile, Seed, arg, opt
 
 EXAMPLE = """dalle survey ours.best.safetensors theirs.best.safetensors --prompts prompts.txt -o survey.html
 dalle survey --tally votes-anna.json votes-ben.json -o tally.json"""
 
 
+Files = Annotated[
+    list[Path] | None,
+    arg(
+        "A B | VOTES...",
+        "Two images artifacts to compare by prompt, by the first image of each; with --tally, files that the page "
+        "saved.",
+    ),
+]
+Target = Annotated[
+    Path | None, opt("FILE", "Where to write; else survey.html beside A, and the results of a tally on stdout.", *OUT)
+]
+Votes = Annotated[
+    int, opt("N", "Votes wanted per caption (the paper: 5): give the page to so many people.", "--votes", min=1)
+]
+Tally = Annotated[bool, opt(None, "Count votes instead of making a page.", "--tally")]
+
+
 def run(
-    files: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="A B | VOTES...",
-            help="Two images artifacts to compare by prompt, by the first image of each; "
-            "with --tally, files that the page saved.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            help="Where to write; else survey.html beside A, and the results of a tally on stdout.",
-        ),
-    ] = None,
+    files: Files = None,
+    out: Target = None,
     prompts: PromptFile = None,
-    votes: Annotated[
-        int,
-        typer.Option(
-            min=1, metavar="N", help="Votes wanted per caption (the paper: 5): give the page to so many people."
-        ),
-    ] = 5,
-    tally: Annotated[bool, typer.Option("--tally", help="Count votes instead of making a page.")] = False,
+    votes: Votes = 5,
+    tally: Tally = False,
     seed: Seed = 0,
     as_json: Json = False,
     force: Force = False,
@@ -79,13 +74,13 @@ def _page(a: Path, b: Path, out: Path | None, prompts: Path | None, votes: int, 
 
 def _tally(files: list[Path], out: Path | None, seed: int, as_json: bool, force: bool) -> None:
     from dalle_cli import console
-    from dalle_cli.artifacts.text import write_text
+    from dalle_cli.artifacts.text import check_overwrite, read_json_key, write_text
     from dalle_cli.report import survey
 
     if not files:
         raise DalleError("expected files of votes, found none; give those that the page saved")
     if out is not None:
-        survey.check_tally(out, force)
+        check_overwrite(out, "a tally", lambda path: read_json_key(path, "format") == survey.TALLY, force)
     found = survey.tally([survey.read_ballot(file) for file in files], seed)
     if short := found["captions_short"]:
         wanted = f"{found['votes_wanted']} votes"

@@ -1,6 +1,6 @@
-"""Noise that belongs to the sample: a function of (stage, seed, index, step) and of nothing else.
+"""Noise as a function of (stage, seed, sample index, step), so that a sample depends on no other sample.
 
-B samples of one batch. So a sample is the same whatever is drawn beside it, in batches of any size, on any device.
+B samples of one batch. A sample gets the same noise in batches of any size, on any device.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ _BYTES = 4
 
 
 def noise_for(seed: int, indices: Sequence[int], step: int, shape: Sequence[int], stage: str = "") -> Tensor:
-    """Standard normal numbers of one step, one sample for each index: -> (B, *shape) float32 on the CPU.
+    """Standard normal noise of one step, a row per index: -> (B, *shape) float32 on the CPU.
 
-    Each sample's are the SHAKE-256 stream of (stage, seed, index, step), 32 bits for each number, through the inverse
-    of the normal distribution: within 6.4 of 0. Stages of one chain that share a seed, such as prior, decoder and
-    upsampler, take names, as otherwise the numbers which drew an embedding would also paint it.
+    A row is the SHAKE-256 stream of (stage, seed, index, step), 32 bits per number, mapped through the inverse normal
+    distribution function, which gives values within 6.4 of 0. Stages that share a seed (prior, decoder, upsampler) pass
+    different names, so that their noise is independent.
     """
     size = torch.Size(shape).numel()
     streams = (hashlib.shake_256(f"{stage} {seed} {index} {step}".encode()).digest(_BYTES * size) for index in indices)
@@ -30,5 +30,5 @@ def noise_for(seed: int, indices: Sequence[int], step: int, shape: Sequence[int]
 
 
 def row_noise(seed: int, indices: Sequence[int], stage: str = "") -> Noise:
-    """The noise of a batch, as samplers take it: step 0 is where they start, step k what their k-th step adds."""
+    """The noise of a batch as samplers take it: step 0 is the initial noise, step k what the k-th step adds."""
     return lambda step, shape: noise_for(seed, indices, step, shape, stage)

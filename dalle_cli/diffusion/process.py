@@ -1,9 +1,9 @@
-"""What a network is trained to give, and what follows from it (Ho et al. 2020; Salimans & Ho 2022, app. D).
+"""The diffusion process and the parameterizations of a network (Ho et al. 2020; Salimans & Ho 2022, app. D).
 
-B batch, C channels. With level = alphas_cumprod of the timestep,
-x_t = sqrt(level) x_start + sqrt(1 - level) epsilon, and v = sqrt(level) epsilon - sqrt(1 - level) x_start.
-A network gives one of epsilon, x_start and v; with x_t each of them determines the other two. A level is a number, or
-one for each sample as `Schedule.at` gives them; both are float64 until they meet the samples.
+B batch, C channels. alpha_bar is alphas_cumprod at a timestep: a number, or one for each sample as `Schedule.at` gives
+them, in float64 until it multiplies the samples.
+x_t = sqrt(alpha_bar) x_start + sqrt(1 - alpha_bar) epsilon, v = sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x_start.
+A network predicts epsilon, x_start or v; together with x_t each of them determines the other two.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from dalle_cli.diffusion.schedules import Schedule
 from dalle_cli.errors import DalleError
 
 PREDICTIONS = ("epsilon", "x_start", "v")
-Level = TypeVar("Level", float, Tensor)
+AlphaBar = TypeVar("AlphaBar", float, Tensor)
 
 
 @dataclass(frozen=True)
 class Process:
-    """A schedule, what the network predicts, and whether it gives as many channels more for the variance.
+    """A noise schedule, what the network predicts, and whether it has as many channels again for the variance.
 
     Raises:
-        DalleError: an unknown prediction, or epsilon where the last timestep has no data left to tell it from.
+        DalleError: an unknown prediction, or epsilon with a schedule of zero terminal SNR.
     """
 
     schedule: Schedule
@@ -37,16 +37,16 @@ class Process:
         if self.prediction == "epsilon" and self.schedule.alphas_cumprod[-1] == 0:
             raise DalleError("expected v or x_start where the last timestep is all noise, found epsilon; predict v")
 
-    def noised(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t of given noise (Ho et al. 2020, eq. 4): (B, ...), (B,) int64, (B, ...) -> (B, ...)."""
-        level = self.schedule.at(t, x_start)
-        return times(level**0.5, x_start) + times((1 - level) ** 0.5, noise)
+    def add_noise(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t from x_start and noise (Ho et al. 2020, eq. 4): (B, ...), (B,) int64, (B, ...) -> (B, ...)."""
+        alpha_bar = self.schedule.at(t, x_start)
+        return scale(alpha_bar**0.5, x_start) + scale((1 - alpha_bar) ** 0.5, noise)
 
     def split(self, output: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A network's output as prediction and place of the log variance, in the dtype of `like`.
+        """Split a network's output into prediction and variance interpolation, in the dtype of `like`.
 
-        (B, C, ...) -> the same and None; (B, 2C, ...) -> twice (B, C, ...), the place being 0 at the lower bound and 1
-        at the upper. The network's own numbers for it are from -1 to 1, as in Nichol & Dhariwal's code.
+        (B, C, ...) -> the same and None; (B, 2C, ...) -> (B, C, ...) twice. The interpolation is 0 at the lower bound
+        of the log variance and 1 at the upper; the network outputs it as -1 to 1, as in Nichol & Dhariwal's code.
 
         Raises:
             DalleError: another number of channels.
@@ -56,52 +56,52 @@ class Process:
             raise DalleError(f"expected {expected} channels from the network, found {output.shape[1]}; see its config")
         if not self.learned_variance:
             return output.to(like.dtype), None
-        prediction, place = output.to(like.dtype).chunk(2, dim=1)
-        return prediction, (place + 1) / 2
+        prediction, interpolation = output.to(like.dtype).chunk(2, dim=1)
+        return prediction, (interpolation + 1) / 2
 
 
-def times(coefficient: float | Tensor, x: Tensor) -> Tensor:
-    """A coefficient, one or one for each sample, times samples, in their dtype and on their device."""
+def scale(coefficient: float | Tensor, x: Tensor) -> Tensor:
+    """A coefficient, one for all samples or one for each, times samples, in their dtype and on their device."""
     if isinstance(coefficient, Tensor):
         coefficient = coefficient.to(x.dtype).to(x.device)  # in this order: MPS has no float64
     return coefficient * x
 
 
-def target(prediction: str, x_start: Tensor, epsilon: Tensor, level: Level) -> Tensor:
-    """What a network of this prediction should give."""
+def target(prediction: str, x_start: Tensor, epsilon: Tensor, alpha_bar: AlphaBar) -> Tensor:
+    """The training target of a network with this prediction."""
     if prediction == "epsilon":
         return epsilon
     if prediction == "x_start":
         return x_start
-    return times(level**0.5, epsilon) - times((1 - level) ** 0.5, x_start)
+    return scale(alpha_bar**0.5, epsilon) - scale((1 - alpha_bar) ** 0.5, x_start)
 
 
-def to_x_start(prediction: str, output: Tensor, x: Tensor, level: Level) -> Tensor:
-    """The data that an output at x_t stands for (Ho et al. 2020, eq. 15 for epsilon)."""
+def to_x_start(prediction: str, output: Tensor, x: Tensor, alpha_bar: AlphaBar) -> Tensor:
+    """x_start from the network's output at x_t (Ho et al. 2020, eq. 15 for epsilon)."""
     if prediction == "epsilon":
-        return times(level**-0.5, x - times((1 - level) ** 0.5, output))
+        return scale(alpha_bar**-0.5, x - scale((1 - alpha_bar) ** 0.5, output))
     if prediction == "x_start":
         return output
-    return times(level**0.5, x) - times((1 - level) ** 0.5, output)
+    return scale(alpha_bar**0.5, x) - scale((1 - alpha_bar) ** 0.5, output)
 
 
-def to_epsilon(prediction: str, output: Tensor, x: Tensor, level: Level) -> Tensor:
-    """The noise that an output at x_t stands for."""
+def to_epsilon(prediction: str, output: Tensor, x: Tensor, alpha_bar: AlphaBar) -> Tensor:
+    """epsilon from the network's output at x_t."""
     if prediction == "epsilon":
         return output
     if prediction == "x_start":
-        return times((1 - level) ** -0.5, x - times(level**0.5, output))
-    return times(level**0.5, output) + times((1 - level) ** 0.5, x)
+        return scale((1 - alpha_bar) ** -0.5, x - scale(alpha_bar**0.5, output))
+    return scale(alpha_bar**0.5, output) + scale((1 - alpha_bar) ** 0.5, x)
 
 
-def posterior_mean(x_start: Tensor, x: Tensor, level: Level, following: Level) -> Tensor:
-    """Mean of q(x_s | x_t, x_start), with the levels of t and of an s nearer to data (Ho et al. 2020, eq. 7)."""
-    alpha = level / following
-    of_start = following**0.5 * (1 - alpha) / (1 - level)
-    return times(of_start, x_start) + times(alpha**0.5 * (1 - following) / (1 - level), x)
+def posterior_mean(x_start: Tensor, x: Tensor, alpha_bar: AlphaBar, alpha_bar_next: AlphaBar) -> Tensor:
+    """Mean of q(x_s | x_t, x_start) from alpha_bar at t and at an s nearer to data (Ho et al. 2020, eq. 7)."""
+    alpha = alpha_bar / alpha_bar_next
+    of_start = alpha_bar_next**0.5 * (1 - alpha) / (1 - alpha_bar)
+    return scale(of_start, x_start) + scale(alpha**0.5 * (1 - alpha_bar_next) / (1 - alpha_bar), x)
 
 
-def variance_bounds(level: Level, following: Level) -> tuple[Level, Level]:
-    """Variances of q(x_s | x_t, x_start) and q(x_t | x_s): the least and the most for p (Ho et al. 2020, sec. 3.2)."""
-    beta = 1 - level / following
-    return beta * (1 - following) / (1 - level), beta
+def variance_bounds(alpha_bar: AlphaBar, alpha_bar_next: AlphaBar) -> tuple[AlphaBar, AlphaBar]:
+    """Variances of q(x_s | x_t, x_start) and q(x_t | x_s): bounds of that of p (Ho et al. 2020, sec. 3.2)."""
+    beta = 1 - alpha_bar / alpha_bar_next
+    return beta * (1 - alpha_bar_next) / (1 - alpha_bar), beta

@@ -1,7 +1,7 @@
-"""Samplers: plain functions over a denoiser, in variance-preserving time.
+"""Samplers: plain functions over a denoiser, for variance-preserving diffusion.
 
-B batch. Each takes x at the first of its steps' levels, from noise (`noise(0, shape)`) or from an inversion, and gives
-x at the last, which is data. All samples of a batch are drawn side by side and none sees another.
+B batch. A sampler takes x at the first of its timesteps, which is noise (`noise(0, shape)`) or comes from an inversion,
+and returns data. Samples of a batch do not affect each other.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 from dalle_cli.diffusion.denoiser import Denoiser
 from dalle_cli.diffusion.noise import Noise
 from dalle_cli.diffusion.process import posterior_mean, variance_bounds
-from dalle_cli.diffusion.schedules import SIGMA_MAX, Schedule, Steps, sigma_of_level, spaced
+from dalle_cli.diffusion.schedules import SIGMA_MAX, Schedule, Timesteps, select_timesteps, to_sigma
 from dalle_cli.errors import DalleError
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "heun")
@@ -29,16 +29,17 @@ def sample(
     eta: float = 0.0,
     spacing: str | None = None,
 ) -> Tensor:
-    """Draw by a sampler's name in n steps, `heun` in up to 2n - 1 calls: (B, ...) noise -> (B, ...) data.
+    """Sample in n steps with the sampler of this name: (B, ...) noise -> (B, ...) data.
 
-    `eta` is of `ddim` alone. Exclude `spacing`, `heun` takes karras and the others trailing timesteps.
+    `heun` calls the denoiser up to 2n - 1 times, the others n times. `eta` is for `ddim`. By default `heun` uses karras
+    timesteps and the others trailing ones.
 
     Raises:
-        DalleError: an unknown sampler or spacing, a number of steps or an eta out of its range.
+        DalleError: an unknown sampler or spacing, or a number of steps or an eta out of range.
     """
     if sampler not in SAMPLERS:
         raise DalleError(f"expected a sampler among {', '.join(SAMPLERS)}, found {sampler!r}; take one of them")
-    steps = spaced(schedule, n, spacing or ("karras" if sampler == "heun" else "trailing"))
+    steps = select_timesteps(schedule, n, spacing or ("karras" if sampler == "heun" else "trailing"))
     if sampler == "ddpm":
         return ddpm(denoise, x, steps, noise)
     if sampler == "ddim":
@@ -47,38 +48,38 @@ def sample(
 
 
 @torch.no_grad()
-def ddpm(denoise: Denoiser, x: Tensor, steps: Steps, noise: Noise, large: bool = False) -> Tensor:
+def ddpm(denoise: Denoiser, x: Tensor, steps: Timesteps, noise: Noise, large: bool = False) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) over any of the timesteps (Nichol & Dhariwal 2021, eq. 19).
 
-    The variance is the learned one (their eq. 15), or the lower bound, or, with `large`, the upper.
+    The variance is the learned one (their eq. 15) if there is one, else the lower bound, or with `large` the upper.
     """
     for i, t in enumerate(steps.timesteps):
-        level, following = steps.levels[i : i + 2]
-        x_start, _, place = denoise(x, t)
-        x = posterior_mean(x_start, x, level, following)
-        if following < 1:
-            small, most = variance_bounds(level, following)
+        alpha_bar, alpha_bar_next = steps.alphas_cumprod[i : i + 2]
+        x_start, _, interpolation = denoise(x, t)
+        x = posterior_mean(x_start, x, alpha_bar, alpha_bar_next)
+        if alpha_bar_next < 1:
+            small, most = variance_bounds(alpha_bar, alpha_bar_next)
             deviation: Tensor | float = math.sqrt(most if large else small)
-            if place is not None:
-                deviation = ((place * math.log(most) + (1 - place) * math.log(small)) / 2).exp()
+            if interpolation is not None:
+                deviation = ((interpolation * math.log(most) + (1 - interpolation) * math.log(small)) / 2).exp()
             x = x + deviation * _noise(noise, i + 1, x)
     return x
 
 
 @torch.no_grad()
-def ddim(denoise: Denoiser, x: Tensor, steps: Steps, eta: float = 0.0, noise: Noise | None = None) -> Tensor:
-    """DDIM (Song et al. 2021): eta 0 follows the probability-flow ODE, eta 1 has the noise of DDPM.
+def ddim(denoise: Denoiser, x: Tensor, steps: Timesteps, eta: float = 0.0, noise: Noise | None = None) -> Tensor:
+    """DDIM (Song et al. 2021): eta 0 is deterministic (the probability-flow ODE), eta 1 adds as much noise as DDPM.
 
     Raises:
-        DalleError: eta is not in [0, 1], or is above 0 without noise.
+        DalleError: eta is not in [0, 1], or is above 0 without `noise`.
     """
     if not 0 <= eta <= 1:
         raise DalleError(f"expected eta in [0, 1], found {eta}; 0 adds no noise, 1 as much as DDPM")
     for i, t in enumerate(steps.timesteps):
-        level, following = steps.levels[i : i + 2]
+        alpha_bar, alpha_bar_next = steps.alphas_cumprod[i : i + 2]
         x_start, epsilon, _ = denoise(x, t)
-        variance = eta**2 * variance_bounds(level, following)[0]  # eq. 16
-        x = math.sqrt(following) * x_start + math.sqrt(1 - following - variance) * epsilon  # eq. 12
+        variance = eta**2 * variance_bounds(alpha_bar, alpha_bar_next)[0]  # eq. 16
+        x = math.sqrt(alpha_bar_next) * x_start + math.sqrt(1 - alpha_bar_next - variance) * epsilon  # eq. 12
         if variance > 0:
             if noise is None:
                 raise DalleError(f"expected noise for eta {eta}, found none; give it, or take eta 0")
@@ -87,68 +88,68 @@ def ddim(denoise: Denoiser, x: Tensor, steps: Steps, eta: float = 0.0, noise: No
 
 
 @torch.no_grad()
-def ddim_invert(denoise: Denoiser, x: Tensor, steps: Steps, iterations: int = 1) -> Tensor:
-    """The noise from which `ddim` in the same steps draws x: (B, ...) data -> (B, ...) noise.
+def ddim_invert(denoise: Denoiser, x: Tensor, steps: Timesteps, iterations: int = 1) -> Tensor:
+    """DDIM inversion: the noise from which `ddim` at the same timesteps samples x, (B, ...) data -> (B, ...) noise.
 
-    A step of DDIM read backwards wants epsilon at the point that is sought. One iteration takes epsilon at the point
-    known, but at the timestep sought, and is off by the order of a step; each further one takes it at the point found
-    (as Pan et al. 2023, arXiv 2309.04907), which comes near the exact inverse at the price of a call. A threshold is no
-    part of the ODE: leave it off.
+    Inverting a step exactly needs epsilon at the noisier point, which is unknown. The first iteration evaluates epsilon
+    at the known point, with the noisier timestep, which has an error of the order of a step. Each further one evaluates
+    it at the last estimate (Pan et al. 2023, arXiv 2309.04907), a fixed-point iteration. Use a denoiser
+    without a threshold, which is not part of the ODE.
 
     Raises:
-        DalleError: no iteration.
+        DalleError: fewer than 1 iteration.
     """
     if iterations < 1:
         raise DalleError(f"expected 1 iteration or more, found {iterations}; 1 is the usual inversion")
     for i in reversed(range(len(steps.timesteps))):
-        level, following = steps.levels[i : i + 2]
+        alpha_bar, alpha_bar_next = steps.alphas_cumprod[i : i + 2]
         found = x
         for _ in range(iterations):
             epsilon = denoise(found, steps.timesteps[i]).epsilon
-            x_start = (x - math.sqrt(1 - following) * epsilon) / math.sqrt(following)
-            found = math.sqrt(level) * x_start + math.sqrt(1 - level) * epsilon
+            x_start = (x - math.sqrt(1 - alpha_bar_next) * epsilon) / math.sqrt(alpha_bar_next)
+            found = math.sqrt(alpha_bar) * x_start + math.sqrt(1 - alpha_bar) * epsilon
         x = found
     return x
 
 
 @torch.no_grad()
-def dpm_solver(denoise: Denoiser, x: Tensor, steps: Steps) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), h being the step in log(alpha / sigma).
+def dpm_solver(denoise: Denoiser, x: Tensor, steps: Timesteps) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2); h is the step in log(alpha / sigma).
 
-    The first step, and the last where it ends at data and h is infinite, are of first order.
+    The first step is of first order, and so is the last one if it ends at data, where h is infinite.
     """
     previous, h_previous = None, math.inf
     for i, t in enumerate(steps.timesteps):
-        level, following = steps.levels[i : i + 2]
+        alpha_bar, alpha_bar_next = steps.alphas_cumprod[i : i + 2]
         x_start = denoise(x, t).x_start
-        # exp(-h) = sigma_s alpha_t / (sigma_t alpha_s): a ratio, as at the ends the logarithms are infinite
-        shrink = math.sqrt((1 - following) / (1 - level) * (level / following))
+        # exp(-h) = sigma_s alpha_t / (sigma_t alpha_s), as a ratio because the logarithms are infinite at the ends
+        shrink = math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (alpha_bar / alpha_bar_next))
         h = -math.log(shrink) if shrink > 0 else math.inf
         ahead = x_start
         if previous is not None and math.isfinite(h):
             ahead = x_start + h / (2 * h_previous) * (x_start - previous)  # r = h_previous / h
-        x = math.sqrt((1 - following) / (1 - level)) * x + math.sqrt(following) * (1 - shrink) * ahead
+        x = math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar)) * x + math.sqrt(alpha_bar_next) * (1 - shrink) * ahead
         previous, h_previous = x_start, h
     return x
 
 
 @torch.no_grad()
-def heun(denoise: Denoiser, x: Tensor, steps: Steps) -> Tensor:
-    """Heun's second-order steps in sigma (Karras et al. 2022, algorithm 1), without added noise.
+def heun(denoise: Denoiser, x: Tensor, steps: Timesteps) -> Tensor:
+    """Heun's second-order method in sigma (Karras et al. 2022, algorithm 1), deterministic.
 
-    x / sqrt(level) and sigma are their x and sigma, and d x / d sigma is epsilon. The last step is of first order, and
-    so is one from above their largest sigma: where x is all noise DDIM makes no error, a mean of slopes a large one.
+    Their x is x / sqrt(alpha_bar), and d x / d sigma is epsilon. The last step is of first order. So is a step
+    from above their largest sigma: where x is pure noise a DDIM step is exact, but an average of two slopes is far off.
     """
     for i, t in enumerate(steps.timesteps):
-        level, following = steps.levels[i : i + 2]
+        alpha_bar, alpha_bar_next = steps.alphas_cumprod[i : i + 2]
         x_start, epsilon, _ = denoise(x, t)
-        euler = math.sqrt(following) * x_start + math.sqrt(1 - following) * epsilon
-        if sigma_of_level(level) > 1.01 * SIGMA_MAX or i + 1 == len(steps.timesteps):
+        euler = math.sqrt(alpha_bar_next) * x_start + math.sqrt(1 - alpha_bar_next) * epsilon
+        if to_sigma(alpha_bar) > 1.01 * SIGMA_MAX or i + 1 == len(steps.timesteps):
             x = euler
             continue
         slope = (epsilon + denoise(euler, steps.timesteps[i + 1]).epsilon) / 2
-        width = sigma_of_level(following) - sigma_of_level(level)
-        x = math.sqrt(following) * (x / math.sqrt(level) + width * slope)
+        width = to_sigma(alpha_bar_next) - to_sigma(alpha_bar)
+        x = math.sqrt(alpha_bar_next) * (x / math.sqrt(alpha_bar) + width * slope)
     return x
 
 

@@ -1,9 +1,9 @@
-"""Noise schedules, and the timesteps at which a sampler visits them.
+"""Noise schedules, and the timesteps of a schedule that a sampler uses.
 
-T timesteps of training, N steps of a sampler. The *level* of a timestep is its alphas_cumprod, the share of the data in
-the variance of x_t: x_t = sqrt(level) x_start + sqrt(1 - level) noise (Ho et al. 2020, eq. 4). 1 is data, 0 is noise.
-Its sigma, sqrt((1 - level) / level), is the noise beside data of unit scale (Karras et al. 2022). Schedules are kept in
-float64 on the CPU: near data, 1 - level has few digits left in float32.
+T timesteps of training, N steps of a sampler. alpha_bar is alphas_cumprod at one timestep, the share of the data in the
+variance of x_t = sqrt(alpha_bar) x_start + sqrt(1 - alpha_bar) noise (Ho et al. 2020, eq. 4): 1 is data, 0 is noise.
+sigma = sqrt((1 - alpha_bar) / alpha_bar) is the noise scale relative to the data (Karras et al. 2022). Schedules are
+float64 on the CPU, because near data 1 - alpha_bar has few digits left in float32.
 """
 
 import math
@@ -22,55 +22,55 @@ SIGMA_MAX = 80.0  # Karras et al. 2022, table 1; a cosine schedule itself goes u
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """How much data is left at each timestep: (T,) float64 on the CPU, falling, in [0, 1).
+    """A noise schedule: alphas_cumprod (T,) float64 on the CPU, decreasing, in [0, 1).
 
     Raises:
-        DalleError: it is none of that.
+        DalleError: another shape, dtype, order or range.
     """
 
     alphas_cumprod: Tensor
 
     def __post_init__(self) -> None:
-        levels = self.alphas_cumprod
-        if levels.dtype != torch.float64 or levels.ndim != 1 or len(levels) < 2:
-            found = f"{levels.dtype} of shape {tuple(levels.shape)}"
+        alpha_bars = self.alphas_cumprod
+        if alpha_bars.dtype != torch.float64 or alpha_bars.ndim != 1 or len(alpha_bars) < 2:
+            found = f"{alpha_bars.dtype} of shape {tuple(alpha_bars.shape)}"
             raise DalleError(f"expected alphas_cumprod (T,) float64 with T of 2 or more, found {found}; convert them")
-        if not (levels[-1] >= 0 and levels[0] < 1 and bool((levels.diff() < 0).all())):
-            found = f"{levels[0]:.3g} to {levels[-1]:.3g}"
-            raise DalleError(f"expected alphas_cumprod to fall, in [0, 1), found {found}; take a schedule by its name")
+        if not (alpha_bars[-1] >= 0 and alpha_bars[0] < 1 and bool((alpha_bars.diff() < 0).all())):
+            found = f"{alpha_bars[0]:.3g} to {alpha_bars[-1]:.3g}"
+            raise DalleError(f"expected decreasing alphas_cumprod in [0, 1), found {found}; use `make_schedule`")
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
 
     @property
     def previous(self) -> Tensor:
-        """The level before each timestep, 1 before the first: (T,)."""
+        """alphas_cumprod of the timestep before each one, 1 before the first: (T,)."""
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
 
     @property
     def snr(self) -> Tensor:
-        """Signal to noise of each timestep, level / (1 - level): (T,)."""
+        """Signal-to-noise ratio of each timestep, alpha_bar / (1 - alpha_bar): (T,)."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     @property
     def log_sigmas(self) -> Tensor:
-        """Logarithm of the sigma of each timestep: (T,), rising; inf where there is no data left."""
+        """ln sigma of each timestep: (T,), increasing; inf where alpha_bar is 0."""
         return -self.snr.log() / 2
 
     def at(self, t: Tensor, like: Tensor) -> Tensor:
-        """The levels of whole timesteps: (B,) int64, (B, ...) -> (B, 1, ...) float64 on the CPU."""
-        return spread(self.alphas_cumprod, t, like)
+        """alphas_cumprod at whole timesteps, ready to broadcast: (B,) int64, (B, ...) -> (B, 1, ...) float64, CPU."""
+        return extract(self.alphas_cumprod, t, like)
 
-    def level(self, t: float) -> float:
-        """The level at one timestep in [0, T - 1]; between whole ones log sigma is taken as linear."""
+    def alpha_bar(self, t: float) -> float:
+        """alphas_cumprod at one timestep in [0, T - 1]; log sigma is interpolated linearly between whole timesteps."""
         below = int(t)
         if below == t:
             return float(self.alphas_cumprod[below])
         low, high = (float(log) for log in self.log_sigmas[below : below + 2])
-        return level_of_sigma(math.exp(low + (t - below) * (high - low)))
+        return to_alpha_bar(math.exp(low + (t - below) * (high - low)))
 
     def timestep(self, sigma: float) -> float:
-        """The timestep, whole or between two, of a sigma; the inverse of `level`, and clamped to the schedule."""
+        """The timestep, possibly fractional, with this sigma, clamped to the schedule; the inverse of `alpha_bar`."""
         logs, wanted = self.log_sigmas, math.log(sigma)
         above = int(torch.searchsorted(logs, wanted))
         if above in (0, len(self)):
@@ -79,26 +79,26 @@ class Schedule:
         return above - 1 + (wanted - low) / (high - low)
 
 
-def spread(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Rows of a (T,) table with as many dimensions as `like`: (B,) int64, (B, ...) -> (B, 1, ...).
+def extract(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """Values of a (T,) table at timesteps, ready to broadcast: (B,) int64, (B, ...) -> (B, 1, ...).
 
-    With `t` on the CPU, as the table is, no device is waited for.
+    Keep `t` on the CPU, where the table is, to avoid waiting for a device.
     """
     return table[t.to(table.device)].view(-1, *[1] * (like.ndim - 1))
 
 
-def sigma_of_level(level: float) -> float:
-    """sqrt((1 - level) / level): inf at level 0, 0 at level 1."""
-    return math.sqrt((1 - level) / level) if level > 0 else math.inf
+def to_sigma(alpha_bar: float) -> float:
+    """sigma = sqrt((1 - alpha_bar) / alpha_bar): inf at 0, 0 at 1."""
+    return math.sqrt((1 - alpha_bar) / alpha_bar) if alpha_bar > 0 else math.inf
 
 
-def level_of_sigma(sigma: float) -> float:
-    """1 / (1 + sigma^2), the inverse of `sigma_of_level`."""
+def to_alpha_bar(sigma: float) -> float:
+    """alpha_bar = 1 / (1 + sigma^2)."""
     return 1 / (1 + sigma * sigma)
 
 
 def linear(n: int) -> Schedule:
-    """Betas from 1e-4 to 0.02 in a line, for 1000 timesteps (Ho et al. 2020, sec. 4); for n times 1000 / n."""
+    """Linear betas from 1e-4 to 0.02 for 1000 timesteps (Ho et al. 2020, sec. 4), times 1000 / n for n."""
     betas = torch.linspace(1e-4, 0.02, n, dtype=torch.float64) * 1000 / n
     return Schedule((1 - betas.clamp(max=MAX_BETA)).cumprod(0))
 
@@ -111,13 +111,13 @@ def cosine(n: int) -> Schedule:
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
-    """Shift and scale sqrt(level) so that the last is 0 and the first as it was (Lin et al. 2023, algorithm 1)."""
+    """Shift and scale sqrt(alpha_bar) so that the last is 0 and the first as it was (Lin et al. 2023, algorithm 1)."""
     roots = schedule.alphas_cumprod.sqrt()
     return Schedule(((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square())
 
 
-def named(name: str, n: int, zero_snr: bool = False) -> Schedule:
-    """The schedule that a config asks for, with n timesteps.
+def make_schedule(name: str, n: int, zero_snr: bool = False) -> Schedule:
+    """The schedule of this name with n timesteps.
 
     Raises:
         DalleError: an unknown name, or fewer than 2 timesteps.
@@ -131,21 +131,21 @@ def named(name: str, n: int, zero_snr: bool = False) -> Schedule:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Where a sampler calls the denoiser, N timesteps from noise on, and N + 1 levels: there, and where it ends."""
+class Timesteps:
+    """N timesteps of a sampler, from noise to data, and N + 1 alphas_cumprod: at each of them, and at the end."""
 
     timesteps: tuple[float, ...]
-    levels: tuple[float, ...]
+    alphas_cumprod: tuple[float, ...]
 
 
-def spaced(schedule: Schedule, n: int, spacing: str = "trailing") -> Steps:
-    """Choose n of a schedule's timesteps, from noise to data.
+def select_timesteps(schedule: Schedule, n: int, spacing: str = "trailing") -> Timesteps:
+    """Select n timesteps of a schedule, from noise to data.
 
-    `trailing` holds the last timestep, `leading` the first, `linspace` both (Lin et al. 2023, table 2); these are whole
-    and at most T. `karras` falls in sigma as Karras et al. (2022) do, between whole timesteps.
+    `trailing` includes the last timestep, `leading` the first, `linspace` both (Lin et al. 2023, table 2); all are
+    whole, and n is at most T. `karras` spaces sigmas as Karras et al. (2022), at fractional timesteps.
 
     Raises:
-        DalleError: an unknown spacing, or a number of steps that the schedule has not.
+        DalleError: an unknown spacing, or a number of steps out of range.
     """
     if spacing not in SPACINGS:
         raise DalleError(f"expected a spacing among {', '.join(SPACINGS)}, found {spacing!r}; take one of them")
@@ -161,16 +161,16 @@ def spaced(schedule: Schedule, n: int, spacing: str = "trailing") -> Steps:
     else:
         chosen = [round((total - 1) * i / (n - 1)) for i in range(n)]
     chosen.reverse()
-    return Steps(tuple(chosen), (*(schedule.level(t) for t in chosen), 1.0))
+    return Timesteps(tuple(chosen), (*(schedule.alpha_bar(t) for t in chosen), 1.0))
 
 
-def karras(schedule: Schedule, n: int, sigma_max: float = SIGMA_MAX, rho: float = 7.0) -> Steps:
-    """n sigmas equally apart in sigma^(1/rho), from `sigma_max` or the schedule's largest to its least, then data.
+def karras(schedule: Schedule, n: int, sigma_max: float = SIGMA_MAX, rho: float = 7.0) -> Timesteps:
+    """n timesteps evenly spaced in sigma^(1/rho) (Karras et al. 2022, eq. 5); they are fractional.
 
-    Karras et al. 2022, eq. 5. Timesteps are fractions.
+    Sigma goes from `sigma_max`, or the schedule's largest if that is less, to the schedule's least, then to data.
     """
     logs = schedule.log_sigmas
     least, largest = float(logs[0].exp()), float(logs[logs.isfinite()].max().exp())
     high, low = min(largest, sigma_max) ** (1 / rho), least ** (1 / rho)
     sigmas = [(high + i / max(n - 1, 1) * (low - high)) ** rho for i in range(n)]
-    return Steps(tuple(schedule.timestep(s) for s in sigmas), (*(level_of_sigma(s) for s in sigmas), 1.0))
+    return Timesteps(tuple(schedule.timestep(s) for s in sigmas), (*(to_alpha_bar(s) for s in sigmas), 1.0))

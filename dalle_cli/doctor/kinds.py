@@ -1,4 +1,4 @@
-"""Opens weights and the inputs of their kind, and makes the `Subject` to examine."""
+"""Opens weights and the inputs of their kind, and makes the `Examination` to examine."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from dalle_cli.data.exclude import read_exclude_list
 from dalle_cli.data.filters import Filters
 from dalle_cli.data.pairs import Pairs
 from dalle_cli.data.split import split
-from dalle_cli.doctor.subject import Metrics, Request, Subject
+from dalle_cli.doctor.examination import Examination, Metrics, Request
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
 from dalle_cli.models.diffusion_prior import DiffusionPrior
@@ -28,7 +28,7 @@ from dalle_cli.training.config import deterministic
 COUNTED = 4096  # training pairs, evenly spread, whose codes and tokens are counted
 
 
-class Kind(NamedTuple):
+class ModelKind(NamedTuple):
     """What weights of a kind are examined on, and how their task is made."""
 
     inputs: tuple[str, ...]
@@ -45,26 +45,26 @@ def _mse(_loss: Tensor, metrics: Metrics) -> Tensor:
 
 
 KINDS = {
-    "weights.dvae": Kind(
+    "weights.dvae": ModelKind(
         ("DATASET",), loading.dvae, dvae.DVAETask, dvae.DVAETrain, "images", "n_hid",
         lambda _, metrics: 10 ** (-metrics["psnr"] / 10),  # the loss may be below 0
     ),
-    "weights.clip": Kind(
+    "weights.clip": ModelKind(
         ("DATASET",), loading.clip, clip.CLIPTask, clip.CLIPTrain, "images tokens lengths", "vision_width"
     ),
-    "weights.prior.codes": Kind(
+    "weights.prior.codes": ModelKind(
         ("CAPTIONS", "CODES"), loading.prior, prior.PriorTask, prior.PriorTrain, "tokens lengths codes", "n_embd",
         lambda _, metrics: metrics["image_nats"],
     ),
-    "weights.prior.embeddings": Kind(
+    "weights.prior.embeddings": ModelKind(
         ("CAPTIONS", "EMBEDDINGS"), loading.embedding_prior, embedding_prior.DiffusionPriorTask,
         embedding_prior.EmbeddingPriorTrain, "tokens lengths z_t z_i t noise", "n_embd",
     ),
-    "weights.decoder": Kind(
+    "weights.decoder": ModelKind(
         ("DATASET", "EMBEDDINGS"), loading.decoder, decoder.DecoderTask, decoder.DecoderTrain,
         "images noise t z_i given tokens lengths", "width", _mse,
     ),
-    "weights.upsampler": Kind(
+    "weights.upsampler": ModelKind(
         ("DATASET",), loading.upsampler, upsampler.UpsamplerTask, upsampler.UpsamplerTrain,
         "images noise t low levels low_noise", "width", _mse,
     ),
@@ -93,7 +93,7 @@ def find_weights(run: str) -> Artifact:
     return open_artifact(files[0])
 
 
-def open_subject(request: Request) -> Subject:
+def open_examination(request: Request) -> Examination:
     """The trained model, and its task on held-out rows.
 
     Raises:
@@ -109,7 +109,7 @@ def open_subject(request: Request) -> Subject:
     return _of_images(request) if wanted[0] == "DATASET" else _of_pairs(request)
 
 
-def _of_images(request: Request) -> Subject:
+def _of_images(request: Request) -> Examination:
     weights, history, clip = request.weights, request.weights.history, request.weights.kind == "weights.clip"
     filters = config.build(Filters, history[-1].get("options", {}).get("data", {}) if history else {}, "data")
     data = open_dataset(request.inputs[0], need_captions=clip, filters=filters)
@@ -125,10 +125,10 @@ def _of_images(request: Request) -> Subject:
         data = data.exclude(beside[0].missing(data.ids))
     others, held_out, _ = _choose(request, data.ids)
     data = data.exclude(others)
-    return _subject(request, len(data), (data, *beside), request.workers, digests=digests, held_out=held_out)
+    return _examination(request, len(data), (data, *beside), request.workers, digests=digests, held_out=held_out)
 
 
-def _of_pairs(request: Request) -> Subject:
+def _of_pairs(request: Request) -> Examination:
     weights, of_codes = request.weights, request.weights.kind == "weights.prior.codes"
     captions = _checked(weights, request.inputs[0], "captions", "tokenizer")
     latents = _checked(weights, request.inputs[1], "codes" if of_codes else "embeddings", "encoder")
@@ -138,17 +138,17 @@ def _of_pairs(request: Request) -> Subject:
     chosen = pairs.exclude(others)
     facts = {"digests": {"captions": captions.digest, latents.kind: latents.digest}, "held_out": held_out}
     if not of_codes:
-        return _subject(request, len(chosen), (chosen,), **facts)
+        return _examination(request, len(chosen), (chosen,), **facts)
     dvae = bundles.find_weights(weights.require("encoder", str), weights.path.parent, latents.path.parent)
     spread = training[np.linspace(0, len(training) - 1, min(len(training), COUNTED)).astype(np.int64)]
     rows, code_rows = pairs.draw(spread, np.zeros((len(spread), 2)))
     arrays = zip(("tokens", "lengths", "codes"), (*pairs.tokens(rows), pairs.codes(code_rows)), strict=True)
     counted = {name: torch.from_numpy(array) for name, array in arrays}
-    return _subject(request, len(chosen), (chosen, None), dvae, counted=counted, **facts)
+    return _examination(request, len(chosen), (chosen, None), dvae, counted=counted, **facts)
 
 
-def _subject(request: Request, n: int, before: Sequence[Any], *after: Any, **facts: Any) -> Subject:
-    """A subject on n rows; a task takes its data before the seed, and what else it needs after it."""
+def _examination(request: Request, n: int, before: Sequence[Any], *after: Any, **facts: Any) -> Examination:
+    """A examination on n rows; a task takes its data before the seed, and what else it needs after it."""
     kind, options = KINDS[request.weights.kind], deterministic(_settings(request.weights), n)
     model = kind.load(request.weights, request.machine.device)
     facts |= {"model": model, "width": getattr(model.config, kind.width), "error": kind.error}
@@ -156,16 +156,16 @@ def _subject(request: Request, n: int, before: Sequence[Any], *after: Any, **fac
     if request.weights.kind == "weights.prior.codes":
         facts["loss"] = model.loss  # without the true sketch, which would give codes away
     if request.weights.kind != "weights.prior.embeddings" or isinstance(model, DiffusionPrior):
-        return Subject(request, kind.task(*arguments), names=names, **facts)
+        return Examination(request, kind.task(*arguments), names=names, **facts)
 
     def loss(tokens: Tensor, lengths: Tensor, z_t: Tensor, z_i: Tensor, dots: Tensor) -> Any:
         # With the dot product of the own caption: another's would be news even to a prior that reads no captions.
         return model.loss(tokens, lengths, z_t, model.quantize_dot(dots), model.quantize(z_i))
 
     task = embedding_prior.AutoregressivePriorTask(*arguments)
-    subject = Subject(request, task, names=names[:4], loss=loss, **facts)
-    subject.columns["dots"] = (subject.columns["z_t"] * subject.columns["z_i"]).sum(-1)
-    return subject
+    examination = Examination(request, task, names=names[:4], loss=loss, **facts)
+    examination.columns["dots"] = (examination.columns["z_t"] * examination.columns["z_i"]).sum(-1)
+    return examination
 
 
 def _settings(weights: Artifact) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_cli.doctor.checks import BAD, OK, Finding
-from dalle_cli.doctor.subject import Subject
+from dalle_cli.doctor.examination import Examination
 from dalle_cli.training.loop import mix
 
 ROWS = 8
@@ -20,18 +20,18 @@ def learning_rate(width: int) -> float:
     return min(1e-3 * math.sqrt(512 / width), 6e-3)
 
 
-def overfit_subject(subject: Subject, advance: Callable[[], None]) -> Finding:
-    """Train the subject's fresh model on its first eight rows."""
-    task, seed, machine = subject.task, subject.request.seed, subject.request.machine
-    batch = tuple(column[:ROWS].to(machine.device) for column in subject.batch)
+def overfit_rows(examination: Examination, advance: Callable[[], None]) -> Finding:
+    """Train the examination's fresh model on its first eight rows."""
+    task, seed, machine = examination.task, examination.request.seed, examination.request.machine
+    batch = tuple(column[:ROWS].to(machine.device) for column in examination.batch)
 
     def step(update: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(mix(seed, update))
         with machine.autocast():
             loss, metrics = task.loss(batch, update, torch.Generator(machine.device).manual_seed(mix(seed, update)))
-            return loss, subject.error(loss, metrics)
+            return loss, examination.error(loss, metrics)
 
-    return overfit(task.model.to(machine.device), step, subject.width, advance)
+    return overfit(task.model.to(machine.device), step, examination.width, advance)
 
 
 def overfit(

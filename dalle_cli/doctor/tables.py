@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.doctor.checks import Finding, at_least, at_most, dropout, gain, near_one, same_inputs, temperature
-from dalle_cli.doctor.subject import Columns, Subject
+from dalle_cli.doctor.examination import Columns, Examination
 from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.models.pixels import from_uint8
-from dalle_cli.sampling.decoder import SamplerConfig, paint
-from dalle_cli.sampling.embeddings import Read, autoregressed, diffused
+from dalle_cli.sampling.categorical import CategoricalOptions
+from dalle_cli.sampling.decoder import SamplerConfig, sample_images
+from dalle_cli.sampling.embeddings import PromptBatch, sample_autoregressive, sample_diffusion
 
 COLLAPSE = 0.05  # share of the vocabulary, or of the codes seen, below which a codebook has collapsed
 CONSTANT = 1.1  # perplexity of codes that say nothing
@@ -29,7 +30,7 @@ UNREAD = "captions are not read: check that they belong to these rows, and the s
 NULL = "the null says as much as what it stands for: check the mask of dropped ones"
 
 
-def dvae(s: Subject) -> list[Finding]:
+def dvae(s: Examination) -> list[Finding]:
     """A dVAE: which codes it uses, and whether images survive them."""
     found, n_vocab = s.validate(), s.model.config.n_vocab
     used, perplexity, psnr = (found[name] for name in ("codes_used", "code_perplexity", "psnr_held_out"))
@@ -45,7 +46,7 @@ def dvae(s: Subject) -> list[Finding]:
     ]
 
 
-def clip(s: Subject) -> list[Finding]:
+def clip(s: Examination) -> list[Finding]:
     """A CLIP: whether it finds the own caption, and tells images apart."""
     hits, z = [], []
     for rows in torch.split(torch.arange(s.n), GROUP):
@@ -66,7 +67,7 @@ def clip(s: Subject) -> list[Finding]:
     ]  # fmt: skip
 
 
-def token_prior(s: Subject) -> list[Finding]:
+def token_prior(s: Examination) -> list[Finding]:
     """A prior over codes: whether it beats counting, and reads captions."""
     c, found, own, dropped = s.model.config, s.validate(), s.run({})[0], s.setting("caption_dropout")
     other, null = (s.run(changed)[0] - own for changed in (s.of_others("tokens", "lengths"), s.null()))
@@ -82,7 +83,7 @@ def token_prior(s: Subject) -> list[Finding]:
     ]
 
 
-def embedding_prior(s: Subject) -> list[Finding]:
+def embedding_prior(s: Examination) -> list[Finding]:
     """A prior over CLIP embeddings, of either kind: scales, losses with and without captions, and samples."""
     own = by_bin(s, {})
     other, null = (by_bin(s, changed) for changed in (s.of_others("tokens", "lengths", "z_t"), s.null()))
@@ -106,7 +107,7 @@ def embedding_prior(s: Subject) -> list[Finding]:
     ]
 
 
-def denoising(s: Subject, own: Tensor) -> list[Finding]:
+def denoising(s: Examination, own: Tensor) -> list[Finding]:
     """The part of a diffusion prior alone: scale, losses by timestep, and whether the noised z_i counts."""
     principal, early = s.model.principal, {"t": torch.full_like(s.columns["t"], s.model.config.n_timestep // 8)}
     noised = effect(s, s.run(early), early | s.of_others("z_i", "noise"))[0]
@@ -118,7 +119,7 @@ def denoising(s: Subject, own: Tensor) -> list[Finding]:
     ]
 
 
-def buckets(s: Subject, own: Tensor) -> list[Finding]:
+def buckets(s: Examination, own: Tensor) -> list[Finding]:
     """The part of an autoregressive prior alone: whether the buckets hold z_i, and whether they are learned."""
     x = s.model.principal.project(s.columns["z_i"].to(s.device), s.model.config.n_component)
     outside = float(((x < s.model.low) | (x > s.model.high)).double().mean())
@@ -129,7 +130,7 @@ def buckets(s: Subject, own: Tensor) -> list[Finding]:
     ]
 
 
-def decoder(s: Subject) -> list[Finding]:
+def decoder(s: Examination) -> list[Finding]:
     """A diffusion decoder: scale, losses by timestep, whether z_i and captions count, and guidance."""
     z_i, c, reads, middle = s.columns["z_i"].double(), s.model.config, s.model.text is not None, middle_half(s)
     z_i = F.normalize(z_i, dim=1) * c.n_embedding**0.5 if c.unit_variance else z_i
@@ -156,7 +157,7 @@ def decoder(s: Subject) -> list[Finding]:
     ]
 
 
-def upsampler(s: Subject) -> list[Finding]:
+def upsampler(s: Examination) -> list[Finding]:
     """An upsampler: losses by timestep, and whether it sees the low-resolution image."""
     middle, advice = middle_half(s), "the low-resolution image is ignored: check the channels that it comes in by"
     other, loss_gain = effect(s, s.run(middle), middle | s.of_others("low", "levels"))
@@ -167,14 +168,14 @@ def upsampler(s: Subject) -> list[Finding]:
     ]
 
 
-TABLES: dict[str, Callable[[Subject], list[Finding]]] = {
+TABLES: dict[str, Callable[[Examination], list[Finding]]] = {
     "weights.dvae": dvae, "weights.clip": clip, "weights.prior.codes": token_prior, "weights.decoder": decoder,
     "weights.prior.embeddings": embedding_prior, "weights.upsampler": upsampler,
 }  # fmt: skip
 
 
-def examine(s: Subject) -> list[Finding]:
-    """All checks of the subject's kind, after that of its inputs."""
+def examine(s: Examination) -> list[Finding]:
+    """All checks of the examination's kind, after that of its inputs."""
     weights = s.request.weights
     return [same_inputs(weights.history[-1]["inputs"] if weights.history else {}, s.digests), *TABLES[weights.kind](s)]
 
@@ -184,18 +185,18 @@ def change(what: str, share: float, advice: str) -> Finding:
     return at_least(f"change of the output with {what}", share, 1e-2, 1e-4, advice)
 
 
-def effect(s: Subject, own: tuple[Tensor, Tensor], changed: Columns) -> tuple[float, Tensor]:
+def effect(s: Examination, own: tuple[Tensor, Tensor], changed: Columns) -> tuple[float, Tensor]:
     """What changed columns do: root mean square change as a share of the output, and increase of the error (G,)."""
     errors, outputs = s.run(changed)
     return float((outputs - own[1]).norm() / own[1].norm().clamp(min=1e-12)), errors - own[0]
 
 
-def middle_half(s: Subject) -> Columns:
+def middle_half(s: Examination) -> Columns:
     """Timesteps in the middle half, where conditioning counts most."""
     return {"t": s.model.config.n_timestep // 4 + s.columns["t"] // 2}
 
 
-def by_bin(s: Subject, changed: Columns) -> Tensor:
+def by_bin(s: Examination, changed: Columns) -> Tensor:
     """Errors of each group in equal bins of the timesteps: (bins, G); one bin where there are no timesteps."""
     if "t" not in s.columns:
         return s.run(changed)[0][None]
@@ -203,7 +204,7 @@ def by_bin(s: Subject, changed: Columns) -> Tensor:
     return torch.stack([s.run({**changed, "t": (b * n + s.columns["t"]) // bins})[0] for b in range(bins)])
 
 
-def timesteps(s: Subject, own: Tensor) -> list[Finding]:
+def timesteps(s: Examination, own: Tensor) -> list[Finding]:
     """Losses by bin of the timesteps, beside those of a network that outputs zeros."""
     with s.hook():
         zero = by_bin(s, {}).mean(1).tolist()
@@ -230,24 +231,25 @@ def unigram(targets: Tensor, seen: Tensor, n_vocab: int) -> float:
     return float(counts.sum().log() - counts[targets].log().mean())
 
 
-def sample(s: Subject, guidance: float) -> Tensor:
+def sample(s: Examination, guidance: float) -> Tensor:
     """One z_i for each caption, from the same noise whatever the guidance: (N, D) float64 of length 1."""
-    read, numbers, seed = Read(*(s.columns[name] for name in ("tokens", "lengths", "z_t"))), range(s.n), s.request.seed
+    prompts = PromptBatch(*(s.columns[name] for name in ("tokens", "lengths", "z_t")))
+    numbers, seed = range(s.n), s.request.seed
     if isinstance(s.model, DiffusionPrior):
         steps = min(STEPS, s.model.config.n_timestep)
-        parts = diffused(s.model, read, numbers, seed, steps=steps, best_of=1, guidance_scale=guidance)
+        parts = sample_diffusion(s.model, prompts, numbers, seed, steps=steps, best_of=1, guidance_scale=guidance)
     else:
-        parts = autoregressed(s.model, read, numbers, seed, guidance_scale=guidance)
+        parts = sample_autoregressive(s.model, prompts, numbers, seed, CategoricalOptions(guidance_scale=guidance))
     return F.normalize(torch.cat(list(parts)).double().cpu(), dim=-1)
 
 
-def guided_levels(s: Subject) -> float:
+def guided_levels(s: Examination) -> float:
     """Gray levels between images sampled from the same noise with and without guidance."""
     steps, noise = min(DECODER_STEPS, s.model.config.n_timestep), row_noise(s.request.seed, range(s.n), "doctor")
     z_i, tokens, lengths = (s.columns[name] for name in ("z_i", "tokens", "lengths"))
     with s.request.machine.autocast():
         plain, guided = (
-            paint(s.model, z_i, tokens, lengths, SamplerConfig(steps, guidance=guidance), noise).double()
+            sample_images(s.model, z_i, tokens, lengths, SamplerConfig(steps, guidance=guidance), noise).double()
             for guidance in (1.0, GUIDANCE)
         )
     return float((guided - plain).abs().mean())

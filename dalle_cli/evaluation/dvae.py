@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dalle_cli import console
@@ -13,7 +14,7 @@ from dalle_cli.data.loader import Pictures, sequential
 from dalle_cli.data.split import held_out
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation.features import load_features
+from dalle_cli.evaluation.features import check_enough, load_features
 from dalle_cli.evaluation.heldout import other_split, validation_share
 from dalle_cli.evaluation.image_sets import spread
 from dalle_cli.evaluation.options import EvaluateOptions
@@ -39,18 +40,16 @@ def evaluate_dvae(
     """
     if options.grid is not None:
         check_png(options.grid, force)
-    codec = Codec(weights, machine)
-    excluded, skips = (
-        read_exclude_list(options.exclude, images.ids),
-        skip_list(out.with_name(out.name.removesuffix(".json"))),
-    )
-    left = [row for row, name in enumerate(images.ids) if name not in excluded]
-    rows = [left[place] for place in spread(len(left), options.limit).tolist()]
+    codec, skips = Codec(weights, machine), skip_list(out.with_name(out.name.removesuffix(".json")))
+    excluded = read_exclude_list(options.exclude, images.ids)
+    left = np.array([row for row, name in enumerate(images.ids) if name not in excluded], np.int64)
+    rows = left[spread(len(left), options.limit)].tolist()
     found = Reconstructions(codec.n_vocab, WORST if options.grid is not None else 0)
-    features = load_features(options.features, None, machine) if options.features else None
-    distance = ReconstructionDistance(features) if features else None
-    if distance is not None:
-        distance.check(len(rows))
+    distance = None
+    if options.features:
+        features = load_features(options.features, None, machine)
+        check_enough(features, given=len(rows))
+        distance = ReconstructionDistance(features)
     batches = sequential(images, codec.size, rows, options.batch_size, options.workers)
     _reconstruct(codec, batches, len(rows), found, distance)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +69,7 @@ def _reconstruct(
 ) -> None:
     """Encode and decode n images, batch by batch."""
     device = codec.machine.device
-    exact = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    exact = "cpu" if device.type == "mps" else device  # MPS has no float64
     with console.progress("evaluate", n, unit="images") as advance:
         for kept, images in batches:
             codes = codec.encode(images)

@@ -37,8 +37,8 @@ def overlap(
     if seen_digest == new_digest:
         console.warn("expected two sets of images, found the same one twice; each image is a copy of itself")
     matcher = pixel_matcher(machine.device) if features is None else network_matcher(features, new, machine)
-    how: dict[str, Any] = {"size": matcher.size, "batch_size": batch_size, "workers": workers, "augment": matcher.read}
-    pairs = find_pairs(seen, new, matcher, neighbors, partial(sequential, **how))
+    read = partial(sequential, size=matcher.size, batch_size=batch_size, workers=workers, augment=matcher.read)
+    pairs = find_pairs(seen, new, matcher, neighbors, read)
     found = Overlap(seen, new, pairs, THRESHOLD if threshold is None else threshold)
     if crowded := found.crowded(neighbors):
         console.warn(
@@ -51,10 +51,14 @@ def overlap(
     if grid is not None:
         image = found.grid()
         replace_file(grid, lambda part: image.save(part, format="PNG"))
-    _write(out, found, of, {"features": matcher.name, "train": seen_digest, "test": new_digest})
-    skipped = {f"{name}_skipped": p.skipped.count or None for name, p in (("train", seen), ("test", new))}
-    total = f"{len(new if of == 'test' else seen)} in {of.upper()}"
-    return {"listed": len(found.ids(of)), "of": total, "pairs": len(found.duplicates), **skipped}
+    ids, n = found.ids(of), len(new if of == "test" else seen)
+    table = {"format": FORMAT, "features": matcher.name, "train": seen_digest, "test": new_digest, "of": of}
+    table |= {"threshold": found.threshold, "ids": ids, "pairs": found.listed()}
+    write_text(out.with_suffix(".json"), json.dumps(table, ensure_ascii=False, indent=1) + "\n")
+    head = f"{HEAD}{len(ids)} of {n} images of {of.upper()}, by {matcher.name} from {found.threshold:g} on"
+    write_text(out, "".join(f"{line}\n" for line in (head, *map(format_id, ids))))
+    skipped = {f"{name}_skipped": images.skipped.count or None for name, images in (("train", seen), ("test", new))}
+    return {"listed": len(ids), "of": f"{n} in {of.upper()}", "pairs": len(found.duplicates), **skipped}
 
 
 def _check_outputs(out: Path, grid: Path | None, force: bool) -> None:
@@ -65,12 +69,3 @@ def _check_outputs(out: Path, grid: Path | None, force: bool) -> None:
     check_overwrite(out.with_suffix(".json"), "pairs", lambda path: read_json_key(path, "format") == FORMAT, force)
     if grid is not None:
         check_png(grid, force)
-
-
-def _write(out: Path, found: Overlap, of: str, made: dict[str, Any]) -> None:
-    """The list of ids, and the pairs beside it."""
-    ids, images = found.ids(of), found.test if of == "test" else found.train
-    head = f"{len(ids)} of {len(images)} images of {of.upper()}, by {made['features']} from {found.threshold:g} on"
-    table = {"format": FORMAT, **made, "of": of, "threshold": found.threshold, "ids": ids, "pairs": found.listed()}
-    write_text(out.with_suffix(".json"), json.dumps(table, ensure_ascii=False, indent=1) + "\n")
-    write_text(out, "".join(f"{line}\n" for line in (HEAD + head, *map(format_id, ids))))

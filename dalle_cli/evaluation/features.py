@@ -33,6 +33,11 @@ class FeatureBatch(NamedTuple):
     features: Floats
     logits: Floats | None
 
+    @classmethod
+    def empty(cls, network: "Features") -> "FeatureBatch":
+        """The features of no images."""
+        return cls(np.zeros((0, network.width), np.float32), np.zeros((0, network.classes), np.float32))
+
 
 class Features(Protocol):
     """A network that computes features. Metrics carry its `name`, which holds no path."""
@@ -45,6 +50,21 @@ class Features(Protocol):
     def __call__(self, images: Tensor) -> FeatureBatch:
         """(B, 3, S, S) in [0, 1] -> features."""
         ...
+
+
+def check_enough(features: Features, **counts: int) -> None:
+    """Raises: DalleError if a set has too few images for a covariance of the features."""
+    check_at_least(features.width + 1, f"the covariance of {features.width} features of {features.name}", **counts)
+
+
+def check_at_least(fewest: int, reason: str, **counts: int) -> None:
+    """Raises: DalleError if a set has fewer than `fewest` images."""
+    for name, count in counts.items():
+        if count < fewest:
+            raise DalleError(
+                f"expected at least {fewest} images in each set for {reason}, found {count} {name}; "
+                "give more, features of fewer dimensions, or leave it out with --scores"
+            )
 
 
 def title(features: Features, published: str = "FID", other: str = "Frechet distance") -> str:
@@ -107,18 +127,17 @@ def _load_state(network: InceptionV3, path: Path) -> None:
         else:
             state = load_file(str(path))
         missing, unexpected = network.load_state_dict(state, strict=False)
+        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+        if not unexpected and not missing:
+            return
+        found = f"{unexpected[0]}, which is unknown," if unexpected else f"no {missing[0]}"
     except (OSError, RuntimeError, ValueError, EOFError, TypeError, SafetensorError) as error:
-        raise _not_inception(path, (str(error).splitlines() or [type(error).__name__])[-1].strip()) from None
+        found = (str(error).splitlines() or [type(error).__name__])[-1].strip()
     except Exception as error:  # pickle's own errors, without an import of it
         if type(error).__name__ != "UnpicklingError":
             raise
-        raise _not_inception(path, "a pickle of something else than tensors") from None
-    if unexpected or (missing := [name for name in missing if not name.endswith("num_batches_tracked")]):
-        raise _not_inception(path, f"{unexpected[0]}, which is unknown," if unexpected else f"no {missing[0]}")
-
-
-def _not_inception(path: Path, found: str) -> DalleError:
-    return DalleError(f"expected the Inception-v3 of pytorch-fid, found {found} in {path}; give its checkpoint")
+        found = "a pickle of something else than tensors"
+    raise DalleError(f"expected the Inception-v3 of pytorch-fid, found {found} in {path}; give its checkpoint")
 
 
 def load_features(spec: str | None, model: str | None, machine: Arithmetic) -> Features:

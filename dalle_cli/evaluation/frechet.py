@@ -43,8 +43,7 @@ class Moments:
             raise DalleError(f"expected finite features, found {found}")
         mean = block.mean(axis=0)
         block = block - mean
-        total = self.count + len(rows)
-        delta = mean - self.mean
+        total, delta = self.count + len(rows), mean - self.mean
         self._scatter += block.T @ block + np.outer(delta, delta) * (self.count * len(rows) / total)
         self.mean += delta * (len(rows) / total)
         self.count = total

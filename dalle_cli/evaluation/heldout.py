@@ -13,8 +13,7 @@ def validation_share(weights: Artifact) -> float | None:
 
 def excluded_digest(weights: Artifact) -> str | None:
     """The digest of the ids that training left out; None if it left out none."""
-    digest: str | None = weights.history[-1]["inputs"].get("exclude") if weights.history else None
-    return digest
+    return weights.history[-1]["inputs"].get("exclude") if weights.history else None
 
 
 def other_split(weights: Artifact, excluded: frozenset[str]) -> str | None:

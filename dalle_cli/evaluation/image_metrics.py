@@ -6,8 +6,8 @@ shows, and in `viz.metric_charts.METRICS`, which the chart shows.
 Shapes: N M rows of the two sets, D features, k images to choose among.
 """
 
-from collections.abc import Callable, Mapping
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from dalle_cli.artifacts import Artifact
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation import bootstrap, classes, kernel, manifold, retrieval
 from dalle_cli.evaluation.cache import FeaturePass, caption_embeddings, collect
-from dalle_cli.evaluation.features import ClipFeatures, Features, title
+from dalle_cli.evaluation.features import ClipFeatures, Features, check_at_least, check_enough, title
 from dalle_cli.evaluation.frechet import Moments, between
 from dalle_cli.evaluation.image_sets import GENERATED, REFERENCE, ImageSet
 from dalle_cli.evaluation.options import SCORES, EvaluateOptions
@@ -37,13 +37,13 @@ class Comparison:
     """The features of both sets, and which rows of them belong together. `excluded` are ids that --exclude lists."""
 
     def __init__(
-        self, sets: tuple[ImageSet, ImageSet], features: Features, clip: ClipFeatures | None, run: FeaturePass,
+        self, sets: Sequence[ImageSet], features: Features, clip: ClipFeatures | None, run: FeaturePass,
         options: EvaluateOptions, excluded: frozenset[str] = frozenset(),
     ):  # fmt: skip
         self.features, self.clip, self.run, self.options, self.excluded = features, clip, run, options, excluded
         self.sets = dict(zip((GENERATED, REFERENCE), sets, strict=True))
         if "frechet" in (options.names or SCORES):  # before a long pass
-            _check_enough({one.name: len(one.rows) for one in sets}, features.width + 1, covariance(features))
+            check_enough(features, **{one.name: len(one.rows) for one in sets})
         self.found = {name: collect(one, run) for name, one in self.sets.items()}
         self.manifolds: dict[float, tuple[Any, Any]] = {}  # precision and recall are computed together
         first = {name: found[features.name, run.radii[0]] for name, found in self.found.items()}
@@ -52,6 +52,7 @@ class Comparison:
         self.kept = {
             name: np.array([i for i, own in enumerate(ids[name]) if own not in gone[name]], np.int64) for name in ids
         }
+        self.used = {name: len(kept) for name, kept in self.kept.items()}
         self.ids = {name: [ids[name][i] for i in kept.tolist()] for name, kept in self.kept.items()}
 
     def _gone(self, ids: dict[str, list[str]]) -> dict[str, frozenset[str]]:
@@ -64,8 +65,8 @@ class Comparison:
 
     def counts(self, name: str) -> dict[str, int]:
         """How many images of a set are used, excluded, and skipped as they cannot be read."""
-        used, read = len(self.kept[name]), len(self.found[name][self.features.name, self.run.radii[0]])
-        return {"pictures": used, "exclude": read - used, "skipped": len(self.sets[name].rows) - read}
+        used, read = self.used[name], len(self.found[name][self.features.name, self.run.radii[0]])
+        return {"images": used, "exclude": read - used, "skipped": len(self.sets[name].rows) - read}
 
     def rows(
         self, name: str, radius: float, column: str = "embeddings", network: Features | None = None
@@ -74,8 +75,8 @@ class Comparison:
         return FeatureRows(self.found[name][(network or self.features).name, radius], column, self.kept[name])
 
     def both(self, radius: float, fewest: int = 0, reason: str = "") -> tuple[FeatureRows, FeatureRows]:
-        """The features of both sets. Raises: DalleError if one has too few rows."""
-        _check_enough({name: len(kept) for name, kept in self.kept.items()}, fewest, reason)
+        """The features of both sets; raises `DalleError` if one has too few rows."""
+        check_at_least(fewest, reason, **self.used)
         return self.rows(GENERATED, radius), self.rows(REFERENCE, radius)
 
     def mean(self, values: npt.NDArray[Any], stream: int) -> Metric:
@@ -96,24 +97,24 @@ class Comparison:
         by_text: dict[str, list[int]] = {}
         for row, own in enumerate(self.ids[REFERENCE]):
             by_id.setdefault(own, []).append(row)
-            for text in dict.fromkeys(captions.get(own, ())):
+            for text in filter(None, dict.fromkeys(captions.get(own, ()))):
                 by_text.setdefault(text, []).append(row)
-        pairs = []
-        for own, text in zip(self.ids[GENERATED], self.texts, strict=True):
+        found = {}
+        for row, (own, text) in enumerate(zip(self.ids[GENERATED], self.texts, strict=True)):
             known = captions.get(own)  # an equal id means nothing where captions differ: both sets may be numbered
-            same = by_id.get(own, []) if not text or not known or text in known else []
-            pairs.append(same or (by_text.get(text, []) if text else []))
-        return [row for row, mine in enumerate(pairs) if mine], [mine for mine in pairs if mine]
+            same = by_id.get(own) if not text or not known or text in known else None
+            if mine := same or by_text.get(text):
+                found[row] = mine
+        return list(found), list(found.values())
 
     @cached_property
     def captions(self) -> tuple[Artifact, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Embedded captions; the generated rows that have one, and which."""
         assert self.clip is not None
-        unique = sorted({text for text in self.texts if text})
-        number = {text: i for i, text in enumerate(unique)}
-        rows = np.array([i for i, text in enumerate(self.texts) if text], np.int64)
-        own = np.array([number[text] for text in self.texts if text], np.int64)
-        return caption_embeddings(unique, self.clip, self.run), rows, own
+        texts = np.array(self.texts, object)
+        rows = np.flatnonzero(texts != "")
+        unique, own = np.unique(texts[rows], return_inverse=True)
+        return caption_embeddings(unique.tolist(), self.clip, self.run), rows, own
 
 
 def score(c: Comparison) -> tuple[list[Metric], dict[str, str]]:
@@ -130,40 +131,23 @@ def score(c: Comparison) -> tuple[list[Metric], dict[str, str]]:
                 scores[name] = METRICS[name](c, radius)
             except Unavailable as reason:
                 if name in c.options.names:
-                    raise DalleError(
-                        f"expected what {name} needs, found {reason}; give it or correct --scores"
-                    ) from None
+                    said = f"expected what {name} needs, found {reason}; give it or correct --scores"
+                    raise DalleError(said) from None
                 left_out[name] = str(reason)
         out.append(scores)
     return out, left_out
 
 
-def _check_enough(counts: Mapping[str, int], fewest: int, reason: str) -> None:
-    """Raises: DalleError if a set has too few images."""
-    for name, count in counts.items():
-        if count < fewest:
-            raise DalleError(
-                f"expected at least {fewest} images in each set for {reason}, found {count} {name}; "
-                "give more, features of fewer dimensions, or leave it out with --scores"
-            )
-
-
-def covariance(features: Features) -> str:
-    """Why more images than features are needed."""
-    return f"the covariance of {features.width} features of {features.name}"
-
-
 def _frechet(c: Comparison, radius: float) -> Metric:
-    width = c.features.width
-    generated, real = c.both(radius, width + 1, covariance(c.features))
-    value = between(Moments.of(generated.blocks(), width), Moments.of(real.blocks(), width))
-    interval = bootstrap.of_frechet(value, generated, real, c.options.bootstrap, c.options.seed)
-    return {"called": title(c.features), **interval}
+    check_enough(c.features, **c.used)
+    both = c.both(radius)
+    value = between(*(Moments.of(rows.blocks(), c.features.width) for rows in both))
+    return {"name": title(c.features), **bootstrap.of_frechet(value, *both, c.options.bootstrap, c.options.seed)}
 
 
 def _kernel(c: Comparison, radius: float) -> Metric:
     both = c.both(radius, kernel.FEWEST, "subsets of two")
-    return {"called": title(c.features, "KID", "kernel distance"), **kernel.kernel_distance(*both, c.options.seed)}
+    return {"name": title(c.features, "KID", "kernel distance"), **kernel.kernel_distance(*both, c.options.seed)}
 
 
 def _manifold(c: Comparison, radius: float, number: int) -> Metric:
@@ -175,7 +159,7 @@ def _manifold(c: Comparison, radius: float, number: int) -> Metric:
         c.manifolds[radius] = manifold.precision_recall(generated, real)
     hits = c.manifolds[radius][number]
     name = f"{('precision', 'recall')[number]} ({c.features.name})"  # the published ones use features of VGG-16
-    return {"called": name, **c.mean(hits, 2 + number), "pictures": len(hits)}
+    return {"name": name, **c.mean(hits, 2 + number), "images": len(hits)}
 
 
 def _inception(c: Comparison, radius: float) -> Metric:
@@ -184,8 +168,8 @@ def _inception(c: Comparison, radius: float) -> Metric:
     rows = c.rows(GENERATED, radius, "logits")
     if len(rows) < classes.FEWEST:
         raise Unavailable(f"{len(rows)} generated images, where {classes.FEWEST} are the fewest")
-    called = title(c.features, "Inception score", "Inception score, not the published network")
-    return {"called": called, **classes.inception_score(rows.blocks(), c.options.bootstrap, c.options.seed)}
+    name = title(c.features, "Inception score", "Inception score, not the published network")
+    return {"name": name, **classes.inception_score(rows.blocks(), c.options.bootstrap, c.options.seed)}
 
 
 def _clip(c: Comparison, radius: float) -> Metric:
@@ -200,8 +184,8 @@ def _clip(c: Comparison, radius: float) -> Metric:
     other = retrieval.shuffled(own, c.options.seed)
     wrong = None if other is None else retrieval.clip_score(retrieval.cosines(images, captions, other).mean())
     scores = {name: retrieval.clip_score(value) for name, value in interval.items()}
-    called = "CLIP score (100 x cosine, as torchmetrics)"
-    return {"called": called, **scores, "shuffled": wrong, "pictures": len(rows), "features": c.clip.name}
+    name = "CLIP score (100 x cosine, as torchmetrics)"
+    return {"name": name, **scores, "shuffled": wrong, "images": len(rows), "features": c.clip.name}
 
 
 def _retrieval(c: Comparison, radius: float) -> Metric:
@@ -216,14 +200,14 @@ def _retrieval(c: Comparison, radius: float) -> Metric:
     generated = FeatureRows(generated.artifact, kept=generated.kept[having])
     ranks = retrieval.ranks(generated, real, own, k, c.options.seed)
     out: Metric = {f"r{n}": {**c.mean(ranks < n, 5), "chance": n / k} for n in (1, 5) if n < k}
-    return {**out, "k": k, "pictures": len(having)}
+    return {**out, "k": k, "images": len(having)}
 
 
 METRICS: dict[str, Callable[[Comparison, float], Metric]] = {
     "frechet": _frechet,
     "kernel": _kernel,
-    "precision": lambda c, radius: _manifold(c, radius, 0),
-    "recall": lambda c, radius: _manifold(c, radius, 1),
+    "precision": partial(_manifold, number=0),
+    "recall": partial(_manifold, number=1),
     "inception": _inception,
     "clip": _clip,
     "retrieval": _retrieval,

@@ -28,6 +28,7 @@ class StoredImages:
     """The images of an artifact, read like those of a data set."""
 
     def __init__(self, artifact: Artifact):
+        self.artifact = artifact
         self.ids: Sequence[str] = artifact.strings("ids")
         self.skipped = SkipLog()
         self._shards = artifact.headers
@@ -59,7 +60,7 @@ class ImageSet:
         return self.source.digest if isinstance(self.source, Artifact) else self.source
 
     def size(self) -> int:
-        """The shorter side of the first image that can be read, in pixels. Raises: DalleError if none can."""
+        """As `first_side`, of the rows that are used."""
         return first_side(self.images, self.rows.tolist(), self.name)
 
 
@@ -69,18 +70,17 @@ def open_image_set(name: str, source: str, limit: int | None = None) -> ImageSet
     Raises:
         DalleError: nothing there, or neither images nor a data set.
     """
-    artifact = _open_stored(source)
-    if artifact is not None:
-        stored = StoredImages(artifact)
-        texts = artifact.strings("text") if "text" in artifact else None
-        known = {} if texts is None else {own: (text,) for own, text in zip(stored.ids, texts, strict=True)}
-        return ImageSet(name, stored, spread(len(stored), limit), known, artifact)
-    data = open_dataset(source, need_captions=False)
+    images, digest = open_images(source)
     captions: dict[str, tuple[str, ...]] = {}
+    if isinstance(images, StoredImages):
+        artifact = images.artifact
+        if "text" in artifact:
+            captions = {own: (text,) for own, text in zip(images.ids, artifact.strings("text"), strict=True)}
+        return ImageSet(name, images, spread(len(images), limit), captions, artifact)
     with suppress(DalleError):  # a data set without captions
         captioned = open_dataset(source, need_captions=True, all_lines=True)
         captions = dict(zip(captioned.ids, captioned.captions, strict=True))
-    return ImageSet(name, data, spread(len(data), limit), captions, data.digest)
+    return ImageSet(name, images, spread(len(images), limit), captions, digest)
 
 
 def first_side(images: Pictures, rows: Sequence[int], name: str) -> int:
@@ -97,18 +97,12 @@ def open_images(source: str) -> tuple[Pictures, str]:
     Raises:
         DalleError: nothing there, or neither of them.
     """
-    artifact = _open_stored(source)
-    if artifact is not None:
+    path = Path(source)
+    if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob(SHARDS))):
+        artifact = open_artifact(path, "images")
         return StoredImages(artifact), artifact.digest
     data = open_dataset(source, need_captions=False)
     return data, data.digest
-
-
-def _open_stored(source: str) -> Artifact | None:
-    """The `images` artifact of a path; None where it can only be a data set."""
-    path = Path(source)
-    stored = path.suffix == ".safetensors" or (path.is_dir() and any(path.glob(SHARDS)))
-    return open_artifact(path, "images") if stored else None
 
 
 def spread(n: int, limit: int | None) -> npt.NDArray[np.int64]:

@@ -1,6 +1,5 @@
 """Generated images against real ones: what `dalle evaluate IMAGES --reference DATASET` computes."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,14 @@ def evaluate_images(
     """All metrics of an `images` artifact or a data set against `options.reference`; features are stored beside `out`.
 
     Raises:
-        DalleError: no reference, no images, too few of them, or a metric by name that they cannot have.
+        DalleError: no images, too few of them, or a metric by name that they cannot have.
     """
-    if options.reference is None:
-        raise DalleError("expected real images to compare with, found none; give --reference DATASET")
     if options.plot is not None:
         charts.check(options.plot, force)
-        charts.check_drawable()
-    sets = tuple(
-        open_image_set(name, source, options.limit)
-        for name, source in ((GENERATED, generated), (REFERENCE, options.reference))
-    )
-    excluded = read_exclude_list(options.exclude, itertools.chain.from_iterable(one.images.ids for one in sets))
+        charts.load_matplotlib()
+    sources = ((GENERATED, generated), (REFERENCE, str(options.reference)))
+    sets = tuple(open_image_set(name, source, options.limit) for name, source in sources)
+    excluded = read_exclude_list(options.exclude, [own for one in sets for own in one.images.ids])
     size = options.size or sets[0].size()
     if max(options.radii) >= size:
         raise DalleError(f"expected radii of blur below {size} pixels, found {max(options.radii):g}; correct --blur")
@@ -44,7 +39,7 @@ def evaluate_images(
     networks = [network] if clip is None or clip.name == network.name else [network, clip]
     folder = out.with_name(out.name.removesuffix(".json") + ".features")
     run = FeaturePass(folder, networks, options.radii, size, machine, options.batch_size, options.workers)
-    comparison = Comparison((sets[0], sets[1]), network, clip, run, options, excluded)
+    comparison = Comparison(sets, network, clip, run, options, excluded)
     scores, left_out = score(comparison)
     if (path := options.plot) is not None:
         name = Path(generated).name.partition(".")[0]
@@ -58,12 +53,11 @@ def _caption_clip(network: Features, options: EvaluateOptions, machine: Arithmet
     if options.names and "clip" not in options.names:
         return None
     try:
-        if options.features is None or options.model is None:
-            found = network if isinstance(network, ClipFeatures) else None
-        else:
+        found = network if isinstance(network, ClipFeatures) else None
+        if options.features is not None and options.model is not None:
             weights = bundles.weights(options.model, "weights.clip")
-            same = isinstance(network, ClipFeatures) and network.digest == weights.digest
-            found = network if same else ClipFeatures(weights, machine)  # type: ignore[assignment]
+            if found is None or found.digest != weights.digest:
+                found = ClipFeatures(weights, machine)
         if found is not None:
             bundles.tokenizer(found.weights)  # before a long pass over images
         return found
@@ -77,13 +71,11 @@ def _caption_clip(network: Features, options: EvaluateOptions, machine: Arithmet
 def _provenance(c: Comparison) -> dict[str, Any]:
     """What was compared, with which network and settings: digests, no paths."""
     digests = {name: one.digest for name, one in c.sets.items()} | {"features": c.features.digest}
-    digests |= {} if c.clip is None else {"clip": c.clip.digest}
-    network = {"name": c.features.name, "width": c.features.width, "classes": c.features.classes}
     settings = {"seed": c.options.seed, "bootstrap": c.options.bootstrap}
     return {
-        "called": title(c.features),
-        "features": network,
-        "inputs": digests,
+        "name": title(c.features),
+        "features": {"name": c.features.name, "width": c.features.width, "classes": c.features.classes},
+        "inputs": digests | ({} if c.clip is None else {"clip": c.clip.digest}),
         "counts": {name: c.counts(name) for name in c.sets},
         "options": {**settings, "size": c.run.size, "dtype": c.run.machine.name},
     }

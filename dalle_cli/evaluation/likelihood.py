@@ -24,6 +24,10 @@ class Mean(NamedTuple):
     value: float | None
     error: float | None
 
+    def as_dict(self, name: str) -> dict[str, float | None]:
+        """NAME and NAME_error, as JSON has them."""
+        return {name: self.value, f"{name}_error": self.error}
+
 
 def mean(values: Tensor, counts: Tensor | None = None) -> Mean:
     """The mean of (N,) values, or the ratio of their sum to that of (N,) counts, with its linearized error."""
@@ -80,12 +84,11 @@ class Unigram:
     text: Tensor
     own: bool = False
 
-    @staticmethod
-    def empty(prior: Prior, own: bool = False) -> "Unigram":
+    @classmethod
+    def empty(cls, prior: Prior, own: bool = False) -> "Unigram":
         """Nothing counted yet."""
         sizes = (prior.config.n_image_vocab, prior.config.n_text_vocab)
-        image, text = (torch.zeros(size, dtype=torch.int64) for size in sizes)
-        return Unigram(image, text, own)
+        return cls(*(torch.zeros(size, dtype=torch.int64) for size in sizes), own)
 
     def add(self, tokens: Tensor, lengths: Tensor, codes: Tensor) -> None:
         """Count B more pairs: (B, T), (B,), (B, H, W) int64."""
@@ -141,7 +144,7 @@ class PriorMetrics:
         }
         out: dict[str, object] = {"pairs": len(right), "codes": len(right) * grid**2, "tokens": int(n_tokens.sum())}
         for name, found in means.items():
-            out |= {name: found.value, f"{name}_error": found.error}
+            out |= found.as_dict(name)
         out["image_nats_uniform"] = math.log(self.prior.config.n_image_vocab)
         out["text_nats_uniform"] = math.log(self.prior.config.n_text_vocab)
         out["by_position"] = self.grid(self.by_position)

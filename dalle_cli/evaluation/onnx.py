@@ -55,12 +55,9 @@ class OnnxFeatures:
         """(B, 3, S, S) in [0, 1] -> (B, D), (B, K)."""
         pixels = self._pixels(images)
         rows = self.input.batch or len(pixels)
-        parts = []
-        for start in range(0, len(pixels), rows):
-            part = pixels[start : start + rows]
-            padded = np.concatenate([part, np.repeat(part[-1:], rows - len(part), axis=0)])
-            parts.append([out[: len(part)] for out in self._run(padded)])
-        features, *logits = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        padded = np.concatenate([pixels, np.repeat(pixels[-1:], -len(pixels) % rows, axis=0)])
+        parts = [self._run(padded[start : start + rows]) for start in range(0, len(padded), rows)]
+        features, *logits = (np.concatenate(columns)[: len(pixels)] for columns in zip(*parts, strict=True))
         return FeatureBatch(features, logits[0] if logits else None)
 
     def _pixels(self, images: Tensor) -> Any:

@@ -82,8 +82,7 @@ def network_matcher(spec: str, test: Pictures, machine: Arithmetic) -> Matcher:
 class Nearest:
     """The K keys most similar to each query, the largest inner product over its views; of equals, the first ones."""
 
-    def __init__(self, queries: Tensor, k: int):
-        """`queries` (M, V, D) float."""
+    def __init__(self, queries: Tensor, k: int):  # (M, V, D) float
         self.queries = queries
         self.rows = torch.full((len(queries), k), -1)
         self.similarities = queries.new_full((len(queries), k), -torch.inf)
@@ -122,29 +121,31 @@ def find_pairs(train: Pictures, test: Pictures, matcher: Matcher, k: int, read: 
     Raises:
         DalleError: no image of one of the sets can be read.
     """
-    rows, queries = [], []
-    for kept, images in _batches("features of TEST", test, read):
-        rows.append(kept)
-        queries.append(matcher.queries(matcher.tensor(images)))
-    if not rows:
-        raise DalleError(f"expected images in TEST, found none of {len(test):,} that can be read; check them")
+    rows, queries = zip(
+        *((rows, matcher.queries(images)) for rows, images in _batches("TEST", test, matcher, read)), strict=True
+    )
     nearest = Nearest(torch.cat(queries), k)
-    for kept, images in _batches("features of TRAIN", train, read):
-        nearest.offer(matcher.keys(matcher.tensor(images)), kept)
+    for kept, images in _batches("TRAIN", train, matcher, read):
+        nearest.offer(matcher.keys(images), kept)
     held = nearest.rows >= 0
-    places = np.concatenate(rows)[held.nonzero()[:, 0]].tolist()
-    found = zip(places, nearest.rows[held].tolist(), nearest.similarities.cpu()[held].tolist(), strict=True)
+    test_rows = np.concatenate(rows)[held.nonzero()[:, 0]].tolist()
+    found = zip(test_rows, nearest.rows[held].tolist(), nearest.similarities.cpu()[held].tolist(), strict=True)
     pairs = [Pair(query, row, round(cosine, DIGITS)) for query, row, cosine in found]
     if not pairs:
-        raise DalleError(f"expected images in TRAIN, found none of {len(train):,} that can be read; check them")
+        raise DalleError("expected finite features, found NaN; give --dtype float32 or other --features")
     return _compared(pairs, train, test, matcher, read) if matcher.similarity else pairs
 
 
-def _batches(label: str, images: Pictures, read: Read) -> Iterator[tuple[Any, Pixels]]:
-    with console.progress(label, len(images), unit="images") as advance:
-        for kept, batch in read(images, rows=range(len(images))):
-            yield kept, batch
-            advance(len(kept))
+def _batches(name: str, images: Pictures, matcher: Matcher, read: Read) -> Iterator[tuple[Any, Tensor]]:
+    """All images of a set in batches on the device: rows (B,), pixels. Raises: DalleError if none can be read."""
+    count = 0
+    with console.progress(f"features of {name}", len(images), unit="images") as advance:
+        for rows, batch in read(images, rows=range(len(images))):
+            yield rows, matcher.tensor(batch)
+            count += len(rows)
+            advance(len(rows))
+    if not count:
+        raise DalleError(f"expected images in {name}, found none of {len(images):,} that can be read; check them")
 
 
 def _compared(pairs: Sequence[Pair], train: Pictures, test: Pictures, matcher: Matcher, read: Read) -> list[Pair]:
@@ -153,19 +154,20 @@ def _compared(pairs: Sequence[Pair], train: Pictures, test: Pictures, matcher: M
     out: list[Pair] = []
     with console.progress("compare", len(pairs), unit="pairs") as advance:
         for start in range(0, len(pairs), PAIRS):
-            batch, sides = pairs[start : start + PAIRS], []
-            for images, wanted in ((test, {pair.test for pair in batch}), (train, {pair.train for pair in batch})):
-                batches = read(images, rows=sorted(wanted))
-                sides.append(
-                    {int(row): image for kept, found in batches for row, image in zip(kept, found, strict=True)}
-                )
-            both = [pair for pair in batch if pair.test in sides[0] and pair.train in sides[1]]
-            if both:
-                a, b = np.stack([sides[0][p.test] for p in both]), np.stack([sides[1][p.train] for p in both])
-                values = matcher.similarity(matcher.tensor(a), matcher.tensor(b)).tolist()
-                out += [Pair(p.test, p.train, round(value, DIGITS)) for p, value in zip(both, values, strict=True)]
+            batch = pairs[start : start + PAIRS]
+            a = _by_row(read(test, rows=sorted({pair.test for pair in batch})))
+            b = _by_row(read(train, rows=sorted({pair.train for pair in batch})))
+            readable = [pair for pair in batch if pair.test in a and pair.train in b]
+            if readable:
+                both = np.stack([a[p.test] for p in readable]), np.stack([b[p.train] for p in readable])
+                values = matcher.similarity(*map(matcher.tensor, both)).tolist()
+                out += [p._replace(similarity=round(value, DIGITS)) for p, value in zip(readable, values, strict=True)]
             advance(len(batch))
     return out
+
+
+def _by_row(batches: Iterator[tuple[Any, Pixels]]) -> dict[int, Pixels]:
+    return {row: image for rows, images in batches for row, image in zip(rows.tolist(), images, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -222,15 +224,15 @@ class Overlap:
         pairs, test, train = [*above, *below], self.test, self.train
         images = [_side_by_side(test.read(pair.test), train.read(pair.train)) for pair in pairs]
         names = [f"{test.ids[pair.test]}, {train.ids[pair.train]}" for pair in pairs]
-        groups = [0] * len(above) + [1] * len(below)
         counts = f"{len(above) or 'no'} pairs from the threshold {self.threshold:g} on, {len(below) or 'none'} below it"
-        title = f"TEST beside TRAIN: {counts}"
-        return image_grid(images, names, [pair.similarity for pair in pairs], columns=4, title=title, groups=groups)
+        return image_grid(
+            images, names, [pair.similarity for pair in pairs], columns=4, title=f"TEST beside TRAIN: {counts}",
+            groups=[0] * len(above) + [1] * len(below),
+        )  # fmt: skip
 
 
 def _side_by_side(left: Image.Image, right: Image.Image) -> npt.NDArray[np.uint8]:
     canvas = Image.new("RGB", (2 * SIDE + GAP, SIDE), (255, 255, 255))
     for at, image in ((0, left), (SIDE + GAP, right)):
-        whole = ImageOps.contain(image, (SIDE, SIDE), Image.Resampling.HAMMING)
-        canvas.paste(whole, (at + (SIDE - whole.width) // 2, (SIDE - whole.height) // 2))
+        canvas.paste(ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.HAMMING, (255, 255, 255)), (at, 0))
     return np.asarray(canvas)

@@ -4,6 +4,7 @@ Shapes: B pairs of a batch, T caption length, H W code grid.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def evaluate_prior(
     """
     if options.plot is not None:
         charts.check(options.plot, force)
-        charts.check_drawable()
+        charts.load_matplotlib()
     prior = loading.prior(weights, machine.device)
     check_made_for(weights, prior, captions, codes)
     pairs = Pairs(captions, codes)
@@ -51,33 +52,27 @@ def evaluate_prior(
     counted = training if len(training) else places
     unigram = count(prior, pairs, counted, options.batch_size, own=not len(training))
     chosen = places[spread(len(places), options.limit)]
-    metrics = score_pairs(prior, pairs, chosen, unigram, machine, options.batch_size)
+    scores = score_pairs(prior, pairs, chosen, unigram, machine, options.batch_size).metrics()
     held = not options.everything and validation_share(weights) is not None
     train = weights.config.get("train")
     # where no captions were dropped in training, the gain over none only says how unusual an empty caption is
     dropout = train.get("caption_dropout") if isinstance(train, dict) else None
     if options.plot is not None:
         title = f"{weights.path.stem}: {len(chosen):,} {'held-out ' if held else ''}pairs"
-        plot_positions(options.plot, metrics, title)
-    out = metrics.metrics() | {"held_out": held, "caption_dropout": dropout}
-    return out | ({"exclude": len(excluded)} if options.exclude is not None else {})
+        plot_positions(options.plot, scores, title)
+    scores |= {"held_out": held, "caption_dropout": dropout}
+    return scores | ({"exclude": len(excluded)} if options.exclude is not None else {})
 
 
 def check_made_for(weights: Artifact, prior: Prior, captions: Artifact, codes: Artifact) -> None:
     """Raises: DalleError unless the prior was trained with the captions' tokenizer and the codes' encoder."""
-    bundles.check_digest(
-        "tokenizer", captions.require("tokenizer", str), weights.require("tokenizer", str), weights.path
-    )
-    bundles.check_digest("image encoder", codes.require("encoder", str), weights.require("encoder", str), weights.path)
-    config = prior.config
+    for what, key, source in (("tokenizer", "tokenizer", captions), ("image encoder", "encoder", codes)):
+        bundles.check_digest(what, source.require(key, str), weights.require(key, str), weights.path)
+    config, sizes = prior.config, ((captions, "n_vocab"), (captions, "n_text"), (codes, "n_vocab"), (codes, "grid"))
     wanted = (config.n_text_vocab, config.n_text, config.n_image_vocab, config.grid)
-    found = (
-        *(captions.require(k, int) for k in ("n_vocab", "n_text")),
-        *(codes.require(k, int) for k in ("n_vocab", "grid")),
-    )
-    if found != wanted:
-        found_sizes = f"{wanted}, found {found}; make both again"
-        raise DalleError(f"expected vocabulary and length of captions, and of codes, {found_sizes}")
+    if (found := tuple(source.require(key, int) for source, key in sizes)) != wanted:
+        said = f"{wanted}, found {found}; make both again"
+        raise DalleError(f"expected vocabulary and length of captions, and of codes, {said}")
 
 
 def split_pairs(weights: Artifact, pairs: Pairs, excluded: frozenset[str], everything: bool) -> tuple[Ints, Ints]:
@@ -139,12 +134,12 @@ def score_pairs(
     return metrics
 
 
-def plot_positions(path: Path, metrics: PriorMetrics, title: str) -> None:
+def plot_positions(path: Path, scores: dict[str, Any], title: str) -> None:
     """Heat maps of the loss of codes by position, and of what the caption saves there."""
-    gain = metrics.grid(metrics.null_by_position - metrics.by_position)
+    loss, gain = charts.Label("image loss", "nats per code"), charts.Label("gain from the caption", "nats per code")
     maps = [
-        charts.Heat(charts.Label("image loss", "nats per code"), metrics.grid(metrics.by_position)),
-        charts.Heat(charts.Label("gain from the caption", "nats per code"), gain, signed=True),
+        charts.Heat(loss, scores["by_position"]),
+        charts.Heat(gain, scores["gain_over_null_by_position"], signed=True),
     ]
     figure = charts.heat_maps(maps, title)
     replace_file(path, lambda part: charts.save(figure, part, path.suffix))

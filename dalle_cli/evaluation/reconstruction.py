@@ -4,7 +4,6 @@ Shapes: B batch, H W pixels or code grid, V vocabulary, N all images. Pixels are
 in which all is computed.
 """
 
-import bisect
 import math
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation.features import Features, title
+from dalle_cli.evaluation.features import Features, check_enough, title
 from dalle_cli.evaluation.frechet import Moments, between
 from dalle_cli.evaluation.likelihood import mean
 from dalle_cli.models.pixels import from_uint8
@@ -113,40 +112,29 @@ class Reconstructions:
         for i, (row, value) in enumerate(zip(rows, psnr(errors).tolist(), strict=True)):
             if len(self.worst) < self.keep or (self.keep and (value, row) < self.worst[-1][:2]):
                 pixels = images[i].cpu().clone(), decoded[i].cpu().clone()  # a view would hold the whole batch
-                bisect.insort(
-                    self.worst,
-                    Reconstruction(value, row, *pixels, None if similarity is None else float(similarity[i])),
-                )
-                del self.worst[self.keep :]
+                match = None if similarity is None else float(similarity[i])
+                self.worst = sorted([*self.worst, Reconstruction(value, row, *pixels, match)])[: self.keep]
 
     def image_metrics(self, which: Tensor | None = None) -> dict[str, object]:
         """Metrics of all images, or of those of a mask (N,): means, with standard errors over images.
 
         `psnr_pooled` is the PSNR of the mean squared error over all images; `identical` counts equal images.
         """
-        errors = torch.cat(self._errors)
-        errors = errors if which is None else errors[which]
+        chosen = slice(None) if which is None else which
+        errors = torch.cat(self._errors)[chosen]
         if not len(errors):
-            return {"pictures": 0}
-        found = mean(psnr(errors))
-        out: dict[str, object] = {"pictures": len(errors), "psnr": found.value, "psnr_error": found.error}
+            return {"images": 0}
+        out: dict[str, object] = {"images": len(errors), **mean(psnr(errors)).as_dict("psnr")}
         out |= {"psnr_pooled": float(psnr(errors.mean())), "identical": int((errors == 0).sum())}
-        if self._ssim:
-            values = torch.cat(self._ssim)
-            found = mean(values if which is None else values[which])
-            out |= {"ssim": found.value, "ssim_error": found.error}
-        return out
+        return out | (mean(torch.cat(self._ssim)[chosen]).as_dict("ssim") if self._ssim else {})
 
     def code_metrics(self) -> dict[str, object]:
         """Bits per pixel, at a fixed length and by an entropy coder of single codes; codes in use, and perplexity."""
-        n_vocab = len(self.counts)
         used, perplexity, bits = usage(self.counts)
         return {
-            "bits_per_pixel": math.log2(n_vocab) * self._codes_per_pixel,
+            "bits_per_pixel": math.log2(len(self.counts)) * self._codes_per_pixel,
             "bits_per_pixel_entropy": bits * self._codes_per_pixel,
-            "n_vocab": n_vocab,
-            "codes_used": used,
-            "perplexity": perplexity,
+            **{"n_vocab": len(self.counts), "codes_used": used, "perplexity": perplexity},
         }
 
 
@@ -157,14 +145,6 @@ class ReconstructionDistance:
         self.features = features
         self.originals, self.reconstructions = Moments(features.width), Moments(features.width)
 
-    def check(self, n: int) -> None:
-        """Raises: DalleError if n images are too few for the features' covariance."""
-        if n <= (width := self.features.width):
-            raise DalleError(
-                f"expected at least {width + 1} images for the covariance of {width} features of "
-                f"{self.features.name}, found {n}; give more, or features of fewer dimensions"
-            )
-
     def add(self, images: Tensor, decoded: Tensor) -> None:
         """Add B images and their reconstructions, (B, 3, H, W) uint8."""
         for pixels, moments in ((images, self.originals), (decoded, self.reconstructions)):
@@ -172,6 +152,6 @@ class ReconstructionDistance:
 
     def metrics(self) -> dict[str, object]:
         """The distance, its name, and its features. Raises: DalleError if too few images could be read."""
-        self.check(self.originals.count)
+        check_enough(self.features, readable=self.originals.count)
         value = between(self.originals, self.reconstructions)
-        return {"called": title(self.features), "value": value, "features": self.features.name}
+        return {"name": title(self.features), "value": value, "features": self.features.name}

@@ -16,6 +16,10 @@ from dalle_cli.evaluation.prior import evaluate_prior
 from dalle_cli.paths import named_after
 
 KINDS = "images, a data set, weights.dvae or weights.prior.codes"
+INPUTS = {
+    "images": "IMAGES --reference DATASET", "weights.dvae": "DVAE --reference DATASET",
+    "weights.prior.codes": "PRIOR CAPTIONS CODES",
+}  # fmt: skip
 TAKEN = {  # what each kind is called, and the special options that it takes
     "images": ("images", "reference", "features", "blur", "scores", "candidates", "size", "plot"),
     "weights.dvae": ("a dVAE", "reference", "features", "grid"),
@@ -36,14 +40,20 @@ def evaluate(
     options.check_for(*TAKEN[kind])
     target = out or named_after(inputs[0], ".scores.json")
     check_overwrite(target, "scores", lambda path: read_json_key(path, "stage") == "evaluate", force)
+    fits = len(inputs) == 3 if kind == "weights.prior.codes" else len(inputs) == 1 and options.reference is not None
+    if not fits:
+        found = f"{', '.join(inputs)}{'' if options.reference else ' and no --reference'}"
+        raise DalleError(f"expected the inputs of an evaluation, found {found}; give {INPUTS[kind]}")
     if weights is None:
-        if len(inputs) > 1:
-            raise DalleError(f"expected images alone, found {inputs[1]} after them; real images go to --reference")
         metrics = evaluate_images(inputs[0], target, options, machine, force)
     elif weights.kind == "weights.dvae":
-        metrics = _dvae(weights, inputs, target, options, machine, force)
+        images, digest = open_images(str(options.reference))
+        metrics = {"inputs": {"model": weights.digest, "reference": digest}}
+        metrics["scores"] = evaluate_dvae(weights, images, digest, target, options, machine, force)
     else:
-        metrics = _prior(weights, inputs, options, machine, force)
+        captions, codes = open_artifact(Path(inputs[1]), "captions"), open_artifact(Path(inputs[2]), "codes")
+        metrics = {"inputs": {"model": weights.digest, "captions": captions.digest, "codes": codes.digest}}
+        metrics["scores"] = evaluate_prior(weights, captions, codes, options, machine, force)
     if options.exclude is not None:
         metrics["inputs"]["exclude"] = digest_file(options.exclude)
     metrics = {"stage": "evaluate", "kind": kind, **metrics}
@@ -60,28 +70,6 @@ def _open_weights(first: str) -> Artifact | None:
     if found.kind not in TAKEN:
         raise DalleError(f"expected {KINDS}, found {found.kind}: {path}; give one of those")
     return None if found.kind == "images" else found
-
-
-def _dvae(
-    weights: Artifact, inputs: list[str], out: Path, options: EvaluateOptions, machine: Arithmetic, force: bool
-) -> dict[str, Any]:
-    if len(inputs) > 1 or options.reference is None:
-        found = f"{inputs[1]} after it" if len(inputs) > 1 else "none"
-        raise DalleError(f"expected images for a dVAE to reconstruct, found {found}; give --reference DATASET")
-    images, digest = open_images(options.reference)
-    metrics = evaluate_dvae(weights, images, digest, out, options, machine, force)
-    return {"inputs": {"model": weights.digest, "reference": digest}, "scores": metrics}
-
-
-def _prior(
-    weights: Artifact, inputs: list[str], options: EvaluateOptions, machine: Arithmetic, force: bool
-) -> dict[str, Any]:
-    if len(inputs) != 3:
-        raise DalleError(f"expected a prior, captions and codes, found {', '.join(inputs)}; give PRIOR CAPTIONS CODES")
-    captions, codes = open_artifact(Path(inputs[1]), "captions"), open_artifact(Path(inputs[2]), "codes")
-    metrics = evaluate_prior(weights, captions, codes, options, machine, force)
-    digests = {"model": weights.digest, "captions": captions.digest, "codes": codes.digest}
-    return {"inputs": digests, "scores": metrics}
 
 
 def as_text(metrics: dict[str, Any]) -> str:

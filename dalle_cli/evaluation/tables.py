@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 NAMES = {
+    "frechet": "frechet",
     "kernel": "kernel distance", "precision": "precision", "recall": "recall", "inception": "Inception score",
     "clip": "CLIP score", "r1": "retrieval R@1", "r5": "retrieval R@5",
 }  # fmt: skip
@@ -24,10 +25,10 @@ def image_rows(scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A row per metric, a cell per radius of blur."""
     flat: list[dict[str, Any]] = [{**table, **table.get("retrieval", {})} for table in scores]
     rows = []
-    for key in ("frechet", *NAMES):
+    for key in NAMES:
         cells = [table.get(key) for table in flat]
         if any(cells):
-            name = next(cell.get("called", NAMES.get(key, key)) for cell in cells if cell)
+            name = next(cell.get("name", NAMES[key]) for cell in cells if cell)
             rows.append([name, *(_cell(cell) if cell else "" for cell in cells)])
         if key == "clip" and any(cell and cell["shuffled"] is not None for cell in cells):
             others = [cell and cell["shuffled"] for cell in cells]
@@ -49,9 +50,7 @@ def plain_rows(scores: Mapping[str, Any], before: str = "") -> list[list[str]]:
             rows += plain_rows(value, f"{words}: ")
         elif isinstance(value, bool):
             rows.append([words, "yes" if value else "no"])
-        elif name.endswith("_error") and name.removesuffix("_error") in scores:
-            continue
-        elif isinstance(value, float):
+        elif isinstance(value, float) and name.removesuffix("_error") not in scores.keys() - {name}:
             rows.append([words, f"{value:.4g}" + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.2g}")])
         elif isinstance(value, (str, int)):
             rows.append([words, f"{value:,}" if isinstance(value, int) else value])

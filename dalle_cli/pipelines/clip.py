@@ -1,9 +1,10 @@
-"""A CLIP that embeds images and captions and scores how well they fit.
+"""CLIP: embeddings of images and captions, and scores of how well they match.
 
 Shapes: B batch, N captions, D width of an embedding, S side of the images in pixels.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,11 @@ from dalle_cli.hub import bundles
 from dalle_cli.models.pixels import from_uint8
 from dalle_cli.pipelines import loading
 
-BATCH = 256  # captions that are embedded at once
+BATCH = 256  # captions to embed at once
 
 
 class ClipScorer:
-    """A CLIP with its tokenizer, which is read when the first caption comes."""
+    """A CLIP with its tokenizer, which is loaded for the first caption."""
 
     kind = "embeddings"
 
@@ -31,22 +32,19 @@ class ClipScorer:
         self.weights, self.machine = weights, machine
         self.clip = loading.clip(weights, machine.device)
         self.size, self.width = self.clip.config.image_size, self.clip.config.n_proj
-        self._tokenizer: Tokenizer | None = None
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the CLIP was trained with.
 
         Raises:
             DalleError: it is not beside the weights.
         """
-        if self._tokenizer is None:
-            self._tokenizer = tokenizers.load(bundles.tokenizer(self.weights))
-        return self._tokenizer
+        return tokenizers.load(bundles.tokenizer(self.weights))
 
     @property
     def header(self) -> dict[str, Any]:
-        """What the header of an artifact of these embeddings says."""
+        """The header of an artifact of these embeddings."""
         return {"encoder": self.weights.digest}
 
     @property
@@ -68,8 +66,7 @@ class ClipScorer:
 
     def encode(self, images: Any) -> Any:
         """z_i of images: (B, 3, S, S) uint8 -> (B, D) float32 of length 1."""
-        pixels = from_uint8(torch.from_numpy(np.array(images)).to(self.machine.device))
-        return F.normalize(self.image_features(pixels), dim=-1).cpu().numpy()
+        return F.normalize(self.image_features(self._pixels(images)), dim=-1).cpu().numpy()
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = BATCH) -> Any:
         """z_t of captions: N strings -> (N, D) float32 of length 1."""
@@ -80,6 +77,8 @@ class ClipScorer:
         """Cosine of each image with its caption: (B, 3, S, S) uint8, B captions -> (B,) float32 in [-1, 1]."""
         unique = sorted(set(texts))
         rows = {text: row for row, text in enumerate(unique)}
-        pixels = from_uint8(torch.from_numpy(np.array(images)).to(self.machine.device))
         own = self.text_features(unique)[[rows[text] for text in texts]]
-        return torch.cosine_similarity(self.image_features(pixels), own).cpu().numpy()
+        return torch.cosine_similarity(self.image_features(self._pixels(images)), own).cpu().numpy()
+
+    def _pixels(self, images: Any) -> Tensor:
+        return from_uint8(torch.from_numpy(np.array(images)).to(self.machine.device))

@@ -31,17 +31,17 @@ class Codec:
 
     @classmethod
     def of(cls, weights: Artifact, encoder: str, source: object, machine: Arithmetic) -> "Codec":
-        """The codec whose digest is `encoder`, as the artifact or prior `source` names it.
+        """The codec of these weights, which must have the digest `encoder` that `source` names.
 
         Raises:
-            DalleError: the weights are another dVAE's.
+            DalleError: the weights of another dVAE.
         """
         bundles.check_digest("dVAE", weights.digest, encoder, source)
         return cls(weights, machine)
 
     @property
     def header(self) -> dict[str, Any]:
-        """What the header of an artifact of these codes says."""
+        """The header of an artifact of these codes."""
         return {"n_vocab": self.n_vocab, "grid": self.grid, "encoder": self.weights.digest}
 
     @property

@@ -3,7 +3,6 @@
 Shapes: B batch, D embedding width, T caption length, S side of the images in pixels.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +14,16 @@ from dalle_cli.artifacts import Artifact
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.devices import Arithmetic
 from dalle_cli.diffusion.noise import row_noise
+from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
+from dalle_cli.models.upsampler import Upsampler
 from dalle_cli.options import DecoderOptions
 from dalle_cli.pipelines import loading
-from dalle_cli.sampling.decoder import SamplerConfig, chained, invert, paint, upsample
+from dalle_cli.pipelines.prompts import token_tensors
+from dalle_cli.sampling.decoder import SamplerConfig, invert, sample_images, upsample, upsampler_order
 
-log = logging.getLogger("dalle_cli")
 STEPS, SAMPLER, UPSAMPLER_STEPS = 20, "dpm++", 10
+LOW_NOISE = "--low-noise"
 
 
 class ImageDecoder:
@@ -31,25 +33,40 @@ class ImageDecoder:
 
     def __init__(self, model: str | None, machine: Arithmetic, options: DecoderOptions | None = None, seed: int = 0):
         """Raises: DalleError for weights that are missing or do not follow each other, or a setting out of range."""
+        options = options or DecoderOptions()
+        sampler_configs(options)  # refuse wrong ones before anything is loaded
         self.weights, self.machine = bundles.weights(model, "weights.decoder"), machine
-        self.set(options or DecoderOptions(), seed)
         self.decoder = loading.decoder(self.weights, machine.device)
         n_text = self.decoder.config.n_text
         self.tokenizer = tokenizers.load(bundles.tokenizer(self.weights)) if n_text else None
         found = bundles.upsamplers(model)
         models = [loading.upsampler(weights, machine.device) for weights in found]
-        order = chained([m.config for m in models], self.decoder.config.image_size)
+        order = upsampler_order([m.config for m in models], self.decoder.config.image_size)
         self.upsamplers = [(found[i], models[i]) for i in order]
+        self.set(options, seed)
 
     def set(self, options: DecoderOptions, seed: int) -> "ImageDecoder":
         """Sample with these options and this seed from now on.
 
         Raises:
-            DalleError: an option out of range.
+            DalleError: an option out of range, or more `low_noise` than the upsamplers were trained with.
         """
-        self.seed, self.low_noise = seed, options.low_noise
+        self.seed = seed
         self.config, self.upsampler_config = sampler_configs(options)
+        self.low_noise = [self._low_noise(weights, upsampler, options) for weights, upsampler in self.upsamplers]
+        if options.low_noise and not any(self.low_noise):
+            raise DalleError(f"expected upsamplers trained with low_noise for {LOW_NOISE}, found none; leave it out")
         return self
+
+    @staticmethod
+    def _low_noise(weights: Artifact, upsampler: Upsampler, options: DecoderOptions) -> float:
+        """The noise on an upsampler's input: the option, else the default in the weights; 0 if not trained with any."""
+        most = upsampler.config.low_noise
+        low_noise = loading.trained_value(weights, "low_noise", options.low_noise if most else None, 0.0)
+        if not 0 <= low_noise <= most:
+            found = f"found {low_noise}"
+            raise DalleError(f"expected {LOW_NOISE} in [0, {most}], as {weights.path} was trained with, {found}")
+        return low_noise
 
     @property
     def size(self) -> int:
@@ -58,16 +75,17 @@ class ImageDecoder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a history says of how the images were sampled."""
+        """How the images are sampled, as a history records it."""
         c = self.config
-        told: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "decoder_steps": c.steps, "decoder_sampler": c.sampler, "decoder_guidance": c.guidance, "eta": c.eta,
             "seed": self.seed, "dtype": self.machine.name,
         }  # fmt: skip
         if self.upsamplers:
-            told["upsampler_steps"] = self.upsampler_config.steps
-            told |= {} if self.low_noise is None else {"low_noise": self.low_noise}
-        return told
+            settings["upsampler_steps"] = self.upsampler_config.steps
+        if any(self.low_noise):
+            settings["low_noise"] = self.low_noise
+        return settings
 
     @property
     def inputs(self) -> dict[str, Artifact]:
@@ -83,26 +101,23 @@ class ImageDecoder:
     def decode(
         self, embeddings: Any, numbers: Sequence[int], texts: Sequence[str] | None = None, start: Tensor | None = None
     ) -> Any:
-        """(B, D) embeddings, the rows' numbers, B captions -> images (B, 3, S, S) uint8.
+        """Sample images: (B, D) embeddings, numbers of their rows, B captions -> (B, 3, S, S) uint8.
 
-        The noise of a row is a function of the seed and its number. A caption that is missing or empty is null.
-        `start` (B, 3, s, s), found by `invert`, stands in place of the decoder's first noise.
+        The noise of a row depends on the seed and its number alone. A missing or empty caption is null. `start`
+        (B, 3, s, s), from `invert`, replaces the decoder's initial noise.
         """
         tokens, lengths = self._tokens(list(texts) if texts is not None else [""] * len(numbers))
         rows = torch.from_numpy(np.asarray(embeddings).astype(np.float32))
         with self.machine.autocast():
             noise = row_noise(self.seed, numbers, "decoder")
-            images = paint(self.decoder, rows, tokens, lengths, self.config, noise, start=start)
-            for weights, upsampler in self.upsamplers:
+            images = sample_images(self.decoder, rows, tokens, lengths, self.config, noise, start=start)
+            for (_, upsampler), low_noise in zip(self.upsamplers, self.low_noise, strict=True):
                 noise = row_noise(self.seed, numbers, f"upsampler {upsampler.config.image_size}")
-                low_noise = self.low_noise
-                if low_noise is None:  # what the weights were trained to be sampled with
-                    low_noise = weights.require("train", dict).get("low_noise", 0.0)
                 images = upsample(upsampler, images, self.upsampler_config, noise, low_noise)
         return images.cpu().numpy()
 
     def invert(self, images: Any, embeddings: Any, iterations: int) -> Tensor:
-        """The noise from which the decoder samples images again, without captions, by DDIM inversion (sec. 3).
+        """DDIM inversion (sec. 3): the noise from which the decoder samples the images again, without captions.
 
         (B, 3, s, s) uint8, (B, D) -> (B, 3, s, s) float32 on the CPU; s is the decoder's size.
         """
@@ -118,15 +133,12 @@ class ImageDecoder:
         length = self.decoder.config.n_text
         if self.tokenizer is None:
             return torch.zeros(len(texts), length, dtype=torch.int64), torch.zeros(len(texts), dtype=torch.int64)
-        tokens, lengths, cut = self.tokenizer.encode_batch(texts, length)
-        if cut:
-            log.warning("captions of more than %d tokens, which were cut: %d", length, cut)
-        written = [bool(text) for text in texts]
-        return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(lengths.astype(np.int64) * written)
+        tokens, lengths = token_tensors(self.tokenizer, texts, length, "captions")
+        return tokens, lengths * torch.tensor([bool(text) for text in texts])
 
 
 def sampler_configs(options: DecoderOptions) -> tuple[SamplerConfig, SamplerConfig]:
-    """The decoder's and the upsamplers' sampler settings.
+    """The sampler settings of the decoder and of the upsamplers.
 
     Raises:
         DalleError: an unknown sampler, or eta with another one than ddim.

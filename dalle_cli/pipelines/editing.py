@@ -1,6 +1,6 @@
-"""Editing images through their CLIP embedding and their DDIM noise (2022, sec. 3): the four manipulations.
+"""Edit images through their CLIP embedding and their DDIM noise (2022, sec. 3): the paper's four manipulations.
 
-Shapes: N images sampled, D embedding width, S side of the images in pixels, s the decoder's.
+Shapes: N sampled images, D embedding width, S side of the images in pixels, s the decoder's.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_cli.artifacts import Artifact, history
+from dalle_cli.artifacts import Artifact, digest_bytes, history
 from dalle_cli.data.augment import center
 from dalle_cli.data.images import read_image
 from dalle_cli.devices import Arithmetic, arithmetic
@@ -28,9 +28,8 @@ from dalle_cli.pipelines.prior import find_clip
 from dalle_cli.pipelines.prompts import Progress, Quiet, batched
 from dalle_cli.sampling.interpolation import between, rising, slerp, text_diff
 
-STEPS = 50  # of DDIM: with few of them inversion does not retrace sampling
-ITERATIONS = 10  # of each step of inversion: without guidance 5 suffice, and 1, the usual number, loses the image
-FEWEST, TIMES = 8, 4  # principal components by default: 8, 32, 128 and so on, then all
+STEPS = 50  # of DDIM: with fewer, inversion does not retrace sampling
+ITERATIONS = 10  # per step of inversion: without guidance 5 suffice; 1, the usual number, loses the image
 NOISES = ("slerped", "fixed")
 
 
@@ -50,19 +49,18 @@ class SourceImage:
             DalleError: a file that is no image, or cannot be read.
         """
         if isinstance(source, Image.Image):
-            from dalle_cli.artifacts import digest_bytes
-
-            return cls("image", source.convert("RGB"), digest_bytes(source.convert("RGB").tobytes()))
+            image = source.convert("RGB")
+            return cls("image", image, digest_bytes(image.tobytes()))
         return cls(str(source), *read_image(str(source), argument))
 
     def pixels(self, size: int) -> Any:
-        """The square in the middle, as `encode-images` takes it: (3, size, size) uint8."""
+        """The central square, cropped and resized as `encode-images` does: (3, size, size) uint8."""
         return center(self.image, size).transpose(2, 0, 1).copy()
 
 
 @dataclass(frozen=True)
 class Edited:
-    """Images (N, 3, S, S) uint8 with a label each, originals among them, and the history of the artifact."""
+    """Images (N, 3, S, S) uint8 including the originals, a label each, and the history of the artifact."""
 
     images: list[Any]
     labels: list[str]
@@ -71,7 +69,7 @@ class Edited:
 
 
 class Editor:
-    """A decoder that samples by DDIM, which can be inverted, and the CLIP whose embeddings it reads."""
+    """A decoder that samples by DDIM, which can be inverted, and the CLIP whose embeddings it takes."""
 
     def __init__(
         self, model: str | None, machine: Arithmetic, options: DecoderOptions | None = None, *, seed: int = 0,
@@ -90,14 +88,14 @@ class Editor:
         self.clip = ClipScorer(find_clip(self.decoder.weights, model), machine)
 
     def vary(self, source: SourceImage, n: int = 8) -> Edited:
-        """Variations: the embedding and the noise of an image, sampled with eta > 0 (sec. 3.1)."""
+        """n variations: sample from the image's embedding and noise, with eta > 0 (sec. 3.1)."""
         z = self.embed(source)
         images = self.sample("vary", z.expand(n, -1), range(n), self.invert(z, source).expand(n, -1, -1, -1))
         labels = [f"variation {k}" for k in range(1, n + 1)]
         return self._edited("vary", {"n": n}, {"image": source.digest}, images, labels, source)
 
     def interpolate(self, a: SourceImage, b: SourceImage, n: int = 8, noise: str = "slerped") -> Edited:
-        """N images between two, by slerp of their embeddings, and of their noise unless it is fixed (sec. 3.2)."""
+        """n images between two, by slerp of their embeddings, and of their noise unless it is fixed (sec. 3.2)."""
         check_noise(noise)
         shares, z = between(n), self.embed(a, b)
         own = self.invert(z, a, b) if noise == "slerped" else None
@@ -109,9 +107,9 @@ class Editor:
         return Edited([self.original(a), *images, self.original(b)], labels, made)
 
     def diff(self, source: SourceImage, before: str, after: str, *, strength: float = 0.5, n: int = 5) -> Edited:
-        """N images that turn from an image towards the difference of two captions (sec. 3.3: text diffs).
+        """Text diffs (sec. 3.3): n images that move from an image towards the difference of two captions.
 
-        `strength` is the share of the way at the last one; an empty `before` turns towards `after` itself.
+        `strength` is the share of the way for the last one. An empty `before` moves towards `after` itself.
         """
         check_diff(strength, after)
         texts = [text for text in (before, after) if text.strip()]
@@ -126,10 +124,10 @@ class Editor:
         return self._edited("diff", options, {"image": source.digest}, images, labels, source, title)
 
     def reconstruct(self, source: SourceImage, components: Sequence[int] | None = None) -> Edited:
-        """Images of what the first principal components of an embedding hold (sec. 3, fig. 7).
+        """Images of an embedding reduced to its first principal components (sec. 3, fig. 7).
 
         Raises:
-            DalleError: no prior over embeddings, whose components they are; or numbers out of range.
+            DalleError: no prior over embeddings, which holds the components; or numbers out of range.
         """
         prior = find_embedding_prior(self.model)
         bundles.check_digest("CLIP", self.clip.weights.digest, prior.require("encoder", str), prior.path)
@@ -139,21 +137,21 @@ class Editor:
         z = self.embed(source)
         rebuilt = torch.cat([principal.rebuild(principal.project(z, count)) for count in counts])
         images = self.sample("reconstruct", rebuilt, [0] * len(counts))
-        held = principal.spectrum.cumsum(0) / principal.spectrum.sum()
-        labels = [f"{n} of {width} components, {held[n - 1]:.0%} of variance" for n in counts]
+        variance = principal.spectrum.cumsum(0) / principal.spectrum.sum()
+        labels = [f"{n} of {width} components, {variance[n - 1]:.0%} of variance" for n in counts]
         inputs: dict[str, Artifact | str] = {"image": source.digest, "prior": prior}
         return self._edited("reconstruct", {"components": counts}, inputs, images, labels, source)
 
     def original(self, source: SourceImage) -> Any:
-        """An image as large as those that are sampled: (3, S, S) uint8."""
+        """An image in the size of the sampled ones: (3, S, S) uint8."""
         return source.pixels(self.decoder.size)
 
     def embed(self, *sources: SourceImage) -> Tensor:
-        """z_i of images: (number of images, D) float32 of length 1."""
+        """z_i of B images: (B, D) float32 of length 1."""
         return torch.from_numpy(self.clip.encode(np.stack([s.pixels(self.clip.size) for s in sources])))
 
     def invert(self, z: Tensor, *sources: SourceImage) -> Tensor:
-        """The noise from which DDIM without eta samples images: their embeddings (B, D) -> (B, 3, s, s) float32."""
+        """DDIM inversion of B images with their embeddings (B, D): their noise (B, 3, s, s) float32."""
         size = self.decoder.decoder.config.image_size
         with self.progress("invert", len(sources), unit="images") as advance:
             noise = self.decoder.invert(np.stack([s.pixels(size) for s in sources]), z, ITERATIONS)
@@ -186,10 +184,10 @@ def edit_files(
     stage: str, sources: Sequence[str], options: EditOptions, arguments: dict[str, Any], progress: Progress = Quiet,
     preview: Callable[[str], None] | None = None, *, eta: float | None = None,
 ) -> tuple[Path, Edited]:  # fmt: skip
-    """Edit image files by the `Editor` method named as the stage; write the image grid, and an artifact if wanted.
+    """Edit image files by the `Editor` method named `stage`; write an image grid and, if requested, an artifact.
 
     Raises:
-        DalleError: images that cannot be read, weights that do not fit, or something else where the output goes.
+        DalleError: images that cannot be read, weights that do not fit, or something else at an output.
     """
     names = ["IMAGE"] if len(sources) == 1 else ["A", "B"]
     images = [SourceImage.read(source, name) for source, name in zip(sources, names, strict=True)]
@@ -209,21 +207,21 @@ def edit_files(
 
 
 def check_noise(noise: str) -> None:
-    """Raises: DalleError for a noise that `interpolate` does not know."""
+    """Raises: DalleError for an unknown kind of noise."""
     if noise not in NOISES:
         raise DalleError(f"expected --noise {' or '.join(NOISES)}, found {noise!r}; take one of them")
 
 
 def check_diff(strength: float, after: str) -> None:
-    """Raises: DalleError for a strength out of range, or no caption to turn to."""
+    """Raises: DalleError for a strength out of range, or an empty caption."""
     if not 0 <= strength <= 1:
         raise DalleError(f"expected --strength from 0 to 1, found {strength}; the paper's are from 0.25 to 0.5")
     if not after.strip():
-        raise DalleError("expected a caption of what the image shall become, found an empty one; give TO")
+        raise DalleError("expected a caption of the edited image, found an empty one; give TO")
 
 
 def find_embedding_prior(model: str | None) -> Artifact:
-    """The prior over embeddings whose principal components are taken.
+    """The prior over embeddings, which holds the principal components.
 
     Raises:
         DalleError: there is none.
@@ -238,13 +236,13 @@ def find_embedding_prior(model: str | None) -> Artifact:
 
 
 def component_counts(components: Sequence[int] | None, width: int) -> list[int]:
-    """How many components, each number once.
+    """Numbers of components, each once; by default 8, 32, 128 and so on, then all.
 
     Raises:
         DalleError: numbers that are not from 1 to the width of the embeddings.
     """
     if components is None:
-        return [*(n for n in (FEWEST * TIMES**i for i in range(width.bit_length())) if n < width), width]
+        return [*(n for n in (8 * 4**i for i in range(width.bit_length())) if n < width), width]
     if not components or not 1 <= min(components) <= max(components) <= width:
         found = ",".join(map(str, components))
         raise DalleError(f"expected --components from 1 to {width}, found {found}; embeddings are {width} wide")
@@ -252,10 +250,10 @@ def component_counts(components: Sequence[int] | None, width: int) -> list[int]:
 
 
 def parse_components(text: str | None) -> list[int] | None:
-    """Numbers between commas.
+    """Numbers separated by commas.
 
     Raises:
-        DalleError: something else.
+        DalleError: not numbers.
     """
     try:
         return None if text is None else [int(number) for number in text.split(",")]

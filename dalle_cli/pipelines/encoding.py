@@ -1,4 +1,4 @@
-"""The stages that encode a data set: captions to tokens, images to codes or embeddings, as artifacts."""
+"""The stages that encode a data set: captions to tokens, images to codes or embeddings."""
 
 import glob
 from collections.abc import Mapping
@@ -30,12 +30,12 @@ Metrics = dict[str, Any]
 
 
 class OneProcess:
-    """The one process of a job without a launcher; several are a `training.distributed.Group`."""
+    """A single process; the counterpart of `training.distributed.Group` without a launcher."""
 
     rank, world = 0, 1
 
     def first(self, action: Any) -> Any:
-        """What the first process finds."""
+        """The result of an action in the first process."""
         return action()
 
     def gathered(self, value: Any) -> list[Any]:
@@ -43,16 +43,16 @@ class OneProcess:
         return [value]
 
     def collect(self, skipped: SkipLog) -> None:
-        """Samples that any process skipped."""
+        """Merge the skipped samples of all processes."""
 
 
 def open_encoder(weights: Artifact, machine: Arithmetic) -> Codec | ClipScorer:
-    """What encodes images: a dVAE to codes, a CLIP to embeddings."""
+    """The encoder of images: a dVAE (to codes) or a CLIP (to embeddings)."""
     return Codec(weights, machine) if weights.kind == "weights.dvae" else ClipScorer(weights, machine)
 
 
 def filtered(dataset: str, table: Mapping[str, Any], need_captions: bool) -> tuple[Dataset, Filters]:
-    """A data set under the filters of a recipe's section [data]."""
+    """Open a data set with the filters of a recipe's section [data]."""
     (filters,) = recipes.section(table, "data", Filters)
     return open_dataset(dataset, need_captions=need_captions, filters=filters), filters
 
@@ -62,7 +62,7 @@ def tokenize(
     device: str = "auto", shard_size: int = 65536, batch_size: int = 256, force: bool = False,
     progress: Progress = Quiet,
 ) -> Metrics:  # fmt: skip
-    """Write a data set's captions as tokens, and with a CLIP as embeddings, too: an artifact of kind `captions`.
+    """Write a data set's captions as tokens, with a CLIP also as embeddings: an artifact of kind `captions`.
 
     Raises:
         DalleError: no captions, a tokenizer that cannot be read, or something else at `out`.
@@ -99,7 +99,7 @@ def tokenize(
 
 
 class Crops(NamedTuple):
-    """How images are cropped: by which augmentation, how often each, and from which seed."""
+    """How images are cropped: the augmentation, how often each image, and the seed."""
 
     augment: str = "center"
     repeats: int = 1
@@ -124,15 +124,10 @@ def encode_images(
     data, filters = filtered(dataset, table or {}, need_captions=False)
     weights = bundles.weights(model, "weights.dvae", "weights.clip")
     encoder, rows = open_encoder(weights, machine), len(data) * crops.repeats
-    options: dict[str, Any] = {
-        "data": asdict(filters),
-        "augment": crops.augment,
-        "repeats": crops.repeats,
-        "dtype": machine.name,
-    }
+    options = {"data": asdict(filters), "augment": crops.augment, "repeats": crops.repeats, "dtype": machine.name}
     options |= {"seed": crops.seed} if crops.augment != "center" else {}
     made = history("encode-images", options, dataset=data.digest, model=weights)
-    # Shard by shard, and pass by pass over the data: `repeats` passes, each cropped anew.
+    # `repeats` passes over the data, each with new crops
     writer = ShardWriter(out, encoder.kind, rows, shard_size, encoder.header, made, force)
     missing, written = group.first(lambda: missing_shards(writer, data.skipped)), 0
     first = group.rank == 0
@@ -158,24 +153,24 @@ def encode_images(
 
 
 def passes(start: int, stop: int, n: int) -> list[tuple[range, int]]:
-    """Rows `start` to `stop` of several passes over n samples: the rows within each pass, and its number."""
+    """Split rows `start` to `stop` of repeated passes over n samples: the rows within each pass, and its number."""
     numbers = range(start // n, -(-stop // n))
     return [(range(max(start - k * n, 0), min(stop - k * n, n)), k) for k in numbers]
 
 
 def skipped_by(out: Path, rank: int) -> Path:
-    """Where a process lists the samples that it could not use; the first one's list is that of all in the end."""
+    """Where a process lists the samples it skipped; the first one's list is the merged one in the end."""
     return skip_list(out).with_suffix(f".{rank}.jsonl") if rank else skip_list(out)
 
 
 def _other_lists(out: Path) -> list[Path]:
-    """The lists that are there of all processes but the first."""
+    """The existing lists of all processes but the first."""
     name = glob.escape(skipped_by(out, 0).stem)
     return [path for path in out.parent.glob(f"{name}.*.jsonl") if path.suffixes[-2][1:].isdecimal()]
 
 
 def missing_shards(writer: ShardWriter, skipped: SkipLog) -> list[int]:
-    """The shards to write; what earlier runs skipped is read again."""
+    """The shards still to write; samples skipped by earlier runs are loaded into `skipped`."""
     if any(map(writer.has, range(writer.total))):
         for path in (skipped_by(writer.out, 0), *_other_lists(writer.out)):
             skipped.load(path)
@@ -183,7 +178,7 @@ def missing_shards(writer: ShardWriter, skipped: SkipLog) -> list[int]:
 
 
 def join_skip_lists(writer: ShardWriter, skipped: SkipLog) -> None:
-    """Put the lists of several processes together."""
+    """Write the merged list and remove those of the other processes."""
     if others := _other_lists(writer.out):
         skipped.write(skipped_by(writer.out, 0))
     for path in others:

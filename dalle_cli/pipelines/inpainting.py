@@ -1,4 +1,4 @@
-"""Inpainting: which codes of an existing image stay while the prior samples the others (2021, fig. 2).
+"""Inpainting: keep some codes of an existing image and let the prior sample the others (2021, fig. 2).
 
 Shapes: W side of the code grid.
 """
@@ -17,12 +17,12 @@ from dalle_cli.hub import bundles
 from dalle_cli.options import InpaintingOptions
 from dalle_cli.pipelines.codec import Codec
 
-WHITE = 128  # from which on a mask's gray value of 0 to 255 counts as white
+WHITE = 128  # a mask's gray value, of 0 to 255, from which it counts as white
 
 
 @dataclass(frozen=True)
 class InpaintingMask:
-    """Codes (W, W) int64 of an image, which of them stay (W, W) bool, and what the history says of both."""
+    """Codes (W, W) int64 of an image, which of them to keep (W, W) bool, and options and inputs for the history."""
 
     codes: Any
     keep: Any
@@ -34,10 +34,10 @@ class InpaintingMask:
 
 
 def read_mask(options: InpaintingOptions, codec: Codec) -> InpaintingMask | None:
-    """Encode the image as `encode-images` does and find the codes that stay; None without an image.
+    """Encode the image as `encode-images` does and find the codes to keep; None without an image.
 
     Raises:
-        DalleError: an image or a mask that cannot be read, or more rows than there are.
+        DalleError: an image or a mask that cannot be read, or more rows than the grid has.
     """
     options.check()
     if options.image is None:
@@ -57,10 +57,10 @@ def read_mask(options: InpaintingOptions, codec: Codec) -> InpaintingMask | None
 
 
 def repeat_options(options: InpaintingOptions, entry: dict[str, Any], source: object) -> InpaintingOptions:
-    """What `sample --from` keeps: the same rows or mask of the same files as `source`, which must be given again.
+    """The inpainting of `sample --from`: the rows recorded in `source`, and the same image and mask, given again.
 
     Raises:
-        DalleError: they are not given, or others are.
+        DalleError: the image or the mask is missing, or is another one.
     """
     for name in ("image", "mask"):
         expected, path = entry["inputs"].get(name), getattr(options, name)
@@ -79,9 +79,9 @@ def repeat_options(options: InpaintingOptions, entry: dict[str, Any], source: ob
 
 
 def white_cells(mask: Image.Image, grid: int) -> Any:
-    """Which codes are sampled: those with any white pixel in their patch: (W, W) bool.
+    """Which codes to sample: those with any white pixel in their patch, (W, W) bool.
 
-    Of a mask that is not square the square in its middle counts, as of the image.
+    The central square of the mask is used, as of the image.
     """
     side = min(mask.size)
     left, top = ((length - side) // 2 for length in mask.size)

@@ -1,5 +1,6 @@
 """Weights files to models, ready to run."""
 
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
+from dalle_cli.options import flag
 
 M = TypeVar("M", bound=nn.Module)
 CONFIGS: dict[type[nn.Module], type[Any]] = {
@@ -27,42 +29,50 @@ CONFIGS: dict[type[nn.Module], type[Any]] = {
     Decoder: DecoderConfig,
     Upsampler: UpsamplerConfig,
 }
-# Sizes that repeat a part of a model. Each repetition has tensors of its own, so none exceeds the number of tensors.
+# Sizes that repeat a part of a model. Each repetition has its own tensors, so no size exceeds the number of tensors.
 DEPTHS = ("n_layer", "n_blk_per_group", "vision_layers", "text_layers", "depth")
 
 
+def trained_value(weights: Artifact, name: str, value: float | None, default: float = 1.0) -> float:
+    """A sampling setting: the value given, else the one that training recorded in the weights, else the default.
+
+    Raises:
+        DalleError: what training recorded is not a number of at least 0.
+    """
+    if value is not None:
+        return value
+    train = weights.config.get("train")
+    found = train.get(name, default) if isinstance(train, dict) else default
+    if isinstance(found, bool) or not isinstance(found, int | float) or not found >= 0:
+        raise DalleError(f"expected train.{name} of at least 0 in {weights.path}, found {found!r}; give {flag(name)}")
+    return float(found)
+
+
 def load_model(model: type[M], weights: Artifact, device: torch.device) -> M:
-    """A model with the sizes that a weights file's header states and the file's tensors, in eval mode on `device`.
+    """Load a model of the sizes in a weights file's header, in eval mode on `device`.
 
     Raises:
         DalleError: the tensors are not those that the header describes.
     """
     sizes, n_tensors = weights.require("model", dict), len(weights.headers[0].tensors)
-    for name in DEPTHS:  # before a wrong header has thousands of layers built, if only on the meta device
+    for name in DEPTHS:  # a wrong header could build thousands of layers, if only on the meta device
         if isinstance(sizes.get(name), int) and sizes[name] > n_tensors:
             found = f"{name} {sizes[name]} beside {n_tensors} tensors in {weights.path}"
             raise DalleError(f"expected the weights that the header describes, found {found}; make it again")
     config = build(CONFIGS[model], sizes, "model")
     with torch.device("meta"):
-        check_fit(model(config), weights)  # before memory is taken for what a wrong header promises
+        check_fit(model(config), weights)  # before a wrong header allocates memory
     made = model(config)
     load_into(made, weights)
     return made.to(device).eval().requires_grad_(False)
 
 
-def dvae(weights: Artifact, device: torch.device) -> DVAE:
-    """The dVAE of a weights file."""
-    return load_model(DVAE, weights, device)
-
-
-def prior(weights: Artifact, device: torch.device) -> Prior:
-    """The prior over codes of a weights file."""
-    return load_model(Prior, weights, device)
-
-
-def clip(weights: Artifact, device: torch.device) -> CLIP:
-    """The CLIP of a weights file."""
-    return load_model(CLIP, weights, device)
+# (weights, device) -> the model
+dvae = partial(load_model, DVAE)
+prior = partial(load_model, Prior)
+clip = partial(load_model, CLIP)
+decoder = partial(load_model, Decoder)
+upsampler = partial(load_model, Upsampler)
 
 
 def embedding_prior(weights: Artifact, device: torch.device) -> DiffusionPrior | AutoregressivePrior:
@@ -70,13 +80,3 @@ def embedding_prior(weights: Artifact, device: torch.device) -> DiffusionPrior |
     if weights.require("model", dict).get("kind") == "diffusion":
         return load_model(DiffusionPrior, weights, device)
     return load_model(AutoregressivePrior, weights, device)
-
-
-def decoder(weights: Artifact, device: torch.device) -> Decoder:
-    """The diffusion decoder of a weights file."""
-    return load_model(Decoder, weights, device)
-
-
-def upsampler(weights: Artifact, device: torch.device) -> Upsampler:
-    """The upsampler of a weights file."""
-    return load_model(Upsampler, weights, device)

@@ -1,5 +1,7 @@
-"""Writing images: an image grid as PNG, an artifact of images."""
+"""Write images: an image grid as PNG, an artifact of images."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from dalle_cli.artifacts.container import check_replaceable, replace_file
 from dalle_cli.errors import DalleError
 from dalle_cli.pipelines.ranking import Ranked
 from dalle_cli.viz.grid import image_grid
+from dalle_cli.viz.terminal import render
 
 
 def check_png(path: Path, force: bool) -> None:
@@ -25,10 +28,10 @@ def _is_png(path: Path) -> bool:
 
 
 def check_outputs(grid: Path, images: Path | None, force: bool, sources: Sequence[str] = ()) -> None:
-    """Check before hours of work that a grid and an artifact of images can be written.
+    """Check, before hours of work, that a grid and an artifact of images can be written.
 
     Raises:
-        DalleError: something else lies there, or one of the sources would be written over.
+        DalleError: something else lies there, or a source would be overwritten.
     """
     for source in sources:
         if grid.is_file() and Path(source).is_file() and grid.samefile(source):
@@ -42,10 +45,10 @@ def write_grid(
     path: Path, images: Sequence[Any], texts: Sequence[str], scores: Sequence[float] | None = None, *,
     columns: int = 0, title: str | None = None, force: bool = False,
 ) -> Path:  # fmt: skip
-    """Write images (3, S, S) uint8 as an image grid, PNG, with a caption below each; a row per prompt of several.
+    """Write images (3, S, S) uint8 as an image grid, PNG, with a caption below each and a row for each prompt.
 
     Raises:
-        DalleError: something that is no PNG lies there.
+        DalleError: something that is not a PNG lies there.
     """
     check_png(path, force)
     several = len(set(texts)) < len(texts)
@@ -57,13 +60,10 @@ def write_grid(
 
 def write_ranked(path: Path, ranked: Sequence[Ranked], history: list[dict[str, Any]], force: bool = False) -> None:
     """Write ranked candidates as an artifact of images with their scores."""
-    columns = {
-        "images": np.stack([one.image for one in ranked]),
-        "score": np.array([one.score for one in ranked], dtype=np.float32),
-        "ids": [one.candidate.id for one in ranked],
-        "text": [one.candidate.text for one in ranked],
-    }
-    write_artifact(path, "images", columns, {}, history, force)
+    score = np.array([one.score for one in ranked], dtype=np.float32)
+    columns = {"ids": [one.candidate.id for one in ranked], "text": [one.candidate.text for one in ranked]}
+    images = np.stack([one.image for one in ranked])
+    write_artifact(path, "images", {"images": images, "score": score, **columns}, {}, history, force)
 
 
 def write_labelled(
@@ -76,10 +76,5 @@ def write_labelled(
 
 def terminal_preview(images: Sequence[Any], columns: int) -> str:
     """Images as colored characters, as wide as the terminal."""
-    import os
-    import shutil
-
-    from dalle_cli.viz.terminal import render
-
     truecolor = os.environ.get("COLORTERM", "") in ("truecolor", "24bit")
     return render(images, shutil.get_terminal_size().columns, columns or None, truecolor)

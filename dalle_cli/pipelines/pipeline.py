@@ -3,15 +3,16 @@
 Shapes: N candidates, B of them in a batch, H W code grid, D embedding width, S side of the images in pixels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from dalle_cli.artifacts import history
+from dalle_cli.artifacts import Artifact, history
 from dalle_cli.devices import Arithmetic, arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
@@ -22,16 +23,17 @@ from dalle_cli.pipelines.decoder import ImageDecoder
 from dalle_cli.pipelines.editing import Editor, SourceImage
 from dalle_cli.pipelines.inpainting import InpaintingMask, read_mask
 from dalle_cli.pipelines.prior import BATCH, PRIORS, EmbeddingPrior, TokenPrior, open_prior
-from dalle_cli.pipelines.prompts import Candidate, Progress, Quiet, batched, candidates
+from dalle_cli.pipelines.prompts import Progress, Quiet, batched, candidates
 from dalle_cli.pipelines.ranking import TopK, check_keep
 
-SHOWN = 4  # images of a prompt that are kept by default
-AT_ONCE = 64  # images decoded and scored at once, however many candidates are sampled at once
+KEEP = 4  # images kept of each prompt by default
+AT_ONCE = 64  # images decoded and scored at once, whatever the batch size of sampling
+GROUPS: dict[str, type[Any]] = {"sampling": SamplingOptions, "decoder": DecoderOptions, "inpainting": InpaintingOptions}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that an image of `generate` depends on beside its prompt and its number."""
+    """Everything that an image of `generate` depends on besides its prompt and its number."""
 
     n: int = 8
     keep: int | None = None
@@ -43,33 +45,28 @@ class Settings:
 
     @classmethod
     def of(cls, **values: Any) -> "Settings":
-        """Settings by the names of their fields and of the groups' fields, as `n=16, temperature=0.7`.
+        """Settings from the names of their fields and of the groups' fields, as `n=16, temperature=0.7`.
 
         Raises:
-            DalleError: a name that none of them has.
+            DalleError: an unknown name, or a value out of range.
         """
-        made: dict[str, Any] = {}
-        for name, group in (
-            ("sampling", SamplingOptions),
-            ("decoder", DecoderOptions),
-            ("inpainting", InpaintingOptions),
-        ):
-            own = {key: values.pop(key) for key in list(values) if key in group.__dataclass_fields__}
-            made[name] = group(**own)
+        groups: dict[str, Any] = {}
+        for name, group in GROUPS.items():
+            groups[name] = group(**{key: values.pop(key) for key in list(values) if key in group.__dataclass_fields__})
         unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
         if unknown:
             raise DalleError(f"expected settings of sampling, decoder or inpainting, found {unknown[0]!r}; see docs")
-        return cls(**made, **values)
+        return cls(**groups, **values)
 
     @property
-    def kept(self) -> int:
-        """How many images of each prompt are kept."""
-        return min(SHOWN, self.n) if self.keep is None else self.keep
+    def n_keep(self) -> int:
+        """How many images of each prompt to keep."""
+        return min(KEEP, self.n) if self.keep is None else self.keep
 
 
 @dataclass
 class Generated:
-    """The best candidates of each prompt, and how they were made."""
+    """The best candidates of each prompt, the history of how they were made, and the mask if an image was inpainted."""
 
     top: TopK
     history: list[dict[str, Any]]
@@ -87,10 +84,19 @@ class Generated:
         return images
 
 
-class Pipeline:
-    """The models of a bundle; each is loaded when it is first used.
+class LatentDecoder(NamedTuple):
+    """How `generate` turns latents into images, and what the history says of it."""
 
-    `latents` is `codes` (DALL-E) or `embeddings` (DALL-E 2), where a bundle holds a prior over each.
+    decode: Callable[[Any, Sequence[int], list[str]], Any]  # latents, numbers of their rows, texts -> images
+    mask: InpaintingMask | None
+    options: dict[str, Any]
+    inputs: dict[str, Artifact]
+
+
+class Pipeline:
+    """The models of a bundle, each loaded when it is first used: prompt to images, and each step of that.
+
+    `latents` is `codes` (DALL-E) or `embeddings` (DALL-E 2), for a bundle that has a prior over each.
     """
 
     def __init__(
@@ -105,42 +111,33 @@ class Pipeline:
         self.model, self.latents = model, latents
         self.machine = machine or arithmetic(device, dtype)
         self.path = bundles.locate(model)
-        self._parts: dict[str, Any] = {}
 
-    def _part(self, name: str, make: Callable[[], Any]) -> Any:
-        if name not in self._parts:
-            self._parts[name] = make()
-        return self._parts[name]
-
-    @property
+    @cached_property
     def prior(self) -> TokenPrior | EmbeddingPrior:
         """The prior over codes or embeddings."""
         kinds = [kind for name, kind in PRIORS.items() if self.latents in (None, name)]
-        made = self._part("prior", lambda: open_prior(bundles.weights(self.model, *kinds), self.machine, self.model))
-        return made  # type: ignore[no-any-return]
+        return open_prior(bundles.weights(self.model, *kinds), self.machine, self.model)
 
-    @property
+    @cached_property
     def codec(self) -> Codec:
-        """The dVAE, which must be the one that a prior over codes was trained with."""
+        """The dVAE; if a prior over codes is loaded, it must be the one that the prior was trained with."""
+        weights, prior = bundles.weights(self.model, "weights.dvae"), vars(self).get("prior")
+        if isinstance(prior, TokenPrior):
+            return Codec.of(weights, prior.encoder, prior.weights.path, self.machine)
+        return Codec(weights, self.machine)
 
-        def make() -> Codec:
-            weights, prior = bundles.weights(self.model, "weights.dvae"), self._parts.get("prior")
-            if isinstance(prior, TokenPrior):
-                return Codec.of(weights, prior.encoder, prior.weights.path, self.machine)
-            return Codec(weights, self.machine)
-
-        return self._part("codec", make)  # type: ignore[no-any-return]
-
-    @property
+    @cached_property
     def scorer(self) -> ClipScorer:
         """The CLIP that scores images against captions."""
-        make = lambda: ClipScorer(bundles.weights(self.model, "weights.clip"), self.machine)  # noqa: E731
-        return self._part("scorer", make)  # type: ignore[no-any-return]
+        return ClipScorer(bundles.weights(self.model, "weights.clip"), self.machine)
+
+    @cached_property
+    def _decoder(self) -> ImageDecoder:
+        return ImageDecoder(self.model, self.machine)
 
     def decoder(self, options: DecoderOptions | None = None, seed: int = 0) -> ImageDecoder:
         """The diffusion decoder with its upsamplers, set to these options."""
-        made: ImageDecoder = self._part("decoder", lambda: ImageDecoder(self.model, self.machine))
-        return made.set(options or DecoderOptions(), seed)
+        return self._decoder.set(options or DecoderOptions(), seed)
 
     def generate(
         self, prompts: str | Sequence[str], *, progress: Progress = Quiet, **settings: Any
@@ -152,84 +149,65 @@ class Pipeline:
         Raises:
             DalleError: a setting that does not exist, or that this model does not have; no prompt.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self.run(texts, Settings.of(**settings), progress).pil()
+        return self.run(_texts(prompts), Settings.of(**settings), progress).pil()
 
     def run(self, texts: Sequence[str], settings: Settings, progress: Progress = Quiet) -> Generated:
-        """As `generate`, with the scores, the history, and what is there when it is interrupted (Ctrl-C)."""
-        rows, prior = candidates(texts, settings.n), self.prior
-        check_keep([row.text for row in rows], settings.kept)
-        mask, images, told, inputs = self._images(rows, settings)
-        scorer, top = self.scorer, TopK(settings.kept)
-        options: dict[str, Any] = {"keep": settings.kept, "dtype": self.machine.name, **told}
-        interrupted, done = False, 0
+        """As `generate`, with scores and history; if interrupted (Ctrl-C), return the best images so far."""
+        rows = candidates(texts, settings.n)
+        check_keep([row.text for row in rows], settings.n_keep)
+        prior, decoder, scorer, top = self.prior, self._latent_decoder(settings), self.scorer, TopK(settings.n_keep)
+        options: dict[str, Any] = {"keep": settings.n_keep, "dtype": self.machine.name, **decoder.options}
+        interrupted, by_code = False, prior.kind == "codes"
         try:
             with progress("generate", len(rows), unit="candidates") as advance:
-                count = Counter(prior.n_parts, advance, top)
-                for part in images(count):
-                    own = rows[done : done + len(part)]
-                    top.add(own, scorer.score(part, [row.text for row in own]), part)
-                    done += len(part)
-                    count(0)
+                report = CandidateProgress(prior.n_parts, advance, top)
+                for latents in prior.sample(
+                    rows, settings.sampling, mask=decoder.mask, batch_size=settings.batch_size,
+                    compiled=settings.compiled, progress=report if by_code else None,
+                ):  # fmt: skip
+                    for part in batched(len(latents), AT_ONCE):
+                        numbers = range(top.seen, top.seen + part.stop - part.start)
+                        own = [rows[number] for number in numbers]
+                        images = decoder.decode(latents[part], numbers, [row.text for row in own])
+                        top.add(own, scorer.score(images, [row.text for row in own]), images)
+                        report(0 if by_code else len(own))
         except KeyboardInterrupt:
             if not top.seen:
                 raise
             interrupted, options["seen"] = True, top.seen
-        sampled = prior.history(settings.n, settings.sampling, mask)
-        made = history("generate", options, **inputs, clip=scorer.weights)
+        sampled = prior.history(settings.n, settings.sampling, decoder.mask)
+        made = history("generate", options, **decoder.inputs, clip=scorer.weights)
         whole = [*sampled, *(entry for entry in made if entry not in sampled)]
-        return Generated(top, whole, mask, interrupted)
+        return Generated(top, whole, decoder.mask, interrupted)
 
-    def _images(
-        self, rows: Sequence[Candidate], settings: Settings
-    ) -> tuple[InpaintingMask | None, Callable[[Any], Iterator[Any]], dict[str, Any], dict[str, Any]]:
-        """The mask, what yields the images of all candidates (B, 3, S, S), and what a history says of decoding."""
+    def _latent_decoder(self, settings: Settings) -> LatentDecoder:
+        """The dVAE or the diffusion decoder; refuses the settings that are for the other one."""
         prior = self.prior
-        how: dict[str, Any] = {"batch_size": settings.batch_size, "compiled": settings.compiled}
         if isinstance(prior, TokenPrior):
             refuse_given(settings.decoder, "a prior over codes")
-            prior.settings(settings.sampling)  # before the dVAE is loaded
+            prior.settings(settings.sampling)  # refuse wrong ones before the dVAE is loaded
             codec = self.codec
             mask = read_mask(settings.inpainting, codec)
-
-            def of_codes(count: Any) -> Iterator[Any]:
-                for codes in prior.sample(rows, settings.sampling, mask=mask, progress=count, **how):
-                    for part in batched(len(codes), AT_ONCE):
-                        yield codec.decode(codes[part])
-
-            return mask, of_codes, {}, {"dvae": codec.weights}
+            return LatentDecoder(lambda codes, *_: codec.decode(codes), mask, {}, {"dvae": codec.weights})
         refuse_given(settings.inpainting, "a prior over embeddings")
-        seed = prior.settings(settings.sampling)["seed"]
-        decoder = self.decoder(settings.decoder, seed)
+        decoder = self.decoder(settings.decoder, prior.settings(settings.sampling)["seed"])
         decoder.check(prior.weights)
-
-        def of_embeddings(count: Any) -> Iterator[Any]:
-            done = 0
-            for embeddings in prior.sample(rows, settings.sampling, **how):
-                for part in batched(len(embeddings), AT_ONCE):
-                    numbers = range(done, done + part.stop - part.start)  # rows of the file that `sample` would write
-                    yield decoder.decode(embeddings[part], numbers, [rows[number].text for number in numbers])
-                    done += len(numbers)
-                    count(len(numbers))
-
-        return None, of_embeddings, decoder.settings, decoder.inputs
+        return LatentDecoder(decoder.decode, None, decoder.settings, decoder.inputs)
 
     def sample(self, prompts: str | Sequence[str], n: int = 8, **settings: Any) -> Any:
         """Latents of n candidates of each prompt: codes (N, H, W) uint16, or embeddings (N, D) float32."""
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
         made = Settings.of(n=n, **settings)
-        rows, prior = candidates(texts, n), self.prior
-        how: dict[str, Any] = {"batch_size": made.batch_size, "compiled": made.compiled}
         mask = read_mask(made.inpainting, self.codec) if made.inpainting.image else None
-        return np.concatenate(list(prior.sample(rows, made.sampling, mask=mask, **how)))
+        how: dict[str, Any] = {"mask": mask, "batch_size": made.batch_size, "compiled": made.compiled}
+        return np.concatenate(list(self.prior.sample(candidates(_texts(prompts), n), made.sampling, **how)))
 
     def decode(self, latents: Any, texts: Sequence[str] | None = None, *, seed: int = 0, **options: Any) -> Any:
         """Images (N, 3, S, S) uint8 of codes (N, H, W), or of embeddings (N, D) with their captions."""
         latents = np.asarray(latents)
-        if latents.ndim == 3:
-            return np.concatenate([self.codec.decode(latents[part]) for part in batched(len(latents), AT_ONCE)])
-        decoder = self.decoder(DecoderOptions(**options), seed)
         parts = batched(len(latents), AT_ONCE)
+        if latents.ndim == 3:
+            return np.concatenate([self.codec.decode(latents[part]) for part in parts])
+        decoder = self.decoder(DecoderOptions(**options), seed)
         return np.concatenate(
             [decoder.decode(latents[p], range(len(latents))[p], None if texts is None else texts[p]) for p in parts]
         )
@@ -237,8 +215,7 @@ class Pipeline:
     def encode(self, images: Sequence[Image.Image]) -> Any:
         """Images as codes of the dVAE (N, H, W); of a model without one, as CLIP embeddings (N, D)."""
         encoder = self.codec if isinstance(self.prior, TokenPrior) else self.prior.clip
-        pixels = np.stack([SourceImage.read(image).pixels(encoder.size) for image in images])
-        return encoder.encode(pixels)
+        return encoder.encode(np.stack([SourceImage.read(image).pixels(encoder.size) for image in images]))
 
     def score(self, images: Any, texts: Sequence[str]) -> Any:
         """CLIP's cosine of each image with its text: (N, 3, S, S) uint8 -> (N,) float32."""
@@ -249,8 +226,8 @@ class Pipeline:
         return Editor(self.model, self.machine, DecoderOptions(**options), seed=seed, progress=progress)
 
 
-class Counter:
-    """Candidates done, from parts of them, for progress: a candidate of codes has H x W parts."""
+class CandidateProgress:
+    """Report finished candidates, given finished parts of them: a candidate of codes has H x W parts."""
 
     def __init__(self, n_parts: int, advance: Any, top: TopK):
         self.n_parts, self.advance, self.top = n_parts, advance, top
@@ -269,6 +246,10 @@ def load(model: str | Path | None = None, **options: Any) -> Pipeline:
         DalleError: there is no such model.
     """
     return Pipeline(None if model is None else str(model), **options)
+
+
+def _texts(prompts: str | Sequence[str]) -> list[str]:
+    return [prompts] if isinstance(prompts, str) else list(prompts)
 
 
 __all__ = ["Generated", "Pipeline", "Settings", "load"]

@@ -3,8 +3,8 @@
 Shapes: N candidates, B of them in a batch, P distinct prompts, T caption length, H W code grid, D embedding width.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,33 +22,15 @@ from dalle_cli.options import AUTO, SamplingOptions, flag, given, refuse_given
 from dalle_cli.pipelines import loading
 from dalle_cli.pipelines.clip import ClipScorer
 from dalle_cli.pipelines.inpainting import InpaintingMask
-from dalle_cli.pipelines.prompts import Candidate, Rows
+from dalle_cli.pipelines.prompts import Candidate, SamplerInputs, token_tensors
 from dalle_cli.sampling import memory
 from dalle_cli.sampling.autoregressive import sample_batches
-from dalle_cli.sampling.embeddings import Read, autoregressed, diffused
+from dalle_cli.sampling.categorical import CategoricalOptions
+from dalle_cli.sampling.embeddings import PromptBatch, sample_autoregressive, sample_diffusion
 
-log = logging.getLogger("dalle_cli")
 BATCH, STEPS = 64, 64  # candidates at once where the batch size is `auto`; steps of the paper's diffusion prior
-PRIORS = {"codes": "weights.prior.codes", "embeddings": "weights.prior.embeddings"}  # the first where both are there
-OF_CODES = ("temperature", "top_k", "top_p", "sketch_guidance", "int8")
+PRIORS = {"codes": "weights.prior.codes", "embeddings": "weights.prior.embeddings"}  # the first if both exist
 OF_DIFFUSION = ("sampler", "steps")
-
-Told = Callable[[int], None]
-
-
-def trained_value(weights: Artifact, name: str, value: float | None) -> float:
-    """A guidance or temperature: the value given, else what the weights' training wrote down, else 1.
-
-    Raises:
-        DalleError: what was written down is no such number.
-    """
-    if value is not None:
-        return value
-    train = weights.config.get("train")
-    found = train.get(name, 1.0) if isinstance(train, dict) else 1.0
-    if isinstance(found, bool) or not isinstance(found, int | float) or not found >= 0:
-        raise DalleError(f"expected train.{name} of at least 0 in {weights.path}, found {found!r}; give {flag(name)}")
-    return float(found)
 
 
 def open_prior(weights: Artifact, machine: Arithmetic, model: str | None = None) -> "TokenPrior | EmbeddingPrior":
@@ -80,40 +62,62 @@ def find_clip(weights: Artifact, model: str | None) -> Artifact:
 
 def encode_prompts(weights: Artifact, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Tokens (P, T) and lengths (P,) int64 of prompts, with the tokenizer of these weights."""
-    tokens, lengths, cut = tokenizers.load(bundles.tokenizer(weights)).encode_batch(list(texts), length)
-    if cut:
-        log.warning("prompts of more than %d tokens, which were cut: %d", length, cut)
-    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(lengths.astype(np.int64))
+    return token_tensors(tokenizers.load(bundles.tokenizer(weights)), texts, length, "prompts")
 
 
-class TokenPrior:
+class PriorPipeline:
+    """What priors over codes and over embeddings have in common."""
+
+    kind: str  # of the latents
+    n_parts = 1  # what progress counts of one candidate
+    config: Any
+
+    def __init__(self, weights: Artifact, machine: Arithmetic):
+        self.weights, self.machine = weights, machine
+        self.encoder = weights.require("encoder", str)  # digest of the dVAE or CLIP whose latents it was trained on
+
+    @property
+    def inputs(self) -> dict[str, Artifact | str]:
+        """The weights, as a history names them."""
+        return {"model": self.weights}
+
+    def settings(self, options: SamplingOptions) -> dict[str, Any]:
+        """Every setting that the latents depend on."""
+        raise NotImplementedError
+
+    def history(
+        self, n: int, options: SamplingOptions, mask: InpaintingMask | None = None, past: Artifact | None = None,
+        rows: str | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """The history of n candidates per prompt; `past` are the codes of which the rows named are sampled again."""
+        recorded = _recorded(n, self.settings(options), options) | {"dtype": self.machine.name}
+        inputs = self.inputs
+        if past is not None:
+            recorded, inputs = {**recorded, "rows": rows}, {"drawn": past, **inputs}
+        if mask is not None:
+            recorded, inputs = {**recorded, **mask.options}, {**inputs, **mask.inputs}
+        return history("sample", recorded, **inputs)
+
+
+class TokenPrior(PriorPipeline):
     """A transformer over codes with its tokenizer (2021, sec. 2.2)."""
 
     kind = "codes"
 
     def __init__(self, weights: Artifact, machine: Arithmetic):
-        self.weights, self.machine = weights, machine
-        self.encoder = weights.require("encoder", str)
+        super().__init__(weights, machine)
         self.model = loading.prior(weights, machine.device)
         self.config = self.model.config
-
-    @property
-    def n_parts(self) -> int:
-        """Codes of one candidate, which progress counts."""
-        return self.config.grid**2
-
-    @property
-    def dtype(self) -> Any:
-        """The integers that codes are stored in."""
-        return np.uint16 if self.config.n_image_vocab <= 2**16 else np.int32
+        self.n_parts = self.config.grid**2
+        self.dtype = np.uint16 if self.config.n_image_vocab <= 2**16 else np.int32
 
     @property
     def header(self) -> dict[str, Any]:
-        """What the header of an artifact of these codes says."""
+        """The header of an artifact of these codes."""
         return {"n_vocab": self.config.n_image_vocab, "grid": self.config.grid, "encoder": self.encoder}
 
     def settings(self, options: SamplingOptions) -> dict[str, Any]:
-        """Every setting that codes depend on: the options given, what the weights say, the defaults.
+        """Every setting that codes depend on: the options given, else what the weights say, else the defaults.
 
         Raises:
             DalleError: an option that only other priors have.
@@ -123,10 +127,10 @@ class TokenPrior:
             raise DalleError(
                 f"expected a prior with a sketch for --sketch-guidance, found none in {self.weights.path}; leave it out"
             )
-        told: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, **given(options)}
+        settings: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, **given(options)}
         for name in ("guidance", "temperature", *(("sketch_guidance",) if self.config.sketch else ())):
-            told[name] = trained_value(self.weights, name, getattr(options, name))
-        return told
+            settings[name] = loading.trained_value(self.weights, name, getattr(options, name))
+        return settings
 
     def batch_size(self, rows: Sequence[Candidate], settings: dict[str, Any], batch_size: int) -> int:
         """The batch size given; for `auto`, as many candidates as fit into half of the free memory."""
@@ -137,72 +141,58 @@ class TokenPrior:
 
     def sample(
         self, rows: Sequence[Candidate], options: SamplingOptions | None = None, *, mask: InpaintingMask | None = None,
-        batch_size: int = BATCH, compiled: bool = False, progress: Told | None = None,
+        batch_size: int = BATCH, compiled: bool = False, progress: Callable[[int], None] | None = None,
     ) -> Iterator[Any]:  # fmt: skip
-        """Codes of candidates, batch after batch: (B, H, W) uint16 or int32.
+        """Sample codes of candidates, batch after batch: (B, H, W) uint16 or int32.
 
-        Candidate k of a prompt is a function of (weights, settings, prompt, k) alone. `progress` is told the number of
-        codes sampled since it was last called. int8 and the layout of the matrices are those of the first call.
+        Candidate k of a prompt depends on (weights, settings, prompt, k) alone. `progress` gets the number of codes
+        sampled since its last call. The first call decides on int8 and on the layout of the matrices.
         """
         options = options or SamplingOptions()
-        told, read = self.settings(options), Rows.of(rows)
-        at_once = self.batch_size(rows, told, batch_size)
-        tokens, lengths = encode_prompts(self.weights, read.texts, self.config.n_text)
-        guided = told["guidance"] != 1
-        packed_rows = min(at_once, len(rows)) * (2 if guided else 1)
-        pack(self.model, packed_rows, self.machine.dtype, bool(told.get("int8")), plain=compiled)
+        settings, inputs = self.settings(options), SamplerInputs.of(rows)
+        at_once = self.batch_size(rows, settings, batch_size)
+        tokens, lengths = encode_prompts(self.weights, inputs.texts, self.config.n_text)
+        packed_rows = min(at_once, len(rows)) * (2 if settings["guidance"] != 1 else 1)
+        pack(self.model, packed_rows, self.machine.dtype, bool(settings.get("int8")), plain=compiled)
         batches = sample_batches(
-            self.model, tokens, lengths, read.indices, told["seed"],
-            temperature=told["temperature"], top_k=told["top_k"], top_p=told["top_p"],
-            guidance_scale=told["guidance"], guidance_span=options.guidance_span,
-            sketch_guidance=told.get("sketch_guidance", 1.0), captions=read.captions,
-            given=None if mask is None else torch.from_numpy(mask.codes),
-            kept=None if mask is None else torch.from_numpy(mask.keep),
+            self.model, tokens, lengths, inputs.indices, settings["seed"], categorical_options(settings, options),
+            sketch_guidance=settings.get("sketch_guidance", 1.0), captions=inputs.captions,
+            known=None if mask is None else torch.from_numpy(mask.codes),
+            keep=None if mask is None else torch.from_numpy(mask.keep),
             batch_size=at_once, compiled=compiled, progress=progress,
         )  # fmt: skip
         for batch in batches:
             yield batch.cpu().numpy().astype(self.dtype)
 
-    def history(
-        self, n: int, options: SamplingOptions, mask: InpaintingMask | None = None, past: Artifact | None = None,
-        rows: str | None = None,
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        """What led to the codes; `past` are the codes of which the rows named are sampled again."""
-        told = _recorded(n, self.settings(options), options) | {"dtype": self.machine.name}
-        inputs: dict[str, Artifact | str] = {"model": self.weights}
-        if past is not None:
-            told, inputs = {**told, "rows": rows}, {"drawn": past, **inputs}
-        if mask is not None:
-            told, inputs = {**told, **mask.options}, {**inputs, **mask.inputs}
-        return history("sample", told, **inputs)
 
-
-class EmbeddingPrior:
+class EmbeddingPrior(PriorPipeline):
     """A diffusion or autoregressive prior over CLIP image embeddings, with its captions' CLIP (2022, sec. 2.2)."""
 
-    kind, n_parts = "embeddings", 1
+    kind = "embeddings"
 
     def __init__(self, weights: Artifact, machine: Arithmetic, clip: Artifact):
-        self.weights, self.machine, self.clip_weights = weights, machine, clip
-        self.encoder = weights.require("encoder", str)
+        super().__init__(weights, machine)
+        self.clip_weights = clip
         self.model = loading.embedding_prior(weights, machine.device)
         self.config = self.model.config
-        self._clip: ClipScorer | None = None
 
-    @property
+    @cached_property
     def clip(self) -> ClipScorer:
         """The CLIP that embeds captions."""
-        if self._clip is None:
-            self._clip = ClipScorer(self.clip_weights, self.machine)
-        return self._clip
+        return ClipScorer(self.clip_weights, self.machine)
+
+    @property
+    def inputs(self) -> dict[str, Artifact | str]:
+        """The weights, as a history names them."""
+        return {"model": self.weights, "clip": self.clip_weights}
 
     @property
     def header(self) -> dict[str, Any]:
-        """What the header of an artifact of these embeddings says."""
+        """The header of an artifact of these embeddings."""
         return {"encoder": self.encoder}
 
     def settings(self, options: SamplingOptions) -> dict[str, Any]:
-        """Every setting that embeddings depend on: the options given, what the weights say, the defaults.
+        """Every setting that embeddings depend on: the options given, else what the weights say, else the defaults.
 
         Raises:
             DalleError: an option that only other priors have.
@@ -217,7 +207,7 @@ class EmbeddingPrior:
                 known = ", ".join(map(flag, own))
                 found = f"for a prior of kind {self.config.kind!r}, found {flag(name)}"
                 raise DalleError(f"expected {known} {found}; leave it out")
-        guidance = trained_value(self.weights, "guidance", options.guidance)
+        guidance = loading.trained_value(self.weights, "guidance", options.guidance)
         return {**own, "seed": 0, **given(options), "guidance": guidance}
 
     def batch_size(self, rows: Sequence[Candidate], settings: dict[str, Any], batch_size: int) -> int:
@@ -226,12 +216,12 @@ class EmbeddingPrior:
 
     def sample(
         self, rows: Sequence[Candidate], options: SamplingOptions | None = None, *, mask: InpaintingMask | None = None,
-        batch_size: int = BATCH, compiled: bool = False, progress: Told | None = None,
+        batch_size: int = BATCH, compiled: bool = False, progress: Callable[[int], None] | None = None,
     ) -> Iterator[Any]:  # fmt: skip
-        """z_i of candidates, batch after batch: (B, D) float32 of length 1.
+        """Sample z_i of candidates, batch after batch: (B, D) float32 of length 1.
 
-        Candidate k of a prompt is a function of (weights, settings, prompt, k) alone. `progress` is told the number of
-        candidates sampled since it was last called.
+        Candidate k of a prompt depends on (weights, settings, prompt, k) alone. `progress` gets the number of
+        candidates sampled since its last call.
 
         Raises:
             DalleError: a mask, or compilation, which are for codes.
@@ -240,34 +230,35 @@ class EmbeddingPrior:
             if value:
                 raise DalleError(f"expected no --{name} for a prior over embeddings, found one; leave it out")
         options = options or SamplingOptions()
-        told, read = self.settings(options), Rows.of(rows)
-        tokens, lengths = encode_prompts(self.weights, read.texts, self.config.n_text)
-        captions = Read(tokens, lengths, torch.from_numpy(self.clip.encode_texts(read.texts)))
-        how: dict[str, Any] = {
-            "captions": read.captions, "guidance_scale": told["guidance"], "guidance_span": options.guidance_span,
-            "batch_size": self.batch_size(rows, told, batch_size), "progress": progress,
-        }  # fmt: skip
+        settings, inputs = self.settings(options), SamplerInputs.of(rows)
+        tokens, lengths = encode_prompts(self.weights, inputs.texts, self.config.n_text)
+        prompts = PromptBatch(tokens, lengths, torch.from_numpy(self.clip.encode_texts(inputs.texts)))
+        at_once = self.batch_size(rows, settings, batch_size)
+        how: dict[str, Any] = {"captions": inputs.captions, "batch_size": at_once, "progress": progress}
         if isinstance(self.model, DiffusionPrior):
-            how |= {"sampler": told["sampler"], "steps": told["steps"]}
-            batches = diffused(self.model, captions, read.indices, told["seed"], **how)
+            how |= {"sampler": settings["sampler"], "steps": settings["steps"]}
+            how |= {"guidance_scale": settings["guidance"], "guidance_span": options.guidance_span}
+            batches = sample_diffusion(self.model, prompts, inputs.indices, settings["seed"], **how)
         else:
-            how |= {name: told[name] for name in ("temperature", "top_k", "top_p")}
-            batches = autoregressed(self.model, captions, read.indices, told["seed"], **how)
+            how["options"] = categorical_options(settings, options)
+            batches = sample_autoregressive(self.model, prompts, inputs.indices, settings["seed"], **how)
         while True:
-            with self.machine.autocast():  # never across a yield: it would be the caller's arithmetic, too
+            with self.machine.autocast():  # never across a yield, where it would apply to the caller, too
                 batch = next(batches, None)
             if batch is None:
                 return
             yield batch.float().cpu().numpy()
 
-    def history(self, n: int, options: SamplingOptions, *_: Any) -> list[dict[str, Any]]:
-        """What led to the embeddings."""
-        told = _recorded(n, self.settings(options), options) | {"dtype": self.machine.name}
-        return history("sample", told, model=self.weights, clip=self.clip_weights)
+
+def categorical_options(settings: dict[str, Any], options: SamplingOptions) -> CategoricalOptions:
+    """The part of the settings that the sampling of logits takes."""
+    return CategoricalOptions(
+        settings["temperature"], settings["top_k"], settings["top_p"], settings["guidance"], options.guidance_span
+    )
 
 
 def _recorded(n: int, settings: dict[str, Any], options: SamplingOptions) -> dict[str, Any]:
-    """What a history says of settings: of those that are seldom given, only where they change something."""
+    """The settings that a history records; rarely used ones only where they change something."""
     silent = {"guidance_from", "guidance_to"} if options.guidance_span == (0, 1) else set()
     silent |= set() if settings.get("int8") else {"int8"}
     whole = {"guidance_from": options.guidance_span[0], "guidance_to": options.guidance_span[1], **settings, "n": n}

@@ -1,12 +1,20 @@
-"""Prompts, and the candidates that are sampled for them."""
+"""Prompts and their candidates."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from dalle_cli.artifacts import digest_bytes
+from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.errors import DalleError
+
+log = logging.getLogger("dalle_cli")
 
 
 class Progress(Protocol):
@@ -16,7 +24,7 @@ class Progress(Protocol):
 
 
 class Quiet:
-    """Progress that nobody sees: the default of the Python API."""
+    """No progress report: the default of the Python API."""
 
     def __init__(self, label: str = "", total: int = 0, *, unit: str = ""):
         pass
@@ -33,7 +41,7 @@ class Quiet:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One sample of a prompt: its prompt, the prompt's number in the list, and its own number among the prompt's."""
+    """One sample of a prompt: the prompt, its number in the list, and the sample's own number among the prompt's."""
 
     text: str
     prompt: int
@@ -68,26 +76,32 @@ def read_prompts(prompts: Sequence[str] | None, file: Path | None = None) -> lis
     return texts
 
 
-class Rows(NamedTuple):
-    """Candidates as the samplers take them: P distinct texts, and of N candidates the text and the noise."""
+class SamplerInputs(NamedTuple):
+    """N candidates as samplers take them: P distinct texts, and for each candidate its text and its noise."""
 
     texts: list[str]
     captions: list[int]  # (N,) rows of texts
-    indices: list[int]  # (N,) noise: a function of the text and of the candidate's number, of nothing else
+    indices: list[int]  # (N,) identify the noise: functions of the text and the candidate's number alone
 
     @classmethod
-    def of(cls, rows: Sequence[Candidate]) -> "Rows":
-        """The noise of a candidate is the same whatever is sampled beside it."""
+    def of(cls, rows: Sequence[Candidate]) -> "SamplerInputs":
+        """The inputs of these candidates."""
         texts = list(dict.fromkeys(row.text for row in rows))
         number = {text: i for i, text in enumerate(texts)}
         noise = {text: int(digest_bytes(text.encode(errors="surrogatepass"))[:16], 16) << 32 for text in texts}
         return cls(texts, [number[row.text] for row in rows], [noise[row.text] | row.number for row in rows])
 
 
-def columns(rows: Sequence[Candidate], seed: int) -> dict[str, Any]:
-    """The columns that sampled latents have beside them: ids, texts, prompts' numbers and the seed."""
-    import numpy as np
+def token_tensors(tokenizer: Tokenizer, texts: Sequence[str], length: int, what: str) -> tuple[Tensor, Tensor]:
+    """Tokens (P, T) and lengths (P,) int64 of texts; logs a warning that counts those that were cut."""
+    tokens, lengths, cut = tokenizer.encode_batch(list(texts), length)
+    if cut:
+        log.warning("%s of more than %d tokens, which were cut: %d", what, length, cut)
+    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(lengths.astype(np.int64))
 
+
+def columns(rows: Sequence[Candidate], seed: int) -> dict[str, Any]:
+    """The columns of sampled latents beside the latents: ids, texts, prompts' numbers and the seed."""
     return {
         "prompt": np.array([row.prompt for row in rows], dtype=np.int32),
         "seed": np.full(len(rows), seed, dtype=np.int64),

@@ -16,7 +16,7 @@ from dalle_cli.pipelines.prompts import Candidate
 
 
 def check_keep(groups: Sequence[str], keep: int) -> None:
-    """Raises: DalleError if a prompt has fewer images than are to be kept."""
+    """Raises: DalleError if a prompt has fewer images than `keep`."""
     fewest = min(Counter(groups).values(), default=0)
     if keep > fewest:
         raise DalleError(f"expected at least {keep} images per prompt to keep {keep}, found {fewest}; lower --keep")
@@ -48,7 +48,7 @@ class TopK:
         self.groups: dict[str, list[Ranked]] = {}
 
     def add(self, rows: Sequence[Candidate], scores: Any, images: Any) -> None:
-        """Take what is good enough of a batch: B candidates, (B,) scores, (B, 3, S, S) uint8."""
+        """Add a batch and drop what is not among the best: B candidates, (B,) scores, (B, 3, S, S) uint8."""
         for row, score, image in zip(rows, scores.tolist(), images, strict=True):
             group = self.groups.setdefault(row.text, [])
             at = bisect_right([-ranked.score for ranked in group], -score)  # after its equals, which came before

@@ -1,4 +1,4 @@
-"""Log-likelihood of codes under a prior: log p(codes | caption), for `score` and `rerank`.
+"""Scores by a prior: log p(codes | caption), for `score` and `rerank`.
 
 Shapes: B batch, T caption length, H W code grid, S side of the images in pixels.
 """
@@ -33,16 +33,16 @@ from dalle_cli.pipelines.encoding import missing_shards
 from dalle_cli.pipelines.prompts import Progress, Quiet
 
 BY = ("prior", "contrast")
-MAX_LOGITS = 1 << 25  # logits held at a time: 128 MiB of float32, about three pairs of the paper's model
+MAX_LOGITS = 1 << 25  # logits in memory at a time: 128 MiB of float32, about three pairs of the paper's model
 log = logging.getLogger("dalle_cli")
 
 Batch = tuple[Any, list[str], dict[str, Any]]  # codes (B, H, W), their captions, and the columns beside the scores
 
 
 def nats(prior: Prior, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """-ln p of each token, 0 for padding, and of each code: (B, T), (B,), (B, H, W) -> (B, T), (B, H*W) float64.
+    """-ln p of each token (0 for padding) and of each code: (B, T), (B,), (B, H, W) -> (B, T), (B, H*W) float64, CPU.
 
-    The result is on the CPU. Logits are computed for a few pairs at a time, in float32 even under autocast.
+    Logits are computed for a few pairs at a time, in float32 even under autocast.
 
     Raises:
         DalleError: the shapes are not the model's.
@@ -63,7 +63,7 @@ def _nats(prior: Prior, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple
 
 
 def token_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Whether a position holds a token and not padding: (B, T), (B,) -> (B, T) bool."""
+    """Which positions hold a token rather than padding: (B, T), (B,) -> (B, T) bool."""
     return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
 
@@ -90,7 +90,7 @@ class PriorScorer:
         self.prior = loading.prior(self.weights, machine.device)
 
     def check(self, codes: Artifact) -> None:
-        """Raises: DalleError if another dVAE than the prior's made these codes."""
+        """Raises: DalleError if the codes are not of the prior's dVAE."""
         bundles.check_digest("image encoder", codes.require("encoder", str), self.encoder, self.weights.path)
 
     def encode(self, images: Any) -> Any:
@@ -125,7 +125,7 @@ class PriorScorer:
 
 
 class StoredRows:
-    """The rows of an artifact of codes (which are `encoded`) or images; all its columns are written again."""
+    """The rows of an artifact of codes or images; all its columns are copied to the output."""
 
     def __init__(self, artifact: Artifact, prompt: str | None):
         if prompt is None and "text" not in artifact:
@@ -139,17 +139,17 @@ class StoredRows:
         return len(self.artifact)
 
     def header(self, scorer: PriorScorer) -> dict[str, Any]:
-        """The same as the artifact's.
+        """The artifact's header.
 
         Raises:
-            DalleError: another dVAE than the prior's made these codes.
+            DalleError: codes that are not of the prior's dVAE.
         """
         if self.encoded:
             scorer.check(self.artifact)
         return self.artifact.config
 
     def batches(self, rows: range, size: int, scorer: PriorScorer) -> Iterator[Batch]:
-        """Batches of these rows; one even of no rows, which has the columns."""
+        """Batches of these rows; if there are none, one empty batch with the columns."""
         names = [name for name in self.artifact.headers[0].table.columns if name in self.artifact]
         for start in range(rows.start, max(rows.stop, rows.start + 1), size):
             part = slice(start, min(start + size, rows.stop))
@@ -161,7 +161,7 @@ class StoredRows:
 
 
 class DatasetRows:
-    """The images of a data set, each with its first caption; their codes are written."""
+    """The images of a data set, each with its first caption; their codes are written to the output."""
 
     kind, encoded = "codes", False
 
@@ -174,11 +174,11 @@ class DatasetRows:
         return len(self.data)
 
     def header(self, scorer: PriorScorer) -> dict[str, Any]:
-        """That of the dVAE's codes."""
+        """The header of the dVAE's codes."""
         return scorer.codec.header
 
     def batches(self, rows: range, size: int, scorer: PriorScorer) -> Iterator[Batch]:
-        """Batches of the images that can be read, after one of no rows."""
+        """Batches of the readable images, after an empty batch with the columns."""
         yield scorer.codec.empty, [], {"codes": scorer.codec.empty, "ids": []}
         for kept, images in sequential(self.data, scorer.codec.size, rows, size, self.workers):
             codes, numbers = scorer.codec.encode(images), kept.tolist()
@@ -187,10 +187,10 @@ class DatasetRows:
 
 
 def open_rows(source: str, prompt: str | None = None, workers: int = 0) -> StoredRows | DatasetRows:
-    """The rows of a path: an artifact of codes or images, or a data set.
+    """Open the rows of an artifact of codes or images, or of a data set.
 
     Raises:
-        DalleError: neither, or no captions where no prompt is given.
+        DalleError: neither of them, or neither captions nor a prompt.
     """
     path = Path(source)
     plain = path.is_file() and path.suffix.lower() not in (".tar", *SUFFIXES)
@@ -203,7 +203,7 @@ def score(
     source: str, model: str | None, out: Path, *, machine: Arithmetic, by: str = "prior", prompt: str | None = None,
     batch_size: int = 16, shard_size: int = 4096, workers: int = 0, force: bool = False, progress: Progress = Quiet,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write codes, images or a data set's codes again with a column `score`, shard by shard; returns a summary.
+    """Write codes, images or a data set's codes with an added column `score`, shard by shard; returns a summary.
 
     Raises:
         DalleError: codes of another dVAE, no captions, or something else at `out`.
@@ -223,7 +223,7 @@ def score(
                 advance(len(texts))
             writer.write(shard, _join(parts))
             rows.skipped.write(skip_list(out))
-    return {**_summary(open_artifact(out, rows.kind), scorer), "skipped": rows.skipped.summary() or None}
+    return {**summary(open_artifact(out, rows.kind), scorer), "skipped": rows.skipped.summary() or None}
 
 
 def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -235,12 +235,12 @@ def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return joined
 
 
-def _summary(scored: Artifact, scorer: PriorScorer) -> dict[str, Any]:
-    """Scores in nats of a whole grid: how many rows, codes per row, mean, best, and each row's."""
+def summary(scored: Artifact, scorer: PriorScorer) -> dict[str, Any]:
+    """Summary of scores in nats per grid: number of rows, codes per row, mean, best, and the score of each row."""
     scores = np.asarray(scored.array("score")).astype(np.float64)
     listed = zip(scored.strings("ids"), scored.strings("text"), scores.tolist(), strict=True)
     return {
-        "pictures": len(scores),
+        "images": len(scores),
         "codes": scorer.prior.config.grid**2,
         "mean": float(scores.mean()) if len(scores) else None,
         "best": float(scores.max()) if len(scores) else None,

@@ -1,4 +1,4 @@
-"""The stages between artifacts: sample, decode, rerank. Each reads files, writes a file, and returns its metrics.
+"""The stages sample, decode and rerank: each reads artifacts, writes one, and returns its metrics.
 
 Shapes: N rows, B of them in a batch, H W code grid, D embedding width, S side of the images in pixels.
 """
@@ -6,7 +6,7 @@ Shapes: N rows, B of them in a batch, H W code grid, D embedding width, S side o
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,17 +39,15 @@ def sample(
         DalleError: no prior, an option that it does not have, or something else at `out`.
     """
     kinds = (PRIORS["codes"],) if past is not None else tuple(PRIORS.values())
-    weights = bundles.weights(model, *kinds)
+    weights, inpainting = bundles.weights(model, *kinds), inpainting or InpaintingOptions()
     if past is not None:
-        bundles.check_digest("prior", weights.digest, entry(past)["inputs"].get("model", ""), past.path)
-    inpainting = inpainting or InpaintingOptions()
+        bundles.check_digest("prior", weights.digest, sampling_entry(past)["inputs"].get("model", ""), past.path)
     if weights.kind != PRIORS["codes"]:
         refuse_given(inpainting, "a prior over embeddings")
-        refuse_given(options, "a prior over embeddings", "int8", "sketch_guidance")
     prior = open_prior(weights, machine, model)
     settings = prior.settings(options)
     check_replaceable(out, prior.kind, force)
-    mask = open_mask(inpainting, prior, model, machine)
+    mask = open_mask(inpainting, prior.encoder, weights, model, machine)
     at_once = prior.batch_size(rows, settings, batch_size)
     shown = {"batch": at_once} if batch_size == AUTO else {}
     with progress("sample", len(rows) * prior.n_parts, unit=prior.kind) as advance:
@@ -66,44 +64,55 @@ def latents_of(model: str | None) -> str:
     return bundles.weights(model, *PRIORS.values()).kind.removeprefix("weights.prior.")
 
 
-def open_mask(options: InpaintingOptions, prior: Any, model: str | None, machine: Arithmetic) -> InpaintingMask | None:
-    """The mask of an image, encoded by the dVAE of `model`, which must be the prior's; None without an image."""
+def open_mask(
+    options: InpaintingOptions, encoder: str, prior: Artifact, model: str | None, machine: Arithmetic
+) -> InpaintingMask | None:
+    """The mask of an image, encoded by the dVAE that the prior was trained with; None without an image."""
     options.check()
     if options.image is None:
         return None
-    dvae = bundles.weights(model, "weights.dvae")
-    return read_mask(options, Codec.of(dvae, prior.encoder, prior.weights.path, machine))
+    return read_mask(options, Codec.of(bundles.weights(model, "weights.dvae"), encoder, prior.path, machine))
 
 
-def entry(past: Artifact) -> dict[str, Any]:
-    """What the history of codes says of their sampling."""
+def sampling_entry(past: Artifact) -> dict[str, Any]:
+    """The last entry of the history of sampled codes."""
     found: dict[str, Any] = past.history[-1] if past.history else {}
     return found
 
 
-def sample_again(
-    source: Path, rows: str | None, options: SamplingOptions, inpainting: InpaintingOptions
-) -> tuple[Artifact, list[Candidate], SamplingOptions, InpaintingOptions, str | None]:
-    """What `sample` wrote, the candidates of some rows of it, and its settings under the options given; its dtype.
+class Resampling(NamedTuple):
+    """What `sample --from` samples again: candidates of earlier codes, with their recorded settings as defaults."""
+
+    past: Artifact
+    rows: list[Candidate]
+    n: int  # candidates per prompt then
+    options: SamplingOptions
+    inpainting: InpaintingOptions
+    dtype: str
+
+
+def resample(source: Path, rows: str | None, options: SamplingOptions, inpainting: InpaintingOptions) -> Resampling:
+    """Read what `sample` wrote to `source`; options that are given here win over the recorded ones.
 
     Raises:
-        DalleError: codes that were not sampled, or a way of saying what to sample beside --from.
+        DalleError: codes that `sample` did not write, rows that do not exist, or another image or mask than then.
     """
     past = open_artifact(source, "codes")
-    if not all(name in past for name in ("prompt", "seed", "text")) or entry(past).get("stage") != "sample":
+    entry = sampling_entry(past)
+    if not all(name in past for name in ("prompt", "seed", "text")) or entry.get("stage") != "sample":
         raise DalleError(f"expected codes that `sample` wrote, found others in {source}; give --from another file")
-    inpainting = repeat_options(inpainting, entry(past), source)
-    recorded = entry(past)["options"]
+    inpainting, recorded = repeat_options(inpainting, entry, source), entry["options"]
     before = {name: value for name, value in recorded.items() if name not in ("n", "dtype", "rows", "keep_rows")}
-    again = build(SamplingOptions, {**before, **given(options)}, "sample")
-    return past, past_candidates(past, rows), again, inpainting, str(recorded.get("dtype", "float32"))
+    again, wanted = build(SamplingOptions, {**before, **given(options)}, "sample"), past_candidates(past, rows)
+    dtype = str(recorded.get("dtype", "float32"))
+    return Resampling(past, wanted, recorded.get("n", len(wanted)), again, inpainting, dtype)
 
 
 def past_candidates(past: Artifact, rows: str | None) -> list[Candidate]:
-    """The candidates of these rows, counted from 0, or of all.
+    """The candidates of these rows, counted from 0, or of all rows.
 
     Raises:
-        DalleError: no such row, or one that is not of the file's own sampling.
+        DalleError: no such row, or one that was not sampled in the file's last sampling.
     """
     try:
         picked = range(len(past)) if rows is None else [int(number) for number in rows.split(",")]
@@ -111,7 +120,7 @@ def past_candidates(past: Artifact, rows: str | None) -> list[Candidate]:
         raise DalleError(f"expected --rows as 3,17, found {rows!r}") from None
     if not picked or not 0 <= min(picked) <= max(picked) < len(past):
         raise DalleError(f"expected --rows from 0 to {len(past) - 1}, found {rows}; the file has {len(past)}")
-    ids, text, seed = past.strings("ids"), past.strings("text"), entry(past)["options"].get("seed")
+    ids, text, seed = past.strings("ids"), past.strings("text"), sampling_entry(past)["options"].get("seed")
     prompts, seeds = np.asarray(past.array("prompt")), np.asarray(past.array("seed"))
     found = []
     for row in picked:
@@ -132,52 +141,44 @@ def decode(
     Raises:
         DalleError: weights that did not make the latents, or options that are for embeddings.
     """
-    options = options or DecoderOptions()
-    if latents.kind == "codes":
-        size, made, decoded = _decode_codes(latents, model, machine, options, seed)
-    else:
-        size, made, decoded = _decode_embeddings(latents, model, machine, options, seed)
-    writer = ShardWriter(out, "images", len(latents), shard_size, {}, made, force)
     ids, text = latents.strings("ids"), latents.strings("text") if "text" in latents else None
+    size, made, decode_rows = _open_decoder(latents, text, model, machine, options or DecoderOptions(), seed)
+    writer = ShardWriter(out, "images", len(latents), shard_size, {}, made, force)
     with progress("decode", len(latents), unit="images") as advance:
         for shard in writer.missing():
             start, stop = writer.bounds(shard)
             pixels = np.empty((stop - start, 3, size, size), dtype=np.uint8)
             for rows in batched(stop - start, batch_size):
-                pixels[rows] = decoded(start + rows.start, start + rows.stop)
+                pixels[rows] = decode_rows(range(start, stop)[rows])
                 advance(rows.stop - rows.start)
             table = {"images": pixels, "ids": ids[start:stop]}
             writer.write(shard, table if text is None else {**table, "text": text[start:stop]})
     return {"images": len(latents) if writer.wrote else "all there already"}
 
 
-Decoded = tuple[int, list[dict[str, Any]], Callable[[int, int], Any]]  # size, history, images of rows
-
-
-def _decode_codes(
-    codes: Artifact, model: str | None, machine: Arithmetic, options: DecoderOptions, seed: int | None
-) -> Decoded:
-    refuse_given(options, f"codes, as {codes.path} holds")
-    if seed is not None:
-        raise DalleError(f"expected no --seed for codes, as {codes.path} holds, found one; leave it out")
-    codec = Codec.of(bundles.weights(model, "weights.dvae"), codes.require("encoder", str), codes.path, machine)
-    grids, made = codes.array("codes"), history("decode", {"dtype": machine.name}, codes=codes, model=codec.weights)
-    return codec.size, made, lambda start, stop: codec.decode(grids[start:stop])
-
-
-def _decode_embeddings(
-    embeddings: Artifact, model: str | None, machine: Arithmetic, options: DecoderOptions, seed: int | None
-) -> Decoded:
+def _open_decoder(
+    latents: Artifact, text: Sequence[str] | None, model: str | None, machine: Arithmetic, options: DecoderOptions,
+    seed: int | None,
+) -> tuple[int, list[dict[str, Any]], Callable[[range], Any]]:  # fmt: skip
+    """The size of the images, their history, and what decodes rows of the latents: range -> (B, 3, S, S) uint8."""
+    table = latents.array(latents.kind)
+    if latents.kind == "codes":
+        refuse_given(options, f"codes, as {latents.path} holds")
+        if seed is not None:
+            raise DalleError(f"expected no --seed for codes, as {latents.path} holds, found one; leave it out")
+        weights = bundles.weights(model, "weights.dvae")
+        codec = Codec.of(weights, latents.require("encoder", str), latents.path, machine)
+        made = history("decode", {"dtype": machine.name}, codes=latents, model=weights)
+        return codec.size, made, lambda rows: codec.decode(table[rows.start : rows.stop])
     decoder = ImageDecoder(model, machine, options, seed or 0)
-    decoder.check(embeddings)
-    table, texts = embeddings.array("embeddings"), embeddings.strings("text") if "text" in embeddings else None
-    made = history("decode", decoder.settings, embeddings=embeddings, **decoder.inputs)
+    decoder.check(latents)
 
-    def decoded(start: int, stop: int) -> Any:
-        captions = None if texts is None else texts[start:stop]
-        return decoder.decode(table[start:stop], range(start, stop), captions)
+    def decode_rows(rows: range) -> Any:
+        part = slice(rows.start, rows.stop)
+        return decoder.decode(table[part], rows, None if text is None else text[part])
 
-    return decoder.size, made, decoded
+    made = history("decode", decoder.settings, embeddings=latents, **decoder.inputs)
+    return decoder.size, made, decode_rows
 
 
 def rerank(
@@ -188,7 +189,7 @@ def rerank(
     """Score images against their texts (or one prompt), by CLIP or by a prior, and write the best of each text.
 
     Raises:
-        DalleError: no texts, no images, fewer than are to be kept, or something else at `out`.
+        DalleError: no texts, fewer images than to keep, codes of other images, or something else at `out`.
     """
     if by not in ("clip", "prior", "contrast"):
         raise DalleError(f"expected --by clip, prior or contrast, found {by!r}")
@@ -201,12 +202,12 @@ def rerank(
     texts = [prompt] * len(images) if prompt is not None else list(images.strings("text"))
     check_keep(texts, keep)
     check_replaceable(out, "images", force)
-    ranked, score, inputs = _scorer(by, model, machine, images, codes)
+    column, score, inputs = _scorer(by, model, machine, images, codes)
     ids = images.strings("ids")
     scores = np.empty(len(images), dtype=np.float32)
     with progress("rerank", len(images), unit="images") as advance:
         for rows in batched(len(images), batch_size):
-            scores[rows] = score(ranked[rows], texts[rows])
+            scores[rows] = score(column[rows], texts[rows])
             advance(rows.stop - rows.start)
     order = best(scores, texts, keep)
     table = {
@@ -223,7 +224,7 @@ def rerank(
 def _scorer(
     by: str, model: str | None, machine: Arithmetic, images: Artifact, codes: Path | None
 ) -> tuple[Any, Callable[[Any, list[str]], Any], dict[str, Artifact | str]]:
-    """The column that is scored, what scores B rows of it against B texts, (B,) float32, and a history's inputs."""
+    """The column to score, what scores B of its rows against B texts, -> (B,) float32, and the history's inputs."""
     if by == "clip":
         clip = bundles.weights(model, "weights.clip")
         return images.array("images"), ClipScorer(clip, machine).score, {"model": clip}

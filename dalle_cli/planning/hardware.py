@@ -1,5 +1,6 @@
-"""Machines to plan for: memory and speed, from data sheets, from a statement, or measured here."""
+"""Hardware specs: memory and speed of a device, from data sheets or measured on this machine."""
 
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,20 +9,20 @@ import torch
 
 from dalle_cli.devices import Arithmetic, arithmetic, peak_flops
 from dalle_cli.errors import DalleError
-from dalle_cli.planning.standin import Subject, stand_in
+from dalle_cli.planning.workload import Workload
 from dalle_cli.training.loop import Trainer
 from dalle_cli.training.run import Run
 
-USED = 0.3  # of a data sheet's speed, assumed: what transformers reach without kernels made for them
-WHOLE_GB = 10**9  # sold as 16 GB means 16 GiB: the 7% between stay for the driver, and for what lies between tensors
-OWN_SHARE = 0.93  # of a memory that was asked for its size
-MEASURED_SECONDS = 10.0  # that a measured update may take; a larger batch is measured by a part
-LONGEST_SECONDS = 60.0  # beyond, a product of matrices stands for the update
+UTILIZATION = 0.3  # of a data sheet's speed, assumed: what transformers reach without kernels made for them
+GB = 10**9  # sold as 16 GB means 16 GiB: the 7% between stay for the driver
+USABLE = 0.93  # of a memory whose size the system reports
+MEASURED_SECONDS = 10.0  # that a measured update may take; of a larger batch a part is measured
+LONGEST_SECONDS = 60.0  # of a single row; beyond, a matrix product is measured instead
 
 
 @dataclass(frozen=True)
-class Machine:
-    """One device: bytes that a training may take, and the best speed of its 16-bit products, if a data sheet has it."""
+class Hardware:
+    """One device: bytes that training may take, and the peak of its 16-bit products if a data sheet gives it."""
 
     name: str
     memory: int
@@ -39,8 +40,8 @@ class Rate:
     source: str
 
 
-# Memory in GB and 10**12 operations a second, dense (no sparsity), sums in float32, as the makers' data sheets say.
-SHEETS = {
+# Memory in GB and 10**12 operations a second, dense (no sparsity), sums in float32, as in the makers' data sheets.
+DATA_SHEETS = {
     "t4": (16, 65, "float16"),
     "v100-16gb": (16, 125, "float16"),
     "v100-32gb": (32, 125, "float16"),
@@ -60,22 +61,22 @@ SHEETS = {
 }
 
 
-def machine(name: str) -> Machine:
-    """A machine of the data sheets, or this one's `auto`, `cpu`, `cuda` or `mps`.
+def find(name: str) -> Hardware:
+    """The device of a data sheet, or this machine's `auto`, `cpu`, `cuda` or `mps`.
 
     Raises:
-        DalleError: no such machine.
+        DalleError: no such device.
     """
-    if sheet := SHEETS.get(name.lower()):
+    if sheet := DATA_SHEETS.get(name.lower()):
         memory, peak, half = sheet
-        return Machine(name.lower(), memory * WHOLE_GB, peak * 1e12, half)
+        return Hardware(name.lower(), memory * GB, peak * 1e12, half)
     if name.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
-        raise DalleError(f"expected --device auto, cpu, cuda, mps or one of {', '.join(SHEETS)}, found {name!r}")
+        raise DalleError(f"expected --device auto, cpu, cuda, mps or one of {', '.join(DATA_SHEETS)}, found {name!r}")
     here = arithmetic(name, "auto")
     cuda = here.device.type == "cuda"
     size = torch.cuda.get_device_properties(here.device).total_memory if cuda else _main_memory()
-    about = torch.cuda.get_device_name(here.device) if cuda else f"this machine's {here.device.type}"
-    return Machine(about, int(size * OWN_SHARE), None, here.name, here.device.type != "cpu", here.dtype)
+    label = torch.cuda.get_device_name(here.device) if cuda else f"this machine's {here.device.type}"
+    return Hardware(label, int(size * USABLE), None, here.name, here.device.type != "cpu", here.dtype)
 
 
 def _main_memory() -> int:
@@ -84,12 +85,10 @@ def _main_memory() -> int:
     Raises:
         DalleError: the system does not say.
     """
-    import os
-
     try:
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        raise DalleError("expected to learn this machine's memory, found no answer; name a --device") from None
+        raise DalleError("expected the size of this machine's memory, found none; name a --device") from None
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             size = min(size, int(Path(limit).read_text()))
@@ -98,38 +97,37 @@ def _main_memory() -> int:
     return size
 
 
-def assumed(machine: Machine) -> Rate | None:
-    """A share of the data sheet's speed; None for a machine without one."""
-    if machine.peak is None:
+def assumed_rate(device: Hardware) -> Rate | None:
+    """A share of the data sheet's speed; None for a device without a data sheet."""
+    if device.peak is None:
         return None
-    told = f"{USED:.0%} of the data sheet's {machine.peak / 1e12:,.0f} TFLOP/s in {machine.half}, assumed"
-    return Rate(USED * machine.peak, f"{told}; small models reach less")
+    source = f"{UTILIZATION:.0%} of the data sheet's {device.peak / 1e12:,.0f} TFLOP/s in {device.half}, assumed"
+    return Rate(UTILIZATION * device.peak, f"{source}; small models reach less")
 
 
-def measured(subject: Subject, device: str, flops: int, fits: bool) -> Rate:
-    """What this machine does: by updates of the model itself, or by a product of matrices where it is too large.
+def measured_rate(workload: Workload, device: str, flops: int, fits: bool) -> Rate:
+    """What this machine reaches in updates of the model, or in a matrix product where the model is too large.
 
-    `flops` are those of an update of the recipe's batch; `fits` says whether memory would do.
+    `flops` are those of an update of the recipe's batch; `fits` says whether it fits into memory.
     """
     here = arithmetic(device, "auto")
-    best = peak_flops(here)
-    batch = subject.train.batch_size
-    rows = max(1, min(batch, int(batch * MEASURED_SECONDS * USED * best / flops)))
-    if not fits or flops * rows / batch > LONGEST_SECONDS * USED * best:
-        told = f"{USED:.0%}, assumed, of a {here.name} product's {best / 1e12:.3g} TFLOP/s, measured here"
-        return Rate(USED * best, told)
-    seconds = _seconds(subject, rows, here)
+    best, batch = peak_flops(here), workload.train.batch_size
+    rows = max(1, min(batch, int(batch * MEASURED_SECONDS * UTILIZATION * best / flops)))
+    if not fits or flops * rows / batch > LONGEST_SECONDS * UTILIZATION * best:
+        source = f"{UTILIZATION:.0%}, assumed, of a {here.name} product's {best / 1e12:.3g} TFLOP/s, measured here"
+        return Rate(UTILIZATION * best, source)
+    seconds = _update_seconds(workload, rows, here)
     return Rate(flops * rows / batch / seconds, f"measured here, by updates of {rows} in {here.name}")
 
 
-def _seconds(subject: Subject, rows: int, here: Arithmetic) -> float:
-    """What an update of so many rows takes: the shorter of two after a first one."""
-    train = replace(subject.train, batch_size=rows, accumulate=1, compile=False)
-    trainer = Trainer(stand_in(subject, subject.build()), train, Run(Path(), "", {}, []), here, 0)
-    batch = subject.batch(rows)
-    times = []
+def _update_seconds(workload: Workload, rows: int, here: Arithmetic) -> float:
+    """Seconds of an update of so many rows: the shorter of two after a first one."""
+    train = replace(workload.train, batch_size=rows, accumulate=1, compile=False)
+    trainer = Trainer(workload.task(train), train, Run(Path(), "", {}, []), here, 0)
+    trainer.step = 1  # the first update may do what is done once in a hundred
+    batch, times = workload.batch(rows), []
     for _ in range(3):
-        began = time.perf_counter()
+        started = time.perf_counter()
         trainer.update(batch)["loss"].item()  # waits for the device
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - started)
     return min(times[1:])

@@ -55,20 +55,16 @@ def _panel(key: str, run: Curves, prefix: str) -> Panel:
     lines: list[dict[str, Any]] = []
     for line in panel.lines:
         data = np.asarray(line.get_xydata(), dtype=np.float64)
-        points = [(x, HIGH - y) for x, y in panel.transData.transform(data).tolist()]
+        at = [[round(x, 1), round(HIGH - y, 1)] for x, y in panel.transData.transform(data).tolist()]
         kind = CLASSES[str(line.get_gid())]
         x, y = ([float(f"{value:.8g}") for value in values] for values in data.T.tolist())
-        at = [[round(value, 1) for value in point] for point in points]
         lines.append({"name": kind, "class": kind, "x": x, "y": y, "at": at})
     ends = ", ".join(f"{line['name']} {charts.number(line['y'][-1])}" for line in lines)
     label = charts.label(key)
     about = f"{label.title} over {charts.number(run.last)} updates; at the end {ends}"
     attributes = {"class": f"panel ends-{lines[-1]['class']}", "role": "img", "tabindex": "0", "aria-label": about}
-    return Panel(
-        label,
-        inline(figure, prefix, attributes),
-        {"lines": lines, "top": HIGH - bottom - high, "bottom": HIGH - bottom},
-    )
+    values = {"lines": lines, "top": HIGH - bottom - high, "bottom": HIGH - bottom}
+    return Panel(label, inline(figure, prefix, attributes), values)
 
 
 def inline(figure: "Figure", prefix: str, attributes: dict[str, str]) -> str:

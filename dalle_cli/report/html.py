@@ -36,12 +36,11 @@ def environment() -> "Environment":
         raise DalleError(
             "expected jinja2 to write pages, found it is not installed; run pip install 'dalle-cli[report]'"
         ) from None
-    loader = jinja2.FileSystemLoader(TEMPLATES)
     made = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    for function in (number, size, count, duration, digest_source):
-        made.filters[function.__name__] = function
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    made.filters |= {function.__name__: function for function in (number, size, count, duration, digest_source)}
     return made
 
 

@@ -7,7 +7,7 @@ import base64
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,9 @@ MOST_PIXELS = 50_000_000  # of a file
 LARGEST_GRID, LARGEST = (1800, 5000), (256, 256)  # width, height
 SMALL, SIDE, SMALL_SIDE = 64, 160, 96  # an image of up to SMALL pixels is enlarged by a whole factor; sides in the page
 JPEG = {"format": "JPEG", "quality": 90, "subsampling": 0}  # Pillow's `optimize` fails with noise, which is large
+
+
+Groups = dict[str, list[int]]  # rows by prompt
 
 
 class Tile(NamedTuple):
@@ -99,10 +102,8 @@ def _grids(training: RunFolder, most: int, found: Scan) -> Strip:
             found.note(path, image)
     readable = [(path, image) for path, image in images.items() if isinstance(image, Image.Image)][::-1]
     uris, lossy = encode([image for _, image in readable], most)  # the last first: it matters most
-    tiles = []
-    for (path, image), uri in zip(readable, uris, strict=True):
-        when = f"after {count(int(path.stem), 'update')}" if path.stem.isdecimal() else path.stem
-        tiles += [Tile(uri, when, *image.size)] if uri else []
+    when = [f"after {count(int(p.stem), 'update')}" if p.stem.isdecimal() else p.stem for p, _ in readable]
+    tiles = [Tile(uri, at, *image.size) for uri, at, (_, image) in zip(uris, when, readable, strict=True) if uri]
     n = len(training.grids)
     note = f"{len(tiles)} of {count(n, 'image grid')} shown. " if len(tiles) < n else ""
     return Strip(training.name, note + "Reduced to JPEG." * lossy, {"": tiles[::-1]})
@@ -126,34 +127,40 @@ def files(paths: Sequence[Path], found: Scan) -> dict[Path, Tile]:
     return tiles
 
 
-class Candidate(NamedTuple):
-    """An image of an artifact: its row, and its score by CLIP if it has one."""
+class SampledImage(NamedTuple):
+    """An image of an artifact: its row, its score by CLIP if it has one, and whether a rerank chose it."""
 
     artifact: Artifact
     row: int
-    score: float | None
-    best: bool
+    score: float | None = None
+    best: bool = False
+
+    def image(self) -> Image.Image:
+        """The pixels, reduced where they are large."""
+        pixels = np.asarray(self.artifact.array("images")[self.row])
+        image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        image.thumbnail(LARGEST, Image.Resampling.LANCZOS)
+        return image
 
 
 def samples(found: Scan) -> list[Strip]:
     """The images of each artifact by prompt; the best of a rerank stand with other candidates."""
-    by_digest = {item.digest: (item, artifact) for item, artifact in found.of_kind("images") if item.digest}
-    sets: list[tuple[Item, Artifact, Artifact | None, str]] = []
+    by_digest = {item.digest: item for item, _ in found.of_kind("images") if item.digest}
+    sets = []
     for item, artifact in found.of_kind("images"):
         inputs = artifact.history[-1]["inputs"] if artifact.history and "score" in artifact else {}
-        origin, source = by_digest.get(inputs.get("images", ""), (None, None))
-        sets.append((item, artifact, source, origin.label if origin else ""))
-    sources = [source for _, _, source, _ in sets]
-    sets = [one for one in sets if len(one[1]) and not any(one[1] is source for source in sources)]
+        sets.append((item, artifact, by_digest.get(inputs.get("images", ""))))
+    origins = [origin.name for _, _, origin in sets if origin]
+    sets = [one for one in sets if len(one[1]) and one[0].name not in origins]
     return [_samples(*one, SAMPLE_BYTES // len(sets), found) for one in sets]
 
 
-def _samples(item: Item, artifact: Artifact, source: Artifact | None, origin: str, most: int, found: Scan) -> Strip:
-    groups = _groups(artifact)
+def _samples(item: Item, artifact: Artifact, origin: Item | None, most: int, found: Scan) -> Strip:
+    groups, source = _groups(artifact), origin.artifact if origin else None
     prompts = _candidates(artifact, groups, source)
     # The first image of each prompt before any second: where room is short, images are missing evenly.
     order = [(i, text) for i in range(MOST_OF_A_PROMPT) for text, ones in prompts.items() if i < len(ones)]
-    images = [_image(prompts[text][rank]) for rank, text in order]
+    images = [prompts[text][rank].image() for rank, text in order]
     uris, lossy = encode(images, most)
     if left_out := uris.count(None):
         found.notes.append(f"{item.name}: {count(left_out, 'image')} more than the page has room for")
@@ -166,30 +173,26 @@ def _samples(item: Item, artifact: Artifact, source: Artifact | None, origin: st
             tiles[text].append(Tile(uri, text, sides[0], sides[1], one.score, one.best, longest <= SMALL))
     each = max(map(len, (_groups(source) if source is not None else groups).values()))
     note = _note(artifact, groups, prompts, f"The best by CLIP among {each} for each of " if origin else "")
-    if any(not one.best for ones in prompts.values() for one in ones) and origin:
-        note += f"; beside it other candidates of {origin}, in order"
+    if origin and not all(one.best for ones in prompts.values() for one in ones):
+        note += f"; beside it other candidates of {origin.label}, in order"
     return Strip(item.label, note + "; as JPEG" * lossy + ".", {text: ones for text, ones in tiles.items() if ones})
 
 
-def _candidates(
-    artifact: Artifact, groups: dict[str, list[int]], source: Artifact | None
-) -> dict[str, list[Candidate]]:
+def _candidates(artifact: Artifact, groups: Groups, source: Artifact | None) -> dict[str, list[SampledImage]]:
     """The images to show of each prompt: those of `artifact`, then others of `source`."""
-    scores: Any = artifact.array("score") if "score" in artifact else None
-    others = {} if source is None else _groups(source)
-    ids, their = artifact.strings("ids"), None if source is None else source.strings("ids")
-    prompts = {}
+    scores = artifact.array("score") if "score" in artifact else None
+    others, ids, prompts = {} if source is None else _groups(source), artifact.strings("ids"), {}
     for text in list(groups)[: MOST_PROMPTS if "text" in artifact else MOST_WITHOUT]:
         best = source is not None
-        ones = [Candidate(artifact, r, None if scores is None else float(scores[r]), best) for r in groups[text]]
-        if source is not None and their is not None:
-            own = {ids[row] for row in groups[text]}
-            ones += [Candidate(source, row, None, False) for row in others.get(text, []) if their[row] not in own]
+        ones = [SampledImage(artifact, r, None if scores is None else float(scores[r]), best) for r in groups[text]]
+        if source is not None:
+            own, their = {ids[row] for row in groups[text]}, source.strings("ids")
+            ones += [SampledImage(source, row) for row in others.get(text, []) if their[row] not in own]
         prompts[text] = ones[:MOST_OF_A_PROMPT]
     return prompts
 
 
-def _note(artifact: Artifact, groups: dict[str, list[int]], prompts: dict[str, list[Candidate]], best: str) -> str:
+def _note(artifact: Artifact, groups: Groups, prompts: dict[str, list[SampledImage]], best: str) -> str:
     n = count(len(groups), "prompt")
     note = f"{best}{n}, framed" if best else f"{count(len(artifact), 'image')} of {n}"
     if "score" in artifact:
@@ -199,17 +202,10 @@ def _note(artifact: Artifact, groups: dict[str, list[int]], prompts: dict[str, l
     return note + (f"; the first {len(prompts)} prompts are shown" if len(prompts) < len(groups) else "")
 
 
-def _groups(artifact: Artifact) -> dict[str, list[int]]:
+def _groups(artifact: Artifact) -> Groups:
     """Rows by prompt, in the order of the prompts' first rows; by id where there are no prompts."""
     texts = artifact.strings("text" if "text" in artifact else "ids")
-    groups: dict[str, list[int]] = {}
+    groups: Groups = {}
     for row in range(min(len(artifact), MOST_ROWS)):
         groups.setdefault(texts[row], []).append(row)
     return groups
-
-
-def _image(one: Candidate) -> Image.Image:
-    pixels: Any = np.asarray(one.artifact.array("images")[one.row])
-    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    image.thumbnail(LARGEST, Image.Resampling.LANCZOS)
-    return image

@@ -4,6 +4,7 @@ It is a function of the files alone: no times, no paths from outside the folder.
 """
 
 import math
+from collections import Counter
 from typing import Any
 
 from dalle_cli import __version__
@@ -32,21 +33,15 @@ def page(found: Scan, title: str | None = None) -> str:
     beside = {path: stems[path.with_suffix("")] for path in found.images if path.with_suffix("") in stems}
     score_images = images.files(sorted(beside), found)
     nodes = lineage.trace(found.items, anchors)
+    oldest_first = sorted(found.items, key=lambda item: (len(item.history), item.name))
     return html.render(
-        "report.html",
-        STYLES,
-        "report.js",
-        generator=GENERATOR,
-        version=__version__,
-        title=title or found.title,
-        found=found,
+        *("report.html", STYLES, "report.js"),
+        **{"generator": GENERATOR, "version": __version__, "title": title or found.title, "found": found},
         lead=_lead(found),
         links={item.digest: anchors[item.name] for item in found.items if item.digest},
         names={item.digest: item.name for item in found.items},
         models=_models(found),
-        curves=curves,
-        no_curves=fault,
-        values=values,
+        **{"curves": curves, "no_curves": fault, "values": values},
         grids=images.grids(found),
         samples=images.samples(found),
         files=images.files([path for path in found.images if path not in beside], found).values(),
@@ -57,15 +52,15 @@ def page(found: Scan, title: str | None = None) -> str:
         texts=[(name, _first_lines(text)) for name, text in found.texts],
         lineage=lineage.tree(nodes),
         outside=any(not node.anchor for node in nodes.values()),
-        artifacts=[(anchors[item.name], item, _facts(item)) for item in _in_order(found)],
+        artifacts=[(anchors[item.name], item, _facts(item)) for item in oldest_first],
         json=tables,
     )
 
 
 def _lead(found: Scan) -> str:
     weights = found.of_kind("weights.")
-    total = sum(artifact.headers[0].n_parameters for _, artifact in weights)
-    parts = [f"{html.count(len(weights), 'model')} with {number(total)} parameters"] if weights else []
+    total = number(sum(artifact.headers[0].n_parameters for _, artifact in weights))
+    parts = [f"{html.count(len(weights), 'model')} with {total} parameters"] if weights else []
     for kind, one in (("captions", "caption"), ("codes", "code grid"), ("images", "image")):
         if rows := sum(len(artifact) for _, artifact in found.of_kind(kind)):
             parts.append(html.count(rows, one))
@@ -84,16 +79,16 @@ def _models(found: Scan) -> list[dict[str, Any]]:
     rows += [{"name": name, "about": "in training", "cells": ("", ""), "run": run} for name, run in runs.items()]
     for row in rows:
         run = row.pop("run")
-        last = {key: line.y[-1] for key, line in run.curves.training.items()} if run and run.curves else {}
+        curves = run.curves if run else None
+        last = {key: line.y[-1] for key, line in curves.training.items()} if curves else {}
         row["cells"] += (
-            f"{run.curves.last:,.0f}" if run and run.curves else "",
+            f"{curves.last:,.0f}" if curves else "",
             html.duration(run.seconds) if run and run.seconds is not None else "",
             f"{number(float(format(last['rate'], '.3g')))}/s" if "rate" in last else "",
             html.size(round(last["peak_memory"] * 2**20)) if "peak_memory" in last else "",
         )
-        validation = run.curves.validation if run and run.curves else {}
-        ends = [f"{label(key).title} {number(line.y[-1])}" for key, line in list(validation.items())[:MOST_METRICS]]
-        row["validation"] = ", ".join(ends)
+        ends = list(curves.validation.items())[:MOST_METRICS] if curves else []
+        row["validation"] = ", ".join(f"{label(key).title} {number(line.y[-1])}" for key, line in ends)
     return rows
 
 
@@ -114,14 +109,8 @@ def _curves(found: Scan) -> tuple[list[tuple[str, str, list[charts.Panel]]], lis
 
 
 def _first_lines(text: str) -> str:
-    lines = text.splitlines()
-    rest = f"\n... and {len(lines) - MOST_LINES:,} lines more" if len(lines) > MOST_LINES else ""
-    return "\n".join(lines[:MOST_LINES]) + rest
-
-
-def _in_order(found: Scan) -> list[Item]:
-    """Oldest first, by the number of stages that led to them."""
-    return sorted(found.items, key=lambda item: (len(item.history), item.name))
+    lines, rest = text.splitlines()[:MOST_LINES], text.count("\n") + 1 - MOST_LINES
+    return "\n".join(lines) + (f"\n... and {rest:,} lines more" if rest > 0 else "")
 
 
 def _facts(item: Item) -> dict[str, Any]:
@@ -151,8 +140,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _parts(artifact: Artifact) -> list[tuple[str, str, int]]:
     """The parameters of each part of a network, the largest part first."""
-    sums: dict[tuple[str, str], int] = {}
+    sums = Counter[tuple[str, str]]()
     for name, info in artifact.headers[0].tensors.items():
-        key = (name.partition(".")[0], info.dtype)
-        sums[key] = sums.get(key, 0) + math.prod(info.shape)
+        sums[name.partition(".")[0], info.dtype] += math.prod(info.shape)
     return [(*key, n) for key, n in sorted(sums.items(), key=lambda part: (-part[1], part[0]))]

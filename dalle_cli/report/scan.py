@@ -4,7 +4,7 @@ This reads headers only, and each artifact once through for its SHA-256. It need
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".svg")
 GENERIC = ("build", "model", "models", "out", "output", "run")  # folders whose name says nothing about the run
 
 
-@dataclass(frozen=True)
+@dataclass
 class Item:
     """An artifact, or a tokenizer (`artifact` is None), by its name within the folder; "" is a digest not taken."""
 
@@ -137,10 +137,8 @@ def _add(path: Path, found: Scan) -> None:
         return
     elif path.name.endswith(".skipped.jsonl"):
         found.note(path, f"{len(path.read_bytes().splitlines()):,} samples were skipped")
-    elif path.suffix == ".json":
-        _add_json(path, found)
-    elif path.suffix == ".txt":
-        _add_text(path, found)
+    elif add := {".json": _add_json, ".txt": _add_text}.get(path.suffix):
+        add(path, found)
     elif path.suffix.lower() in IMAGES:
         found.images.append(path)
 
@@ -159,8 +157,7 @@ def _add_artifact(path: Path, found: Scan) -> None:
 
 
 def _add_run(folder: Path, found: Scan) -> None:
-    checkpoints = sorted(folder.glob("checkpoint-*.safetensors"))
-    run, seconds = None, None
+    checkpoints, run, seconds = sorted(folder.glob("checkpoint-*.safetensors")), None, None
     try:
         (run,) = curves.read([folder])
         lines = curves.read([folder], "seconds")[0].training.values()
@@ -208,14 +205,12 @@ def _add_text(path: Path, found: Scan) -> None:
 
 def _take_digests(found: Scan) -> None:
     """Fill in the digests, of small files first."""
-    left, digests = HASHED, {}
+    left = HASHED
     with console.progress("reading", len(found.items), unit="artifacts") as advance:
         for item in sorted(found.items, key=lambda item: (item.size, item.name)):
             left -= item.size
             if left < 0:
                 found.notes.append(f"{item.name}: too large to take its SHA-256 here, so nothing is linked to it")
             elif item.kind != "checkpoint":
-                artifact = item.artifact
-                digests[item.name] = digest_file(found.root / item.name) if artifact is None else artifact.digest
+                item.digest = item.artifact.digest if item.artifact is not None else digest_file(found.root / item.name)
             advance()
-    found.items = [replace(item, digest=digests.get(item.name, "")) for item in found.items]

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from dalle_cli import console
 from dalle_cli.artifacts import Artifact, digest_bytes
-from dalle_cli.artifacts.text import check_overwrite, read_json_key
 from dalle_cli.errors import DalleError
 from dalle_cli.report import html
 
@@ -59,7 +58,7 @@ class Ballot:
     path: Path
     rater: str
     survey: str
-    inputs: tuple[str, str]
+    inputs: tuple[str, ...]
     captions: int
     wanted: int
     votes: list[Vote]
@@ -108,7 +107,7 @@ def page(a: Artifact, b: Artifact, pairs: Sequence[CaptionPair], wanted: int, se
     identity = [VERSION, a.digest, b.digest, [[p.caption, p.a, p.b] for p in pairs], seed]
     survey = digest_bytes(json.dumps(identity).encode())
     pixels_a, pixels_b = a.array("images"), b.array("images")
-    items: list[tuple[list[tuple[str, str]], str]] = []
+    items = []
     with console.progress("survey", len(pairs), unit="captions") as advance:
         for p in pairs:
             sides = (("A", pixels_a[p.a]), ("B", pixels_b[p.b]))
@@ -116,11 +115,7 @@ def page(a: Artifact, b: Artifact, pairs: Sequence[CaptionPair], wanted: int, se
             items.append((shown, p.caption))
             advance()
     facts = {
-        "format": VOTES,
-        "version": VERSION,
-        "survey": survey,
-        "inputs": [a.digest, b.digest],
-        "wanted": wanted,
+        **{"format": VOTES, "version": VERSION, "survey": survey, "inputs": [a.digest, b.digest], "wanted": wanted},
         "questions": list(QUESTIONS.items()),
         "items": [{"caption": caption, "images": shown} for shown, caption in sorted(items)],  # by hash
     }
@@ -151,24 +146,25 @@ def read_ballot(path: Path) -> Ballot:
 
 
 def _ballot(path: Path, value: Any) -> Ballot:
-    """Raises: ValueError, KeyError or TypeError if these are no votes."""
+    """Raises: KeyError, ValueError or TypeError if these are no votes."""
     if not isinstance(value, dict) or value.get("format") != VOTES:
         raise ValueError("something else")
     if value["version"] != VERSION:
         raise ValueError(f"version {value['version']!r}")
-    survey, rater, captions, wanted = (value[name] for name in ("survey", "rater", "captions", "wanted"))
-    a, b = value["inputs"] if isinstance(value["inputs"], list) and len(value["inputs"]) == 2 else (None, None)
-    numbers = all(type(x) is int and x > 0 for x in (captions, wanted))
-    if not numbers or not all(isinstance(x, str) for x in (survey, rater, a, b)):
+    survey, rater, inputs, *numbers = (value[name] for name in ("survey", "rater", "inputs", "captions", "wanted"))
+    if not all(type(n) is int and n > 0 for n in numbers) or not isinstance(inputs, list) or len(inputs) != 2:
+        raise ValueError("malformed facts")
+    if not all(isinstance(text, str) for text in (survey, rater, *inputs)):
         raise ValueError("malformed facts")
     if not _normalize(rater):
         raise ValueError("no rater")
     votes = [_vote(survey, entry) for entry in value["votes"]]
-    if not 0 < len(votes) <= captions:
-        raise ValueError(f"{len(votes)} votes on {captions} captions")
-    if twice := [caption for caption, n in Counter(vote.caption for vote in votes).items() if n > 1]:
-        raise ValueError(f"two votes for {twice[0]!r}")
-    return Ballot(path, rater, survey, (str(a), str(b)), captions, wanted, votes)
+    if not 0 < len(votes) <= numbers[0]:
+        raise ValueError(f"{len(votes)} votes on {numbers[0]} captions")
+    caption, most = Counter(vote.caption for vote in votes).most_common(1)[0]
+    if most > 1:
+        raise ValueError(f"two votes for {caption!r}")
+    return Ballot(path, rater, survey, tuple(inputs), *numbers, votes)
 
 
 def _vote(survey: str, entry: dict[str, Any]) -> Vote:
@@ -206,28 +202,23 @@ def tally(ballots: Sequence[Ballot], seed: int = 0) -> dict[str, Any]:
     _check_ballots(ballots)
     votes = [vote for ballot in ballots for vote in ballot.votes]
     captions = sorted({vote.caption for vote in votes})
-    row_of = {caption: row for row, caption in enumerate(captions)}
-    counts = {question: np.zeros((len(captions), 2), dtype=np.int64) for question in QUESTIONS}
-    for vote in votes:
-        for question, side in vote.chosen.items():
-            counts[question][row_of[vote.caption], SIDES.index(side)] += 1
+    counts = {}
+    for question in QUESTIONS:
+        chosen = Counter((vote.caption, vote.chosen[question]) for vote in votes)
+        counts[question] = np.array([[chosen[caption, side] for side in SIDES] for caption in captions])
     each = counts["realistic"].sum(1)  # each vote answers both questions
     about = ballots[0]
     return {
-        "format": TALLY,
-        "version": VERSION,
-        "survey": about.survey,
+        **{"format": TALLY, "version": VERSION, "survey": about.survey, "confidence": CONFIDENCE},
         "inputs": dict(zip(SIDES, about.inputs, strict=True)),
         "raters": sorted(ballot.rater for ballot in ballots),
-        "captions": about.captions,
-        "votes_wanted": about.wanted,
+        **{"captions": about.captions, "votes_wanted": about.wanted},
         "captions_short": about.captions - int((each >= about.wanted).sum()),
-        "confidence": CONFIDENCE,
         "first_share": float(np.mean([side == vote.first for vote in votes for side in vote.chosen.values()])),
         "questions": {question: preference(count, seed) for question, count in counts.items()},
         "by_caption": [
             {"caption": caption, **{q: dict(zip(SIDES, counts[q][row].tolist(), strict=True)) for q in QUESTIONS}}
-            for caption, row in row_of.items()
+            for row, caption in enumerate(captions)
         ],
     }
 
@@ -265,19 +256,18 @@ def bootstrap(
     won: NDArray[np.int64], total: NDArray[np.int64], seed: int, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of sum(won) / sum(total), (N,) each, over captions."""
-    random, count = np.random.default_rng(seed), len(won)
-    shares = []
+    random, shares = np.random.default_rng(seed), []
     for _ in range(RESAMPLES // AT_ONCE):
-        rows = random.integers(count, size=(AT_ONCE, count))
+        rows = random.integers(len(won), size=(AT_ONCE, len(won)))
         shares.append(won[rows].sum(1) / total[rows].sum(1))
-    low, high = np.quantile(np.concatenate(shares), [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(shares, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
 def agree(counts: NDArray[np.int64]) -> tuple[float | None, float | None]:
     """The share of other raters of a caption who agree, and Krippendorff's nominal alpha; votes are (N, C).
 
-    Alpha is 1 where all agree, and 0 where agreement is that of chance. Exclude a caption of two votes both are None;
+    Alpha is 1 where all agree, and 0 where agreement is that of chance. Without a caption of two votes both are None;
     alpha is None also where all votes are alike.
     """
     counts = counts[counts.sum(1) > 1]
@@ -288,12 +278,3 @@ def agree(counts: NDArray[np.int64]) -> tuple[float | None, float | None]:
     of_choice = counts.sum(0)
     by_chance = float((of_choice * (total - of_choice)).sum() / (total * (total - 1)))
     return 1 - differ, 1 - differ / by_chance if by_chance else None
-
-
-def check_tally(path: Path, force: bool) -> None:
-    """Refuse to replace anything but an earlier tally, unless forced.
-
-    Raises:
-        DalleError: something else lies at `path`.
-    """
-    check_overwrite(path, "a tally", lambda path: read_json_key(path, "format") == TALLY, force)

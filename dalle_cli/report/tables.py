@@ -134,14 +134,14 @@ def _table(value: Any) -> Table | None:
         names = [f"{words(scalar[0])} {plain(row[scalar[0]])}" if scalar else str(n) for n, row in enumerate(rows, 1)]
         keys = [key for key in keys if key not in scalar[:1]]
     return Table(
-        ["", *names], [(_called(key, rows), [(row[key],) if key in row else None for row in rows]) for key in keys]
+        ["", *names], [(_metric_name(key, rows), [(row[key],) if key in row else None for row in rows]) for key in keys]
     )
 
 
-def _called(key: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def _metric_name(key: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """A metric's own name, where its values have one."""
     values = [row[key] for row in rows if isinstance(row.get(key), Mapping)]
-    return words(next((value["called"] for value in values if "called" in value), key))
+    return words(next((value["name"] for value in values if "name" in value), key))
 
 
 def words(key: object) -> str:

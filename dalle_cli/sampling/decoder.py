@@ -1,7 +1,6 @@
-"""Pictures from CLIP embeddings: the decoder, then upsamplers, each by a sampler of diffusion (2022, sec. 2.1).
+"""Sample images from CLIP embeddings: the diffusion decoder, then upsamplers (2022, sec. 2.1).
 
-Shapes: B batch, D width of an embedding, T caption length, S side in pixels. Between models pictures are stored ones:
-uint8.
+Shapes: B batch, D width of an embedding, T caption length, S side in pixels. Images between models are uint8.
 """
 
 from collections.abc import Sequence
@@ -10,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dalle_cli.diffusion.denoiser import Denoiser, Guidance, Network, Threshold, denoiser
+from dalle_cli.diffusion.denoiser import Denoiser, Guidance, Threshold, denoiser
 from dalle_cli.diffusion.noise import Noise
 from dalle_cli.diffusion.process import Process
 from dalle_cli.diffusion.samplers import SAMPLERS, ddim_invert, sample
-from dalle_cli.diffusion.schedules import Steps, named, spaced
+from dalle_cli.diffusion.schedules import Timesteps, make_schedule, select_timesteps
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder
 from dalle_cli.models.pixels import from_uint8, to_uint8
@@ -24,9 +23,10 @@ from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge, resi
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How to paint: steps, sampler, classifier-free guidance (1 = off), and DDIM's eta.
+    """How a diffusion model is sampled: steps, sampler, classifier-free guidance (1 = off), and DDIM's eta.
 
-    Raises: DalleError where a value is out of its range.
+    Raises:
+        DalleError: a value out of range.
     """
 
     steps: int = 20
@@ -44,129 +44,133 @@ class SamplerConfig:
             raise DalleError(f"expected eta with the sampler ddim alone, found it with {self.sampler}; leave one out")
 
 
-def process(config: UNetConfig) -> Process:
-    """The diffusion that a U-Net was trained to denoise.
+def unet_process(config: UNetConfig) -> Process:
+    """The diffusion process that a U-Net was trained with.
 
-    Raises: DalleError for one that does not exist.
+    Raises:
+        DalleError: a schedule or a prediction that does not exist.
     """
-    schedule = named(config.schedule, config.n_timestep, config.zero_snr)
+    schedule = make_schedule(config.schedule, config.n_timestep, config.zero_snr)
     return Process(schedule, config.prediction, config.learned_variance)
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """Stored pixels to those of diffusion: uint8 -> [-1, 1] float32."""
+    """Images to the range of diffusion: uint8 -> [-1, 1] float32."""
     return 2 * from_uint8(images) - 1
 
 
 def to_images(x: Tensor) -> Tensor:
-    """The way back: [-1, 1] -> uint8."""
+    """The inverse of `to_signed`: [-1, 1] -> uint8."""
     return to_uint8((x.float() + 1) / 2)
 
 
-def network(
-    decoder: Decoder, embeddings: Tensor, tokens: Tensor, lengths: Tensor, given: Tensor | None, guided: bool
-) -> Network:
-    """A decoder told of a batch once for all timesteps; guided, a second half of it is null."""
+def _denoiser(
+    decoder: Decoder, process: Process, embeddings: Tensor, tokens: Tensor, lengths: Tensor, present: Tensor | None,
+    guidance: float,
+) -> Denoiser:  # fmt: skip
+    """A denoiser conditioned once for all timesteps; with guidance, a second half of the rows is null."""
     device, n = decoder.null_embedding.device, len(embeddings)
-    given = torch.ones(n, dtype=torch.bool, device=device) if given is None else given.to(device)
-    rows = [embeddings.to(device), given, tokens.to(device), lengths.to(device)]
-    if guided:
-        nulls = [rows[0], torch.zeros_like(given), rows[2], torch.zeros_like(rows[3])]
+    present = torch.ones(n, dtype=torch.bool, device=device) if present is None else present.to(device)
+    rows = [embeddings.to(device), present, tokens.to(device), lengths.to(device)]
+    if guidance != 1:
+        nulls = [rows[0], torch.zeros_like(present), rows[2], torch.zeros_like(rows[3])]
         rows = [torch.cat(pair) for pair in zip(rows, nulls, strict=True)]
-    told = decoder.condition(*rows)
-    return lambda x, t: decoder(x, t, told.first(len(x)))
+    conditioning = decoder.condition(*rows)
+    network = lambda x, t: decoder(x, t, conditioning.first(len(x)))  # noqa: E731
+    return denoiser(network, process, Guidance(guidance), Threshold(1.0))
 
 
 @torch.inference_mode()
-def paint(
-    decoder: Decoder, embeddings: Tensor, tokens: Tensor, lengths: Tensor, brush: SamplerConfig, noise: Noise,
-    given: Tensor | None = None, start: Tensor | None = None,
+def sample_images(
+    decoder: Decoder, embeddings: Tensor, tokens: Tensor, lengths: Tensor, config: SamplerConfig, noise: Noise,
+    present: Tensor | None = None, start: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Pictures of embeddings and captions: (B, D), (B, T) and (B,) int64 -> (B, 3, S, S) uint8.
+    """Sample images of embeddings and captions: (B, D), (B, T) and (B,) int64 -> (B, 3, S, S) uint8.
 
-    A caption of length 0 is null, and so is an embedding that is not `given` (B,). Guidance goes from both being null,
-    in the same batch. `start` (B, 3, S, S), in place of the noise of the first step, is what `invert` found.
+    A caption of length 0 is null, and so is an embedding that is not `present` (B,) bool. Guidance is relative to both
+    being null. `start` (B, 3, S, S), from `invert`, replaces the initial noise.
     """
-    model, side = process(decoder.config), decoder.config.image_size
-    told = network(decoder, embeddings, tokens, lengths, given, brush.guidance != 1)
-    denoise = denoiser(told, model, Guidance(brush.guidance), Threshold(1.0))
+    process, side = unet_process(decoder.config), decoder.config.image_size
+    denoise = _denoiser(decoder, process, embeddings, tokens, lengths, present, config.guidance)
     x = (noise(0, (3, side, side)) if start is None else start).to(decoder.null_embedding.device)
-    return to_images(sample(brush.sampler, denoise, model.schedule, x, brush.steps, noise, eta=brush.eta))
+    return to_images(sample(config.sampler, denoise, process.schedule, x, config.steps, noise, eta=config.eta))
 
 
 @torch.inference_mode()
 def invert(
-    decoder: Decoder, pictures: Tensor, embeddings: Tensor, tokens: Tensor, lengths: Tensor, steps: int,
-    iterations: int = 1, given: Tensor | None = None, guidance: float = 1.0,
+    decoder: Decoder, images: Tensor, embeddings: Tensor, tokens: Tensor, lengths: Tensor, steps: int,
+    iterations: int = 1, present: Tensor | None = None, guidance: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """The noise from which `paint`, by ddim in as many steps, paints pictures (2022, sec. 3): uint8 -> (B, 3, S, S).
+    """DDIM inversion: the noise from which `sample_images`, by ddim in as many steps, samples images (2022, sec. 3).
 
-    Guidance and threshold are those of painting: it is that way which is gone back.
+    (B, 3, S, S) uint8 -> (B, 3, S, S) float32. Guidance and threshold are those of sampling, because that trajectory is
+    the one to invert.
     """
-    model = process(decoder.config)
-    told = network(decoder, embeddings, tokens, lengths, given, guidance != 1)
-    denoise = denoiser(told, model, Guidance(guidance), Threshold(1.0))
-    x, way = to_signed(pictures.to(decoder.null_embedding.device)), spaced(model.schedule, steps)
+    process = unet_process(decoder.config)
+    denoise = _denoiser(decoder, process, embeddings, tokens, lengths, present, guidance)
+    x, at = to_signed(images.to(decoder.null_embedding.device)), select_timesteps(process.schedule, steps)
     if steps == 1:
-        return ddim_invert(denoise, x, way, iterations)
-    x = ddim_invert(denoise, x, Steps(way.timesteps[1:], way.levels[1:]), iterations)
-    return _into_noise(denoise, x, way, iterations)
+        return ddim_invert(denoise, x, at, iterations)
+    x = ddim_invert(denoise, x, Timesteps(at.timesteps[1:], at.alphas_cumprod[1:]), iterations)
+    return _invert_first_step(denoise, x, at, iterations)
 
 
-def _into_noise(denoise: Denoiser, x: Tensor, way: Steps, iterations: int) -> Tensor:
-    """The first step of DDIM read backwards, x_start being taken at the point known rather than epsilon.
+def _invert_first_step(denoise: Denoiser, x: Tensor, at: Timesteps, iterations: int) -> Tensor:
+    """Invert the first step of DDIM by a fixed-point iteration over x_start rather than epsilon.
 
-    Where hardly any data is left epsilon is x itself: however often it is taken anew it does not tell x_start, which a
-    picture's brightness depends on.
+    Where hardly any data is left, epsilon is nearly x itself and does not determine x_start, on which the brightness of
+    the image depends.
     """
-    level, following = way.levels[:2]
+    alpha_bar, alpha_bar_next = at.alphas_cumprod[:2]
     found = x
     for _ in range(iterations):
-        x_start = denoise(found, way.timesteps[0]).x_start
-        epsilon = (x - following**0.5 * x_start) / (1 - following) ** 0.5
-        found = level**0.5 * x_start + (1 - level) ** 0.5 * epsilon
+        x_start = denoise(found, at.timesteps[0]).x_start
+        epsilon = (x - alpha_bar_next**0.5 * x_start) / (1 - alpha_bar_next) ** 0.5
+        found = alpha_bar**0.5 * x_start + (1 - alpha_bar) ** 0.5 * epsilon
     return found
 
 
-def enlarge_noised(model: Process, low: Tensor, factor: int, level: Tensor, noise: Tensor) -> Tensor:
-    """Small images as the upsampler sees them: enlarged, clamped to [-1, 1], then noised to a timestep.
+def enlarge_noised(process: Process, low: Tensor, factor: int, t: Tensor, noise: Tensor) -> Tensor:
+    """Small images as the upsampler gets them: enlarged, clamped to [-1, 1], then noised to timesteps t.
 
-    (B, 3, s, s) in [-1, 1], timesteps (B,) with -1 for none, noise (B, 3, s, s) -> (B, 3, f s, f s). The noise is that
-    of the small image (Ho et al. 2021, sec. 4.2), so it is enlarged as well.
+    (B, 3, s, s) in [-1, 1], t (B,) int64 with -1 for no noise, noise (B, 3, s, s) -> (B, 3, f s, f s). The noise is
+    that of the small image (conditioning augmentation, Ho et al. 2021, sec. 4.2), so it is enlarged as well.
     """
     enlarged = enlarge(low, factor)
-    noised = model.noised(enlarged, level.clamp(min=0).cpu(), resize(noise, factor))
-    return torch.where((level < 0)[:, None, None, None], enlarged, noised)
+    noised = process.add_noise(enlarged, t.clamp(min=0).cpu(), resize(noise, factor))
+    return torch.where((t < 0)[:, None, None, None], enlarged, noised)
 
 
 @torch.inference_mode()
-def upsample(upsampler: Upsampler, low: Tensor, brush: SamplerConfig, noise: Noise, low_noise: float = 0.0) -> Tensor:
-    """Larger images of small ones, of any size: (B, 3, s, s) uint8 -> (B, 3, f s, f s) uint8, unguided.
+def upsample(upsampler: Upsampler, low: Tensor, config: SamplerConfig, noise: Noise, low_noise: float = 0.0) -> Tensor:
+    """Sample larger images of small ones of any size: (B, 3, s, s) uint8 -> (B, 3, f s, f s) uint8, unguided.
 
-    `low_noise` is the share of the timesteps that the small images are noised to, 0 for none, and hides artifacts that
-    they have. The upsampler must have been trained with that much.
+    `low_noise` is how far the small images are noised, as a share of the timesteps; 0 is not at all. Noise hides their
+    artifacts. The upsampler must have been trained with that much noise.
 
-    Raises: DalleError where it was not.
+    Raises:
+        DalleError: more noise than the upsampler was trained with.
     """
     c, device = upsampler.config, next(upsampler.parameters()).device
     if not 0 <= low_noise <= c.low_noise:
         found = f"found {low_noise}"
         raise DalleError(f"expected low_noise in [0, {c.low_noise}], as the upsampler was trained with, {found}")
-    model, x_low = process(c), to_signed(low.to(device))
-    level = torch.full((len(low),), int(low_noise * c.n_timestep) - 1, device=device)
+    process, x_low = unet_process(c), to_signed(low.to(device))
+    low_t = torch.full((len(low),), int(low_noise * c.n_timestep) - 1, device=device)
     if low_noise:
-        beside = enlarge_noised(model, x_low, c.factor, level, noise(-1, x_low.shape[1:]).to(device))
+        condition = enlarge_noised(process, x_low, c.factor, low_t, noise(-1, x_low.shape[1:]).to(device))
     else:
-        beside = enlarge(x_low, c.factor)
-    denoise = denoiser(lambda x, t: upsampler(x, t, beside, level), model, threshold=Threshold(1.0))
-    x = noise(0, beside.shape[1:]).to(device)
-    return to_images(sample(brush.sampler, denoise, model.schedule, x, brush.steps, noise, eta=brush.eta))
+        condition = enlarge(x_low, c.factor)
+    denoise = denoiser(lambda x, t: upsampler(x, t, condition, low_t), process, threshold=Threshold(1.0))
+    x = noise(0, condition.shape[1:]).to(device)
+    return to_images(sample(config.sampler, denoise, process.schedule, x, config.steps, noise, eta=config.eta))
 
 
-def chained(configs: Sequence[UpsamplerConfig], size: int) -> list[int]:
-    """In which order upsamplers follow a picture of a size, by their numbers.
+def upsampler_order(configs: Sequence[UpsamplerConfig], size: int) -> list[int]:
+    """The order in which upsamplers follow an image of this size, as indices of `configs`.
 
-    Raises: DalleError where one of them does not fit.
+    Raises:
+        DalleError: an upsampler that does not fit.
     """
     order: list[int] = []
     while True:

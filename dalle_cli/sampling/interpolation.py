@@ -1,6 +1,6 @@
-"""Ways between vectors: slerp of embeddings and of noise, and text diffs (Ramesh et al. 2022, sec. 3.2 and 3.3).
+"""Interpolation between vectors: slerp of embeddings and of noise, and text diffs (Ramesh et al. 2022, sec. 3).
 
-Shapes: N points of a way, D width of an embedding; (...) is any shape, of which all numbers make one vector.
+Shapes: N points, D width of an embedding; a tensor of any shape (...) is treated as one vector.
 """
 
 from collections.abc import Sequence
@@ -10,32 +10,33 @@ from torch import Tensor
 
 from dalle_cli.errors import DalleError
 
-PARALLEL = 1e-9  # sine of an angle below which two directions say nothing of a plane between them
-SAME = 1e-6  # length of the difference of two embeddings that differ by rounding alone
+PARALLEL = 1e-9  # sine of an angle below which two directions span no plane
+SAME = 1e-6  # embeddings whose difference is shorter than this differ by rounding alone
 
 
 def slerp(a: Tensor, b: Tensor, shares: Sequence[float]) -> Tensor:
-    """Points on the way from a to b at shares of it, 0 being a and 1 b: (...), (...), N shares -> (N, ...).
+    """Spherical interpolation from a (share 0) to b (share 1): (...), (...), N shares -> (N, ...).
 
-    The direction turns evenly along the great circle (Shoemake 1985) and the length changes evenly, so that what lies
-    between two noises is as long as they are. Between opposite directions any great circle would do: it is the one
-    by the axis that a has least of.
+    The direction moves evenly along the great circle (Shoemake 1985) and the length changes linearly, so that a point
+    between two noises is as long as they are. Opposite directions have many great circles: take the one through the
+    axis on which a is smallest.
 
-    Raises: DalleError for a vector of length 0, which has no direction.
+    Raises:
+        DalleError: a vector of length 0, which has no direction.
     """
     first, second = a.double().flatten(), b.double().flatten()
     lengths = first.norm(), second.norm()
     if not min(lengths) > 0:
         raise DalleError("expected two vectors that have a direction, found one of length 0; take others")
     first, second = first / lengths[0], second / lengths[1]
-    # by both chords, as the cosine alone knows few digits of an angle near 0 or 180 degrees
+    # from both chords, because the cosine loses the digits of an angle near 0 or 180 degrees
     angle = 2 * torch.atan2((first - second).norm(), (first + second).norm())
     aside = _across(second, first)
     if aside.norm() < PARALLEL:
         axis = torch.zeros_like(first)
         axis[first.abs().argmin()] = 1
         aside = _across(axis, first)
-    aside = _across(aside / aside.norm(), first)  # once more, as there may be few digits left of it
+    aside = _across(aside / aside.norm(), first)  # again, because few of its digits may be left
     aside = aside / aside.norm()
     at = torch.tensor(list(shares), dtype=torch.double)[:, None]
     directions = torch.cos(at * angle) * first + torch.sin(at * angle) * aside
@@ -44,16 +45,17 @@ def slerp(a: Tensor, b: Tensor, shares: Sequence[float]) -> Tensor:
 
 
 def _across(v: Tensor, unit: Tensor) -> Tensor:
-    """What v has at right angles to a unit vector."""
+    """The component of v orthogonal to a unit vector."""
     return v - (v @ unit) * unit
 
 
 def text_diff(z_from: Tensor, z_to: Tensor) -> Tensor:
-    """z_d: where the embedding of one caption lies from that of another, (D,), (D,) -> (D,) of length 1 (sec. 3.3).
+    """z_d, the direction from one caption's embedding to another's: (D,), (D,) -> (D,) of length 1 (sec. 3.3).
 
-    A `z_from` of zeros is no baseline: then z_d is z_to.
+    With a `z_from` of zeros there is no baseline, and z_d is the direction of z_to.
 
-    Raises: DalleError where they are the same.
+    Raises:
+        DalleError: the embeddings are equal.
     """
     length = (z_to - z_from).norm()
     if not length > SAME:
@@ -63,10 +65,10 @@ def text_diff(z_from: Tensor, z_to: Tensor) -> Tensor:
 
 
 def between(n: int) -> list[float]:
-    """Shares of n points that cut a way into equal parts, its ends left out."""
+    """n evenly spaced shares between 0 and 1, without both ends."""
     return [i / (n + 1) for i in range(1, n + 1)]
 
 
 def rising(n: int, most: float) -> list[float]:
-    """n shares from 0 up to the largest, or that alone."""
+    """n evenly spaced shares from 0 to `most`; if n is 1, `most` alone."""
     return [most * i / (n - 1) for i in range(n)] if n > 1 else [most]

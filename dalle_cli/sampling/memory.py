@@ -12,14 +12,14 @@ from dalle_cli.models.cache import kept_in
 from dalle_cli.models.prior import Prior
 
 CAP = 256  # candidates at once: more are hardly faster, and progress would come in large steps
-SHARE = 0.5  # of the free memory that is taken; other programs and the allocator's gaps need some, too
-UNKNOWN = 2**30  # bytes taken to be free where the machine does not tell
-_WIDTHS_OF_READING = 14  # numbers of a layer, its MLP's for the most part, alive for each position of a caption
-_ROWS_OF_LOGITS = 12  # logits, their halves, sorted values, places in 64 bits, shares and sums, alive together
+SHARE = 0.5  # share of the free memory to use; other programs and fragmentation need some, too
+UNKNOWN = 2**30  # bytes assumed free where the machine does not tell
+_WIDTHS_OF_PREFILL = 14  # activations of a layer, mostly its MLP's, alive for each position of a caption
+_ROWS_OF_LOGITS = 12  # logits, their halves, sorted values, indices in 64 bits, probabilities and sums, alive together
 
 
 def fitting_batch(prior: Prior, n_candidates: int, guided: bool, own_captions: bool, dtype: torch.dtype) -> int:
-    """How many of `n_candidates` to draw at once in `dtype` on the prior's device; at least 1, at most CAP."""
+    """How many of `n_candidates` to sample at once in `dtype` on the prior's device: 1 to CAP."""
     device = prior.start.device
     free = int(free_memory(device) * SHARE)
     fits = free // candidate_bytes(prior, guided, own_captions, dtype)
@@ -30,30 +30,30 @@ def fitting_batch(prior: Prior, n_candidates: int, guided: bool, own_captions: b
 
 
 def candidate_bytes(prior: Prior, guided: bool, own_captions: bool, dtype: torch.dtype) -> int:
-    """Bytes that one more candidate takes while it is drawn: caches of all layers, logits, one position's activations.
+    """Bytes that one more candidate takes: caches of all layers in `dtype`, logits, one position's activations.
 
-    The caches are in `dtype`. `guided` counts null rows, too; `own_captions` counts a caption's keys and values for
-    every candidate, or what reading it takes, should that be more.
+    `guided` counts null rows, too. `own_captions` counts a caption's keys and values for every candidate, or the memory
+    of encoding the caption if that is more.
     """
     config = prior.config
     slots = sum(pattern.n_slots for pattern in prior.patterns)
     if own_captions:
-        slots += 2 * config.n_layer * (config.n_text + 1)  # as they are read, and joined in the cache
+        slots += 2 * config.n_layer * (config.n_text + 1)  # as computed, and joined in the cache
     caches = 2 * slots * config.n_embd  # keys and values
     seen = config.n_text + 1 + max(pattern.n_slots for pattern in prior.patterns)
     activations = 16 * config.n_embd + 4 * config.n_head * seen + _ROWS_OF_LOGITS * config.n_image_vocab
     hints = 0
     if prior.hint is not None:
         hints = config.grid**2 * (prior.hint.ahead.out_features + prior.hint.seen.out_features)
-    drawn = (2 if guided else 1) * (dtype.itemsize * caches + 4 * (activations + hints))
+    sampling = (2 if guided else 1) * (dtype.itemsize * caches + 4 * (activations + hints))
     if not own_captions:
-        return drawn
-    kept = dtype.itemsize * (2 * config.n_layer + _WIDTHS_OF_READING)
-    return max(drawn, (config.n_text + 1) * config.n_embd * (kept + 4 * 5))  # the sums along the path have 32 bits
+        return sampling
+    prefill = dtype.itemsize * (2 * config.n_layer + _WIDTHS_OF_PREFILL)
+    return max(sampling, (config.n_text + 1) * config.n_embd * (prefill + 4 * 5))  # the residual stream is float32
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be taken now on a device."""
+    """Bytes that can be allocated now on a device."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
@@ -64,7 +64,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _available() -> int | None:
-    """What the system can give without swapping; where it tells only of all its memory, a quarter of it."""
+    """Bytes available without swapping; a quarter of all memory where only that is known."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -77,10 +77,10 @@ def _available() -> int | None:
 
 
 def _left_to_the_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container's limit leaves, files that the system may forget again counted as free; None without one."""
+    """Bytes left under a container's limit, with its inactive file cache as free; None without a limit."""
     try:
         stat = dict(line.split() for line in (root / "memory.stat").read_text(encoding="ascii").splitlines())
         limit, used = (int((root / name).read_text()) for name in ("memory.max", "memory.current"))
         return limit - used + int(stat.get("inactive_file", 0))
-    except (OSError, ValueError):  # no such group, or its limit is "max"
+    except (OSError, ValueError):  # no control group, or its limit is "max"
         return None

@@ -22,7 +22,7 @@ from dalle_cli.diffusion.losses import by_timestep, losses
 from dalle_cli.diffusion.noise import noise_for
 from dalle_cli.diffusion.process import Process
 from dalle_cli.models.unet import UNetConfig
-from dalle_cli.sampling.decoder import process, to_signed
+from dalle_cli.sampling.decoder import to_signed, unet_process
 from dalle_cli.training.config import ImageTrainConfig, check_at_least, setting
 from dalle_cli.training.task import Batch, EqualParts, ImageTask
 
@@ -76,7 +76,7 @@ def denoising(
     """The loss of a network at noised images, uint8 (B, 3, S, S), and its parts: -> ()."""
     here = t.cpu()  # where the schedule is; the one wait for the device
     x_start = to_signed(images)
-    x = process.noised(x_start, here, noise)
+    x = process.add_noise(x_start, here, noise)
     found = losses(process, predict(x, t), x_start, x, here, noise, min_snr=min_snr or None)
     figures = {"mse": found.simple.mean()}
     if found.bound is not None:
@@ -98,7 +98,7 @@ class Bins:
             within = [(number + i * _GOLDEN % 1) / n_bins for i in numbers]
             t = torch.tensor([min(int(share * self.n), self.n - 1) for share in within])
             noise = noise_for(0, numbers, number, x_start.shape[1:], "validation").to(x_start.device)
-            x = self.process.noised(x_start, t, noise)
+            x = self.process.add_noise(x_start, t, noise)
             found = losses(self.process, predict(x, t.to(x.device)), x_start, x, t, noise)
             sums, counts = by_timestep(found.simple.cpu(), t, self.n, N_BINS)
             self.sums += sums
@@ -127,7 +127,7 @@ class DenoisingTask(EqualParts, ImageTask, ABC):
 
     def __init__(self, config: UNetConfig, train: DenoisingTrain, data: Dataset, seed: int, workers: int):
         super().__init__(train, data, seed, workers)
-        self.config, self.process = config, process(config)
+        self.config, self.process = config, unet_process(config)
 
     @abstractmethod
     def conditioning(self, batch: loader.Batch, own: Draws, pool: ThreadPoolExecutor) -> Batch:

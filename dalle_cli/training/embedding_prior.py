@@ -22,7 +22,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
 from dalle_cli.models.embeddings import Principal, off_scale
-from dalle_cli.sampling.embeddings import Read, autoregressed, diffused, process_of
+from dalle_cli.sampling.embeddings import PromptBatch, prior_process, sample_autoregressive, sample_diffusion
 from dalle_cli.training.config import TrainConfig, check_among, check_at_least, check_sampling, check_share, setting
 from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.stage import StageInputs, Trainable, TrainingStage
@@ -129,7 +129,7 @@ class EmbeddingPriorTask(EqualParts, PairTask, ABC):
         """Of one update."""
         return self.options.batch_size * self.model.flops()
 
-    def _held_out(self, n: int, device: torch.device) -> Iterator[tuple[Read, Tensor, range]]:
+    def _held_out(self, n: int, device: torch.device) -> Iterator[tuple[PromptBatch, Tensor, range]]:
         """Held-out captions, the first of each image, their z_i, and their numbers, a batch at a time."""
         for numbers, captions, latents in self.held_out_rows(n):
             arrays = (
@@ -138,7 +138,7 @@ class EmbeddingPriorTask(EqualParts, PairTask, ABC):
                 self.pairs.embeddings(latents),
             )
             *read, z_i = (torch.from_numpy(a).to(device) for a in arrays)
-            yield Read(*read), z_i, numbers
+            yield PromptBatch(*read), z_i, numbers
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """On held-out images: the loss, and the cosine of an embedding sampled for the caption with the image's own.
@@ -161,11 +161,11 @@ class EmbeddingPriorTask(EqualParts, PairTask, ABC):
         return {**figures, **cosines(torch.cat(sampled), torch.cat(true))} if sampled else figures
 
     @abstractmethod
-    def _held_out_loss(self, model: Any, read: Read, z_i: Tensor, numbers: range) -> Tensor:
+    def _held_out_loss(self, model: Any, read: PromptBatch, z_i: Tensor, numbers: range) -> Tensor:
         """The loss of held-out pairs with these numbers, always the same: -> ()."""
 
     @abstractmethod
-    def _sample(self, model: Any, read: Read, numbers: range) -> Tensor:
+    def _sample(self, model: Any, read: PromptBatch, numbers: range) -> Tensor:
         """One embedding of length 1 for each caption: (B, D)."""
 
     def samples(self, model: nn.Module, device: torch.device) -> None:
@@ -187,7 +187,7 @@ class DiffusionPriorTask(EmbeddingPriorTask):
     def __init__(self, config: DiffusionPriorConfig, train: EmbeddingPriorTrain, pairs: Pairs, seed: int):
         super().__init__(train, pairs, seed)
         self.model = seeded(seed, lambda: DiffusionPrior(config))
-        self.process = process_of(self.model)
+        self.process = prior_process(self.model)
         self._measure()
 
     def _more(self, n: int, rng: np.random.Generator) -> tuple[np.typing.NDArray[np.generic], ...]:
@@ -198,23 +198,23 @@ class DiffusionPriorTask(EmbeddingPriorTask):
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch."""
         tokens, lengths, z_t, z_i, t, noise = batch
-        return self._loss(self.model, Read(tokens, lengths, z_t), z_i, t, noise)
+        return self._loss(self.model, PromptBatch(tokens, lengths, z_t), z_i, t, noise)
 
     def _loss(
-        self, model: DiffusionPrior, read: Read, z_i: Tensor, t: Tensor, noise: Tensor
+        self, model: DiffusionPrior, read: PromptBatch, z_i: Tensor, t: Tensor, noise: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         x_start = model.principal.standardize(z_i)
-        return model.loss(self.process.noised(x_start, t, noise), t, *read, x_start)
+        return model.loss(self.process.add_noise(x_start, t, noise), t, *read, x_start)
 
-    def _held_out_loss(self, model: Any, read: Read, z_i: Tensor, numbers: range) -> Tensor:
+    def _held_out_loss(self, model: Any, read: PromptBatch, z_i: Tensor, numbers: range) -> Tensor:
         """At timesteps spread evenly over the images."""
         t = torch.tensor([int(number * GOLDEN % 1 * model.config.n_timestep) for number in numbers])
         noise = noise_for(self.seed, numbers, 0, z_i.shape[1:], "validation").to(z_i.device)
         return self._loss(model, read, z_i, t.to(z_i.device), noise)[0]
 
-    def _sample(self, model: Any, read: Read, numbers: range) -> Tensor:
+    def _sample(self, model: Any, read: PromptBatch, numbers: range) -> Tensor:
         steps = min(self.options.drawn_steps, model.config.n_timestep)
-        return torch.cat(list(diffused(model, read, numbers, self.seed, steps=steps, best_of=1)))
+        return torch.cat(list(sample_diffusion(model, read, numbers, self.seed, steps=steps, best_of=1)))
 
 
 class AutoregressivePriorTask(EmbeddingPriorTask):
@@ -242,17 +242,17 @@ class AutoregressivePriorTask(EmbeddingPriorTask):
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch."""
         tokens, lengths, z_t, z_i = batch
-        return self._loss(self.model, Read(tokens, lengths, z_t), z_i)
+        return self._loss(self.model, PromptBatch(tokens, lengths, z_t), z_i)
 
-    def _loss(self, model: AutoregressivePrior, read: Read, z_i: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, model: AutoregressivePrior, read: PromptBatch, z_i: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         dots = model.quantize_dot((z_i * read.z_t).sum(-1))
         return model.loss(*read, dots, model.quantize(z_i))
 
-    def _held_out_loss(self, model: Any, read: Read, z_i: Tensor, numbers: range) -> Tensor:
+    def _held_out_loss(self, model: Any, read: PromptBatch, z_i: Tensor, numbers: range) -> Tensor:
         return self._loss(model, read, z_i)[0]
 
-    def _sample(self, model: Any, read: Read, numbers: range) -> Tensor:
-        return torch.cat(list(autoregressed(model, read, numbers, self.seed)))
+    def _sample(self, model: Any, read: PromptBatch, numbers: range) -> Tensor:
+        return torch.cat(list(sample_autoregressive(model, read, numbers, self.seed)))
 
 
 # The stage

@@ -25,6 +25,7 @@ from dalle_cli.models.pixels import to_uint8
 from dalle_cli.models.prior import Prior, PriorConfig, disturb_codes, drop_captions
 from dalle_cli.pipelines import loading
 from dalle_cli.sampling.autoregressive import sample_codes
+from dalle_cli.sampling.categorical import CategoricalOptions
 from dalle_cli.sampling.sketches import N_TIMESTEP, resample_sketches, sketch_losses
 from dalle_cli.training import warm_start
 from dalle_cli.training.config import TrainConfig, check_at_least, check_sampling, check_share, setting
@@ -264,10 +265,9 @@ class PriorTask(PairTask):
         captions, _ = self.pairs.draw(places)
         tokens, lengths = int64(*self.pairs.tokens(captions))
         with torch.autocast(device.type, enabled=False):
-            codes = sample_codes(
-                model, tokens, lengths, range(len(places)), self.seed, guidance_scale=o.guidance,
-                temperature=o.temperature, sketch_guidance=o.sketch_guidance,
-            )  # fmt: skip
+            options = CategoricalOptions(temperature=o.temperature, guidance_scale=o.guidance)
+            how: dict[str, Any] = {"sketch_guidance": o.sketch_guidance}
+            codes = sample_codes(model, tokens, lengths, range(len(places)), self.seed, options, **how)
             pixels = to_uint8(loading.dvae(self.dvae, device).decode(codes)).cpu().numpy()
         texts = self.pairs.captions.strings("text")
         return image_grid(list(pixels), [texts[row] for row in captions.tolist()], title="held-out captions")

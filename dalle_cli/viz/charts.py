@@ -37,7 +37,7 @@ STYLE = {
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": RULE, "grid.linewidth": 0.7, "axes.axisbelow": True,
     "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "xtick.labelsize": 8, "ytick.labelsize": 8, "xtick.major.size": 3, "ytick.major.size": 0, "text.color": INK,
-    "axes.labelcolor": FAINT, "axes.labelsize": 8.5, "axes.formatter.limits": (-3, 5), "svg.hashsalt": "dalle",
+    "axes.labelcolor": FAINT, "axes.labelsize": 8.5, "svg.hashsalt": "dalle",
     "figure.dpi": DPI, "figure.titlesize": 12, "figure.titleweight": "bold",
     "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.08,
 }  # fmt: skip
@@ -94,11 +94,6 @@ def load_matplotlib(name: str = "") -> Any:
         ) from None
 
 
-def check_drawable() -> None:
-    """Raises: DalleError if matplotlib is not installed."""
-    load_matplotlib()
-
-
 def panels(n: int, columns: int, size: tuple[float, float], title: str | None) -> tuple["Figure", list["Axes"]]:
     """A figure of `n` panels of `size` inches each, under a title."""
     rows = -(-n // columns)
@@ -123,7 +118,7 @@ def draw(runs: Sequence[Curves], keys: Sequence[str], x: str = "step", title: st
     title = title or (runs[0].name if len(runs) == 1 else None)
     with load_matplotlib().rc_context(STYLE):
         figure, axes = panels(len(keys), columns, (6.4, 4.0) if len(keys) == 1 else (WIDE, HIGH), title)
-        lines = [lines[key] for run in runs for lines in (run.training, run.validation) for key in keys if key in lines]
+        lines = [line for run in runs for key in keys for line in run.of(key)]
         unit, length = _unit(x, most := max(max(line.x) for line in lines))
         for place, (panel, key) in enumerate(zip(axes, keys, strict=True)):
             panel.set_xlim(0, most / length * 1.02 or 1)

@@ -48,10 +48,14 @@ class Curves:
         """All metrics of the run."""
         return list(dict.fromkeys([*self.training, *self.validation]))
 
+    def of(self, key: str) -> list[Line]:
+        """The lines of a metric, of training first."""
+        return [lines[key] for lines in (self.training, self.validation) if key in lines]
+
     @property
     def last(self) -> float:
         """The last update or second."""
-        return max(line.x[-1] for lines in (self.training, self.validation) for line in lines.values())
+        return max(line.x[-1] for key in self.keys for line in self.of(key))
 
 
 def read(paths: Sequence[Path], x: str = "step") -> list[Curves]:

@@ -6,9 +6,9 @@ Contrast and colors of the images are never rescaled.
 import math
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +35,7 @@ FALLBACK_FONTS = (
 )
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     """How text looks: its size in pixels, color and weight, and the distance between lines."""
 
     size: int
@@ -49,8 +48,7 @@ TITLE, HEADING = Style(15, INK, bold=True, leading=TITLE_LINE), Style(13, INK, b
 BODY, SCORE = Style(12, INK), Style(11, FAINT)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Images side by side, by number, and the heading above them, which may be empty."""
 
     members: tuple[int, ...]
@@ -60,14 +58,9 @@ class Row:
 
 
 def image_grid(
-    images: Sequence[Pixels],
-    captions: Sequence[str] | None = None,
-    scores: Sequence[float] | None = None,
-    columns: int | None = None,
-    cell: int | None = None,
-    title: str | None = None,
-    groups: Sequence[int] | None = None,
-) -> Image.Image:
+    images: Sequence[Pixels], captions: Sequence[str] | None = None, scores: Sequence[float] | None = None,
+    columns: int | None = None, cell: int | None = None, title: str | None = None, groups: Sequence[int] | None = None,
+) -> Image.Image:  # fmt: skip
     """Arrange images, each (3, H, W) or (H, W, 3) uint8, in rows; each run of one group starts a new row.
 
     `cell` is the side in pixels of the square that each image is fitted into. By default small images are enlarged by
@@ -124,10 +117,9 @@ def _columns(sizes: Sequence[int], side: int) -> int:
 
 def _blocks(count: int, texts: Sequence[str], groups: Sequence[int] | None) -> list[list[int]]:
     """Runs of one group; without groups, runs of equal captions if each has at least two images."""
-    if groups is not None:
-        return [list(members) for _, members in groupby(range(count), key=lambda i: groups[i])]
-    runs = [list(members) for _, members in groupby(range(count), key=lambda i: texts[i])]
-    return runs if min(len(run) for run in runs) > 1 else [list(range(count))]
+    keys: Sequence[object] = texts if groups is None else groups
+    runs = [list(members) for _, members in groupby(range(count), key=keys.__getitem__)]
+    return runs if groups is not None or min(map(len, runs)) > 1 else [list(range(count))]
 
 
 def _rows(blocks: Sequence[Sequence[int]], texts: Sequence[str], columns: int) -> list[Row]:
@@ -148,14 +140,9 @@ def _share_caption(members: Sequence[int], texts: Sequence[str]) -> bool:
 
 
 def _draw_row(
-    row: Row,
-    images: Sequence[Image.Image],
-    texts: Sequence[str],
-    scores: Sequence[float] | None,
-    side: int,
-    width: int,
-    under: int,
-) -> Image.Image:
+    row: Row, images: Sequence[Image.Image], texts: Sequence[str], scores: Sequence[float] | None, side: int,
+    width: int, under: int,
+) -> Image.Image:  # fmt: skip
     """Heading, images aligned at the bottom, and below each image its score and caption, `under` pixels wide."""
     height = max(images[i].height for i in row.members)
     cells = []
@@ -189,8 +176,6 @@ def _number(score: float) -> str:
 def _fit_square(image: Image.Image, side: int) -> Image.Image:
     """The image resized so that its longer side is `side`."""
     factor = side / max(image.size)
-    if factor == 1:
-        return image
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     # Hamming keeps edges that bilinear blurs, and has no bright rims around them as bicubic has
     return image.resize(size, Image.Resampling.HAMMING if factor > 1 else Image.Resampling.LANCZOS)

@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METRICS = {  # key in a table of scores: title, unit
-    "frechet": ("frechet", "lower is better"),
-    "kernel": ("kernel distance", "lower is better"),
-    "inception": ("Inception score", "higher is better"),
-    "precision": ("precision", "share, higher is better"),
-    "recall": ("recall", "share, higher is better"),
-    "clip": ("CLIP score", "100 x cosine"),
-}
+# Key in a table of scores: title, unit (without one the number of candidates), key of the value by chance.
+METRICS = {
+    "frechet": ("frechet", "lower is better", ""), "kernel": ("kernel distance", "lower is better", ""),
+    "inception": ("Inception score", "higher is better", ""),
+    "precision": ("precision", "share, higher is better", ""), "recall": ("recall", "share, higher is better", ""),
+    "clip": ("CLIP score", "100 x cosine", "shuffled"), "r1": ("retrieval, own is nearest", "", "chance"),
+    "r5": ("retrieval, own among 5 nearest", "", "chance"),
+}  # fmt: skip
 
 
 class Curve(NamedTuple):
@@ -33,26 +33,15 @@ class Curve(NamedTuple):
 
 def curves(scores: Sequence[dict[str, Any]]) -> list[Curve]:
     """The curves in the scores that `evaluate` wrote, one table for each radius."""
+    tables = sorted(({**table, **table.get("retrieval", {})} for table in scores), key=lambda table: table["blur"])
     found = []
-    for key, (title, unit) in METRICS.items():
-        found += _curve([(s["blur"], s[key]) for s in scores if key in s], title, unit, "shuffled")
-    tables = [(s["blur"], s["retrieval"]) for s in scores if "retrieval" in s]
-    for key, title in (("r1", "retrieval, own is nearest"), ("r5", "retrieval, own among 5 nearest")):
-        unit = f"of {tables[0][1]['k']}" if tables else ""
-        found += _curve([(blur, table[key]) for blur, table in tables if key in table], title, unit, "chance")
+    for key, (title, unit, baseline) in METRICS.items():
+        if cells := [(float(table["blur"]), table[key]) for table in tables if key in table]:
+            title, _, network = cells[0][1].get("name", title).partition(" (")  # both do not fit into one title
+            unit = network.rstrip(")") or unit or f"of {tables[0]['k']}"
+            lines = [[float(c[k]) for _, c in cells if c.get(k) is not None] for k in ("low", "high", baseline)]
+            found.append(Curve(title, unit, [blur for blur, _ in cells], [float(c["value"]) for _, c in cells], *lines))
     return found
-
-
-def _curve(tables: list[tuple[float, dict[str, Any]]], name: str, unit: str, baseline: str) -> list[Curve]:
-    if not tables:
-        return []
-    tables = sorted(tables, key=lambda pair: pair[0])
-    low, high, chance = (
-        [float(table[key]) for _, table in tables if table.get(key) is not None] for key in ("low", "high", baseline)
-    )
-    title, _, network = tables[0][1].get("called", name).partition(" (")  # both do not fit into one panel's title
-    values = [float(table["value"]) for _, table in tables]
-    return [Curve(title, network.rstrip(")") or unit, [r for r, _ in tables], values, low, high, chance)]
 
 
 def draw(found: Sequence[Curve], title: str) -> "Figure":

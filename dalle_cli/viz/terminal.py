@@ -1,6 +1,6 @@
 """Images as colored characters: each cell of the terminal shows two pixels, one above the other."""
 
-import math
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,13 +13,15 @@ UPPER_HALF = "\N{UPPER HALF BLOCK}"
 RESET = "\x1b[0m"
 GAP = 1  # cells between images
 NARROWEST, WIDEST = 16, 64  # cells of an image: fewer show nothing, more do not fit a screen's height
-LEVELS = (0, 95, 135, 175, 215, 255)  # of the 256-color palette's 6 x 6 x 6 cube
+LEVELS = (0, 95, 135, 175, 215, 255)
+# The 256-color palette from its color 16 on: a cube of 6 x 6 x 6, then grays.
+PALETTE = np.array([*itertools.product(LEVELS, repeat=3), *([8 + 10 * gray] * 3 for gray in range(24))])
 
 
 def render(images: Sequence[Pixels], columns: int = 80, per_row: int | None = None, truecolor: bool = True) -> str:
     """Draw images, each (3, H, W) or (H, W, 3) uint8, with half blocks, at most `columns` cells wide.
 
-    Exclude `truecolor` each color becomes the nearest one of the 256-color palette.
+    Without `truecolor` each color becomes the nearest one of the 256-color palette.
 
     Raises:
         DalleError: there are no images.
@@ -64,11 +66,5 @@ def _line(grid: Pixels, y: int, width: int, truecolor: bool) -> str:
 def _color(pixel: Pixels, ground: int, truecolor: bool) -> str:
     """Parameters of the escape sequence that sets the foreground (38) or background (48)."""
     if truecolor:
-        return f"{ground};2;{pixel[0]};{pixel[1]};{pixel[2]}"
-    values: list[int] = pixel.tolist()
-    cube = [min(range(6), key=lambda level: abs(LEVELS[level] - value)) for value in values]
-    gray = min(23, max(0, round((sum(values) / 3 - 8) / 10)))
-    in_cube = math.dist([LEVELS[level] for level in cube], values)
-    in_grays = math.dist([8 + 10 * gray] * 3, values)
-    index = 232 + gray if in_grays < in_cube else 16 + 36 * cube[0] + 6 * cube[1] + cube[2]
-    return f"{ground};5;{index}"
+        return f"{ground};2;{';'.join(map(str, pixel))}"
+    return f"{ground};5;{16 + ((PALETTE - pixel) ** 2).sum(1).argmin()}"

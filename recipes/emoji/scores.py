@@ -79,7 +79,7 @@ def print_table(args: argparse.Namespace) -> None:
     names, files = zip(*(row.rsplit("=", 1) for row in args.rows), strict=True)
     tables = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
     columns = [["pictures", *names], *image_rows([one["scores"][0] for one in tables])]
-    columns.insert(1, ["number", *(f"{one['counts']['generated']['pictures']:,}" for one in tables)])
+    columns.insert(1, ["number", *(f"{one['counts']['generated']['images']:,}" for one in tables)])
     lines = [[cell.strip() for cell in line] for line in zip(*columns, strict=True)]
     for line in (lines[0], ["---"] * len(columns), *lines[1:]):
         print(f"| {' | '.join(line)} |")

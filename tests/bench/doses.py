@@ -156,7 +156,7 @@ class Trial:
 
 def _cells(scores: Mapping[str, Any]) -> Row:
     """Those of the scores that have an interval."""
-    found = {name: scores[name] for name in ("frechet", *NAMES) if isinstance(scores.get(name), dict)}
+    found = {name: scores[name] for name in NAMES if isinstance(scores.get(name), dict)}
     return {name: Cell(told["value"], told["low"], told["high"]) for name, told in found.items() if "low" in told}
 
 
@@ -177,7 +177,7 @@ def verdict(name: str, harmless: Cell, doses: Sequence[float], cells: Sequence[C
 
 def table(harmless: Row, found: Mapping[str, Sequence[Row]], called: str) -> str:
     """Markdown: a row a dose, a column a score; under each kind of harm, what each score saw of it."""
-    names = {"frechet": called, **NAMES}
+    names = {**NAMES, "frechet": called}
     columns = [name for name in names if name in harmless]
     lines = [["harm", "dose", *(names[name] for name in columns)], ["---"] * (2 + len(columns))]
     lines.append(["none", "", *(_figure(harmless[name]) for name in columns)])

@@ -17,7 +17,7 @@ from dalle_cli.devices import autocast
 from dalle_cli.models.packed import pack
 from dalle_cli.models.pixels import from_uint8, to_uint8
 from dalle_cli.pipelines import loading
-from dalle_cli.sampling.autoregressive import draw, uniforms
+from dalle_cli.sampling.categorical import sample_categorical, uniforms
 
 CPU = torch.device("cpu")
 FORMS: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ def report(folder: Path, n_pairs: int = 64) -> str:
         nats, drawn = [], []
         for j, logits in enumerate(steps(prior, tokens, lengths, codes)):
             nats.append(torch.nn.functional.cross_entropy(logits, codes.flatten(1)[:, j]))
-            drawn.append(draw(logits, noise[:, j]))
+            drawn.append(sample_categorical(logits, noise[:, j]))
         exact = exact or drawn
         other = (torch.stack(drawn) != torch.stack(exact)).float().mean()
         lines.append(f"| {name} | {torch.stack(nats).mean():.4f} | {other:.2%} |")

@@ -13,6 +13,7 @@ from dalle_cli.devices import DTYPES
 from dalle_cli.models.packed import pack
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.sampling.autoregressive import sample_codes
+from dalle_cli.sampling.categorical import CategoricalOptions
 
 
 def ours(
@@ -36,7 +37,14 @@ def ours(
 
     def draw() -> torch.Tensor:
         return sample_codes(
-            prior, tokens, lengths, range(batch), 0, batch_size=batch, guidance_scale=guidance, compiled=compiled
+            prior,
+            tokens,
+            lengths,
+            range(batch),
+            0,
+            CategoricalOptions(guidance_scale=guidance),
+            batch_size=batch,
+            compiled=compiled,
         )
 
     return Subject(draw, batch * steps, read, count, warmup=0)  # a thousand steps, of which the first allocate

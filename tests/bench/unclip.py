@@ -23,7 +23,7 @@ from dalle_cli.data.pairs import Pairs
 from dalle_cli.devices import arithmetic
 from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
-from dalle_cli.sampling.embeddings import Read, diffused
+from dalle_cli.sampling.embeddings import PromptBatch, sample_diffusion
 from dalle_cli.training.decoder import DecoderTask, DecoderTrain
 from dalle_cli.training.embedding_prior import DiffusionPriorTask, EmbeddingPriorTrain
 from dalle_cli.training.loop import Batch
@@ -74,13 +74,13 @@ def embeddings(
     """Draw `batch` embeddings by ddpm, the better of two each, of as many captions or of one."""
     task, batches = prior_task(sizes, batch)
     tokens, lengths, z_t = batches[0][:3]
-    read = Read(tokens, torch.full_like(lengths, sizes["n_text"]), z_t)
+    read = PromptBatch(tokens, torch.full_like(lengths, sizes["n_text"]), z_t)
     read = read.rows([0]) if one_caption else read
     model, machine = task.model.eval().requires_grad_(False), arithmetic("cpu", dtype)
 
     def draw() -> Tensor:
         with machine.autocast():
-            return torch.cat(list(diffused(model, read, range(batch), 0, steps=steps, batch_size=batch)))
+            return torch.cat(list(sample_diffusion(model, read, range(batch), 0, steps=steps, batch_size=batch)))
 
     return Subject(draw, batch, parameters=sum(p.numel() for p in model.parameters()), warmup=1)
 

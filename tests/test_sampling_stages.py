@@ -1,4 +1,4 @@
-"""Drawing: sample, decode, rerank, generate, show and export on a tiny chain, and on what each result depends."""
+"""Sampling: sample, decode, rerank, generate, show and export on a tiny chain, and what each result depends on."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def test_sample_writes_down_its_settings(chain, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "ending"), [("sample", ".codes.safetensors"), ("generate", ".png")])
-def test_what_is_drawn_is_named_after_the_prompt_or_the_file(chain, tmp_path, monkeypatch, name, ending):
+def test_what_is_sampled_is_named_after_the_prompt_or_the_file(chain, tmp_path, monkeypatch, name, ending):
     monkeypatch.chdir(tmp_path)
     Path("My list.txt").write_text("two\n")
     assert run_ok(name, "One!", "Three", "-n", 1, "-m", chain.model) == f"one{ending}"
@@ -160,7 +160,7 @@ def test_rerank_by_another_prompt(chain, tmp_path):
     run_ok("rerank", chain.images, "-m", chain.model, "--prompt", "", "-o", tmp_path / "c.safetensors")
 
 
-def test_pictures_of_another_size_are_scored(chain, tmp_path):
+def test_images_of_another_size_are_scored(chain, tmp_path):
     columns = {"images": np.zeros((2, 3, 24, 24), np.uint8), "ids": ["a", "b"], "text": ["x", "y"]}
     path = write_artifact(tmp_path / "i.safetensors", "images", columns, {}, [])
     run_ok("rerank", path, "-m", chain.model)

@@ -93,7 +93,7 @@ def command(stage, photos, model, folder, *more):
     return stage, *words, *steps, "-m", model, "-o", folder / "x.png", "--images", folder / "x.safetensors", *more
 
 
-def explore(stage, photos, model, folder, *more):
+def edit(stage, photos, model, folder, *more):
     """Its pictures, the one that was given first: (N, 3, S, S)."""
     assert run_ok(*command(stage, photos, model, folder, *more)) == str(folder / "x.png")
     return array(folder / "x.safetensors", "images").astype(int)
@@ -111,46 +111,46 @@ def off(a, b):
 
 
 def test_vary(model, photos, tmp_path):
-    found = explore("vary", photos, model, tmp_path, "-n", 4)
+    found = edit("vary", photos, model, tmp_path, "-n", 4)
     assert found.shape == (5, 3, 8, 8)
     assert np.array_equal(found[0], original(photos, 8))
     assert strings(tmp_path / "x.safetensors", "text") == ["original", *(f"variation {k}" for k in (1, 2, 3, 4))]
     assert min(off(found[i], found[j]) for i in range(5) for j in range(i)) > 8
-    fewer = explore("vary", photos, model, tmp_path, "-n", 2)
+    fewer = edit("vary", photos, model, tmp_path, "-n", 2)
     assert off(fewer, found[:3]) <= 1  # a variation is a function of its number
-    half = explore("vary", photos, model, tmp_path, "-n", 4, "--eta", 0.5)
+    half = edit("vary", photos, model, tmp_path, "-n", 4, "--eta", 0.5)
     assert off(half[1:], found[1:]) > 8
 
 
 @pytest.mark.parametrize("guidance", [1, 1.3])
-def test_without_eta_the_picture_comes_back(model, photos, tmp_path, guidance):
-    found = explore("vary", photos, model, tmp_path, "-n", 2, "--eta", 0, "--decoder-guidance", guidance)
+def test_without_eta_the_image_comes_back(model, photos, tmp_path, guidance):
+    found = edit("vary", photos, model, tmp_path, "-n", 2, "--eta", 0, "--decoder-guidance", guidance)
     assert off(found[1], found[0]) <= 10
     assert np.abs(found[1] - found[0]).mean() < 2
     assert off(found[1], found[2]) <= 1
 
 
 def test_interpolate(model, photos, tmp_path):
-    found = explore("interpolate", photos, model, tmp_path, "--steps", 3)
+    found = edit("interpolate", photos, model, tmp_path, "--steps", 3)
     assert found.shape == (5, 3, 8, 8)
     assert np.array_equal(found[0], original(photos, 8))
     assert np.array_equal(found[4], original(photos, 8, "b"))
     assert strings(tmp_path / "x.safetensors", "text") == ["A: a.png", "0.25", "0.5", "0.75", "B: b.png"]
     away = [np.abs(picture - found[0]).mean() for picture in found]
     assert away == sorted(away)
-    middle = explore("interpolate", photos, model, tmp_path, "--steps", 1)
+    middle = edit("interpolate", photos, model, tmp_path, "--steps", 1)
     assert off(middle[1], found[2]) <= 1
-    other = explore("interpolate", photos, model, tmp_path, "--steps", 3, "--seed", 3)
+    other = edit("interpolate", photos, model, tmp_path, "--steps", 3, "--seed", 3)
     assert np.array_equal(other, found)  # it has noise of its own
-    fixed = explore("interpolate", photos, model, tmp_path, "--steps", 3, "--noise", "fixed")
+    fixed = edit("interpolate", photos, model, tmp_path, "--steps", 3, "--noise", "fixed")
     assert off(fixed[1:4], found[1:4]) > 8
     assert off(fixed[1], fixed[3]) > 3  # embeddings change, the noise does not
-    reseeded = explore("interpolate", photos, model, tmp_path, "--steps", 3, "--noise", "fixed", "--seed", 3)
+    reseeded = edit("interpolate", photos, model, tmp_path, "--steps", 3, "--noise", "fixed", "--seed", 3)
     assert off(fixed[1:4], reseeded[1:4]) > 8
 
 
 @pytest.mark.parametrize("noise", ["slerped", "fixed"])
-def test_from_a_picture_to_itself(model, photos, tmp_path, noise):
+def test_from_an_image_to_itself(model, photos, tmp_path, noise):
     """Nothing changes on the way, and with its own noise it is the picture."""
     twice = (photos / "a.png", photos / "a.png", *DECODER_STEPS, "-m", model, "-o", tmp_path / "x.png")
     run_ok("interpolate", *twice, "--steps", 2, "--noise", noise, "--images", tmp_path / "x.safetensors")
@@ -160,16 +160,16 @@ def test_from_a_picture_to_itself(model, photos, tmp_path, noise):
 
 
 def test_diff(model, photos, tmp_path):
-    found = explore("diff", photos, model, tmp_path, "--steps", 3, "--strength", 1)
+    found = edit("diff", photos, model, tmp_path, "--steps", 3, "--strength", 1)
     assert found.shape == (4, 3, 8, 8)
     assert strings(tmp_path / "x.safetensors", "text") == ["original", "theta 0", "theta 0.5", "theta 1"]
-    again = explore("vary", photos, model, tmp_path, "-n", 1, "--eta", 0)
+    again = edit("vary", photos, model, tmp_path, "-n", 1, "--eta", 0)
     assert off(found[1], again[1]) <= 1
     assert off(found[2], found[1]) > 3
     assert off(found[3], found[2]) > 3
-    none = explore("diff", photos, model, tmp_path, "--steps", 2, "--strength", 0)
+    none = edit("diff", photos, model, tmp_path, "--steps", 2, "--strength", 0)
     assert off(none[1:], again[1:]) <= 1
-    one = explore("diff", photos, model, tmp_path, "--steps", 1, "--strength", 0.5)
+    one = edit("diff", photos, model, tmp_path, "--steps", 1, "--strength", 0.5)
     assert off(one[1], found[2]) <= 1
     for before, after in (("a blue bar", "a red circle"), ("a red circle", "a green bar"), ("", "a blue bar")):
         words = (photos / "a.png", before, after, *DECODER_STEPS, "-m", model, "-o", tmp_path / "y.png")
@@ -181,7 +181,7 @@ def test_diff(model, photos, tmp_path):
 
 def test_reconstruct(model, photos, tmp_path):
     """All components paint what `decode` paints of the picture's embedding, with the noise of row 0."""
-    found = explore("reconstruct", photos, model, tmp_path, "--components", "1,4,16")
+    found = edit("reconstruct", photos, model, tmp_path, "--components", "1,4,16")
     assert found.shape == (4, 3, 8, 8)
     labels = strings(tmp_path / "x.safetensors", "text")
     assert labels[1].startswith("1 of 16 components, ")
@@ -195,7 +195,7 @@ def test_reconstruct(model, photos, tmp_path):
     assert off(found[3], whole) <= 1
     assert off(found[1], found[3]) > 3
     assert off(found[2], found[3]) > 1
-    usual = explore("reconstruct", photos, model, tmp_path)
+    usual = edit("reconstruct", photos, model, tmp_path)
     assert strings(tmp_path / "x.safetensors", "text")[1:] == [labels_of(8, model), labels_of(16, model)]
     assert off(usual[2], found[3]) <= 1
 
@@ -213,42 +213,42 @@ def test_bytes_seeds_and_batches(model, photos, tmp_path, stage):
     more = {"vary": ("-n", 3), "interpolate": ("--noise", "fixed", "--steps", 3), "diff": ("--steps", 3)}.get(stage, ())
     name = ARGUMENTS[stage][1][0]
     more = (*more, name, 6)
-    found = explore(stage, photos, model, tmp_path, *more)
+    found = edit(stage, photos, model, tmp_path, *more)
     sheet, kept = ((tmp_path / name).read_bytes() for name in ("x.png", "x.safetensors"))
-    explore(stage, photos, model, tmp_path, *more)
+    edit(stage, photos, model, tmp_path, *more)
     assert ((tmp_path / "x.png").read_bytes(), (tmp_path / "x.safetensors").read_bytes()) == (sheet, kept)
-    assert off(explore(stage, photos, model, tmp_path, *more, "--batch-size", 2), found) <= 1
+    assert off(edit(stage, photos, model, tmp_path, *more, "--batch-size", 2), found) <= 1
     if stage != "diff":  # which goes from the picture's noise, and adds none
-        assert off(explore(stage, photos, model, tmp_path, *more, "--seed", 1)[1:-1], found[1:-1]) > 3
-    assert off(explore(stage, photos, model, tmp_path, *more, name, 4)[1:-1], found[1:-1]) > 1
+        assert off(edit(stage, photos, model, tmp_path, *more, "--seed", 1)[1:-1], found[1:-1]) > 3
+    assert off(edit(stage, photos, model, tmp_path, *more, name, 4)[1:-1], found[1:-1]) > 1
     if stage != "diff":
-        assert off(explore(stage, photos, model, tmp_path, *more, "--decoder-guidance", 2)[1:-1], found[1:-1]) > 3
+        assert off(edit(stage, photos, model, tmp_path, *more, "--decoder-guidance", 2)[1:-1], found[1:-1]) > 3
 
 
 def test_guidance_reaches_a_diff(model, photos, tmp_path):
-    plain = explore("diff", photos, model, tmp_path, "--steps", 1, "--strength", 1)
-    guided = explore("diff", photos, model, tmp_path, "--steps", 1, "--strength", 1, "--decoder-guidance", 1.3)
+    plain = edit("diff", photos, model, tmp_path, "--steps", 1, "--strength", 1)
+    guided = edit("diff", photos, model, tmp_path, "--steps", 1, "--strength", 1, "--decoder-guidance", 1.3)
     assert off(plain[1], guided[1]) > 1
 
 
 @pytest.mark.parametrize("stage", ARGUMENTS)
 def test_upsamplers(large, photos, tmp_path, stage):
     few = (ARGUMENTS[stage][1][0], 4)
-    found = explore(stage, photos, large, tmp_path, *few, "--upsampler-steps", 2)
+    found = edit(stage, photos, large, tmp_path, *few, "--upsampler-steps", 2)
     assert found.shape[1:] == (3, 32, 32)
     assert np.array_equal(found[0], original(photos, 32))
     last = open_artifact(tmp_path / "x.safetensors").history[-1]
     assert last["options"]["upsampler_steps"] == 2
     assert last["inputs"]["upsampler_1"] == digest_file(large / "up.safetensors")
-    other = explore(stage, photos, large, tmp_path, *few, "--upsampler-steps", 3)
+    other = edit(stage, photos, large, tmp_path, *few, "--upsampler-steps", 3)
     assert off(other[1:-1], found[1:-1]) > 3
 
 
 def test_only_the_decoder_varies(large, photos, tmp_path):
     """Eta is no option of the upsamplers: without it the larger pictures differ by their own first noise alone."""
-    found = explore("vary", photos, large, tmp_path, "-n", 2, "--eta", 0, "--decoder-steps", 4)
+    found = edit("vary", photos, large, tmp_path, "-n", 2, "--eta", 0, "--decoder-steps", 4)
     assert off(found[1], found[2]) > 1
-    again = explore("vary", photos, large, tmp_path, "-n", 2, "--eta", 0, "--decoder-steps", 4)
+    again = edit("vary", photos, large, tmp_path, "-n", 2, "--eta", 0, "--decoder-steps", 4)
     assert np.array_equal(again, found)
 
 
@@ -262,7 +262,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("stage", ARGUMENTS)
 def test_history(model, photos, tmp_path, stage):
-    explore(stage, photos, model, tmp_path)
+    edit(stage, photos, model, tmp_path)
     last = open_artifact(tmp_path / "x.safetensors").history[-1]
     common = {
         "decoder_steps": 20,
@@ -284,10 +284,10 @@ def test_history(model, photos, tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", ARGUMENTS)
-def test_the_sheet(model, photos, tmp_path, monkeypatch, stage):
+def test_the_image_grid(model, photos, tmp_path, monkeypatch, stage):
     """The pictures of the artifact, drawn as `show` draws them; by name in the working folder."""
     few = (ARGUMENTS[stage][1][0], 4)
-    explore(stage, photos, model, tmp_path, *few)
+    edit(stage, photos, model, tmp_path, *few)
     title = ("--title", '"a red circle" to "a blue bar"') if stage == "diff" else ()
     run_ok("show", tmp_path / "x.safetensors", "-o", tmp_path / "show.png", *title)
     assert (tmp_path / "x.png").read_bytes() == (tmp_path / "show.png").read_bytes()
@@ -348,8 +348,8 @@ def test_another_clip(chain, model, photos, tmp_path, stage):
 
 
 def test_a_decoder_alone_has_its_clip_beside_it(model, photos, tmp_path):
-    whole = explore("vary", photos, model, tmp_path)
-    assert np.array_equal(explore("vary", photos, model / "decoder.safetensors", tmp_path), whole)
+    whole = edit("vary", photos, model, tmp_path)
+    assert np.array_equal(edit("vary", photos, model / "decoder.safetensors", tmp_path), whole)
     line = run_bad(*command("reconstruct", photos, model / "decoder.safetensors", tmp_path))
     assert "expected weights.prior.embeddings, found weights.decoder" in line
 

@@ -1,4 +1,4 @@
-"""Slerp, text diffs and the way back to the noise, against closed forms."""
+"""Slerp, text diffs and DDIM inversion, against closed forms."""
 
 import math
 
@@ -16,7 +16,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Conditioning, DecoderConfig
 from dalle_cli.models.embeddings import Principal
 from dalle_cli.sampling import decoder as painting
-from dalle_cli.sampling.decoder import SamplerConfig, invert, paint, process, to_images
+from dalle_cli.sampling.decoder import SamplerConfig, invert, sample_images, to_images, unet_process
 from dalle_cli.sampling.interpolation import between, rising, slerp, text_diff
 
 SHARES = [0.0, 0.125, 0.25, 0.5, 0.9, 1.0]
@@ -166,7 +166,7 @@ class Exact:
         return Conditioning(m, m)
 
     def __call__(self, x, t, told):
-        level = process(self.config).schedule.at(t, x).float()
+        level = unet_process(self.config).schedule.at(t, x).float()
         m = level.sqrt() * told.added[:, :, None, None]
         mean = x.mean((2, 3), keepdim=True)
         n = x.shape[2] * x.shape[3]
@@ -196,15 +196,15 @@ def off(a, b):
 
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x_start"])
-def test_painting_from_what_inversion_found_gives_the_picture_back(prediction, guidance):
+def test_sampling_from_inverted_noise_gives_the_image_back(prediction, guidance):
     model, (images, told) = Exact(prediction), pictures()
     brush, noise = SamplerConfig(50, "ddim", guidance), row_noise(1, range(2), "decoder")
     start = invert(model, images, *told, 50, 5, guidance=guidance)
-    again = paint(model, *told, brush, noise, start=start)
+    again = sample_images(model, *told, brush, noise, start=start)
     assert off(again, images) <= 6
-    assert off(paint(model, *told, brush, noise), images) > 40
+    assert off(sample_images(model, *told, brush, noise), images) > 40
     other = (told[0].flip(0), *told[1:])
-    assert off(paint(model, *other, brush, noise, start=start), images) > 10
+    assert off(sample_images(model, *other, brush, noise, start=start), images) > 10
     if guidance == 1:
         assert 0.8 < float(start.std()) < 1.5  # as noise, but for what 50 steps lose of so narrow a distribution
 
@@ -216,12 +216,12 @@ def test_brightness_is_not_lost_at_the_first_step(monkeypatch):
 
     def lost():
         start = invert(model, images, *told, 20, 5)
-        again = paint(model, *told, SamplerConfig(20, "ddim"), noise, start=start)
+        again = sample_images(model, *told, SamplerConfig(20, "ddim"), noise, start=start)
         return off(again.float().mean((2, 3)), images.float().mean((2, 3)))
 
     ours = lost()
-    monkeypatch.setattr(painting, "_into_noise", lambda denoise, x, way, n: ddim_invert(
-        denoise, x, type(way)(way.timesteps[:1], way.levels[:2]), n))  # fmt: skip
+    monkeypatch.setattr(painting, "_invert_first_step", lambda denoise, x, way, n: ddim_invert(
+        denoise, x, type(way)(way.timesteps[:1], way.alphas_cumprod[:2]), n))  # fmt: skip
     assert ours < 0.5 * lost()
     assert ours <= 2
 

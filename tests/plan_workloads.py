@@ -1,17 +1,21 @@
-"""What is planned for in tests: subjects of small recipes and of the paper's, and a machine without a data sheet."""
+"""What tests of `dalle plan` share: small recipes of both systems, and a trainer on a workload's random batches."""
 
 from pathlib import Path
 
 import torch
 
 from dalle_cli import config
-from dalle_cli.planning import hardware as machines
-from dalle_cli.planning.subjects import subjects
+from dalle_cli.devices import Arithmetic
+from dalle_cli.planning.estimate import estimate
+from dalle_cli.planning.hardware import Hardware
+from dalle_cli.planning.workload import workloads
+from dalle_cli.training.loop import Trainer
+from dalle_cli.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "recipes" / "paper" / "recipe.toml"
 UNCLIP = ROOT / "recipes" / "paper" / "unclip.toml"
-HERE = machines.Machine("here", 10**9, None, "float32", False, torch.float32)
+HERE = Hardware("here", 10**9, None, "float32", False, torch.float32)
 SMALL = """
 [prior]
 n_layer = 3
@@ -91,7 +95,19 @@ batch_size = 8
 SMALL_UNCLIP = HEAD_UNCLIP + SECTIONS_UNCLIP
 
 
-def subject_of(text, name, tmp_path, *sets):
+def workload_of(text, name, tmp_path, *sets):
     path = tmp_path / "recipe.toml"
     path.write_text(text)
-    return next(s for s in subjects(config.read(path, sets)) if s.name == name)
+    return next(w for w in workloads(config.read(path, sets)) if w.name == name)
+
+
+def estimated(workload, train=None, dtype=torch.float32, accelerator=False):
+    """An update by the workload's settings, or by others."""
+    return estimate(workload, train or workload.train, dtype, accelerator)
+
+
+def trainer_of(workload, dtype=torch.float32):
+    machine = Arithmetic(torch.device("cpu"), dtype)
+    trainer = Trainer(workload.task(workload.train), workload.train, Run(Path(), "", {}, []), machine, 0)
+    trainer.step = 1
+    return trainer

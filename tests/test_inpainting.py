@@ -1,4 +1,4 @@
-"""Picture prompts: codes of a picture that are kept while the rest is drawn, by rows or by a mask, and drawn again."""
+"""Inpainting: codes of an image that stay while the rest is sampled, by rows or by a mask, and sampled again."""
 
 import dataclasses
 import shutil
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from artifact_files import array, strings
+from by_keyword import sample_codes
 from conftest import run_bad, run_ok
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from dalle_cli.artifacts import digest_bytes, open_artifact, write_artifact
 from dalle_cli.errors import DalleError
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.pipelines.inpainting import white_cells
-from dalle_cli.sampling.autoregressive import draw, sample_codes, uniforms
+from dalle_cli.sampling.categorical import sample_categorical, uniforms
 
 SMALL = PriorConfig(n_layer=3, n_head=2, n_embd=32, n_text_vocab=11, n_text=6, n_image_vocab=40, grid=5, conv_kernel=3)
 TOKENS, LENGTHS = torch.tensor([[1, 2, 3, 4, 0, 0]]), torch.tensor([4])
@@ -52,10 +53,10 @@ def chess():
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("attention", ["sparse", "full"])
-def test_the_rest_is_drawn_as_without_a_cache(attention, scale):
+def test_the_rest_is_sampled_as_without_a_cache(attention, scale):
     """The whole grid again, one full pass for each code, with kept codes in their places."""
     model, codes, kept = build(torch.double, attention=attention), some_codes(2), chess()
-    drawn = sample(model, 2, given=codes, kept=kept, guidance_scale=scale)
+    sampled = sample(model, 2, known=codes, keep=kept, guidance_scale=scale)
     expected = torch.where(kept, codes, 0).flatten(1)
     noise = torch.stack([uniforms(7, i, 25) for i in range(2)])
     for j in range(25):
@@ -63,10 +64,10 @@ def test_the_rest_is_drawn_as_without_a_cache(attention, scale):
         conditional = model(TOKENS.expand(2, -1), LENGTHS.expand(2), grid)[1][:, j]
         null = model(TOKENS.expand(2, -1), torch.zeros(2, dtype=torch.int64), grid)[1][:, j]
         if not kept.flatten()[j]:
-            expected[:, j] = draw(null + scale * (conditional - null), noise[:, j])
-    assert torch.equal(drawn.flatten(1), expected)
-    assert torch.equal(drawn[:, kept], codes[:, kept])
-    assert not torch.equal(drawn[:, ~kept], sample(model, 2, guidance_scale=scale)[:, ~kept])
+            expected[:, j] = sample_categorical(null + scale * (conditional - null), noise[:, j])
+    assert torch.equal(sampled.flatten(1), expected)
+    assert torch.equal(sampled[:, kept], codes[:, kept])
+    assert not torch.equal(sampled[:, ~kept], sample(model, 2, guidance_scale=scale)[:, ~kept])
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -74,19 +75,19 @@ def test_keeping_nothing_is_plain_and_keeping_all_is_the_codes(monkeypatch, scal
     model, codes = build(), some_codes()
     none, all_ = torch.zeros(5, 5, dtype=torch.bool), torch.ones(5, 5, dtype=torch.bool)
     plain = sample(model, guidance_scale=scale)
-    assert torch.equal(sample(model, guidance_scale=scale, given=codes, kept=none), plain)
-    monkeypatch.setattr(Prior, "step", lambda *_: pytest.fail("nothing is drawn"))
-    assert torch.equal(sample(model, guidance_scale=scale, given=codes, kept=all_), codes)
-    assert torch.equal(sample(model, guidance_scale=scale, given=codes[0], kept=all_), codes[:1].expand(4, -1, -1))
+    assert torch.equal(sample(model, guidance_scale=scale, known=codes, keep=none), plain)
+    monkeypatch.setattr(Prior, "step", lambda *_: pytest.fail("nothing is sampled"))
+    assert torch.equal(sample(model, guidance_scale=scale, known=codes, keep=all_), codes)
+    assert torch.equal(sample(model, guidance_scale=scale, known=codes[0], keep=all_), codes[:1].expand(4, -1, -1))
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_the_noise_of_what_is_drawn_stays(scale):
-    """Kept are the very codes that would have been drawn: whatever the mask, the grid is the same."""
+def test_the_noise_of_what_is_sampled_stays(scale):
+    """Kept are the very codes that would have been sampled: whatever the mask, the grid is the same."""
     model = build()
     plain = sample(model, guidance_scale=scale)
     for kept in (chess(), ~chess(), torch.arange(25).view(5, 5) > 12, torch.arange(25).view(5, 5) <= 12):
-        assert torch.equal(sample(model, guidance_scale=scale, given=plain, kept=kept), plain)
+        assert torch.equal(sample(model, guidance_scale=scale, known=plain, keep=kept), plain)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -95,8 +96,8 @@ def test_a_kept_code_is_seen_by_all_after_it_and_by_none_before(scale):
     kept[1, 2] = kept[3, 3] = True
     other = codes.clone()
     other[1, 2] = (codes[1, 2] + 1) % 40
-    options = {"n": 400, "batch_size": 400, "guidance_scale": scale, "kept": kept}
-    differs = (sample(model, given=codes, **options) != sample(model, given=other, **options)).any(0).flatten()
+    options = {"n": 400, "batch_size": 400, "guidance_scale": scale, "keep": kept}
+    differs = (sample(model, known=codes, **options) != sample(model, known=other, **options)).any(0).flatten()
     assert not differs[:7].any()
     free = ~kept.flatten()[8:]
     assert differs[7]
@@ -107,20 +108,20 @@ def test_a_kept_code_is_seen_by_all_after_it_and_by_none_before(scale):
 def test_batches_are_of_any_size_and_rows_have_codes_of_their_own():
     model, codes = build(), some_codes(7)
     for scale in (1.0, 3.0):
-        options = {"n": 7, "guidance_scale": scale, "kept": chess()}
-        drawn = sample(model, given=codes, batch_size=7, **options)
-        assert torch.equal(drawn[:, chess()], codes[:, chess()])
+        options = {"n": 7, "guidance_scale": scale, "keep": chess()}
+        sampled = sample(model, known=codes, batch_size=7, **options)
+        assert torch.equal(sampled[:, chess()], codes[:, chess()])
         for batch_size in (1, 3):
-            assert torch.equal(sample(model, given=codes, batch_size=batch_size, **options), drawn)
-        one = sample_codes(model, TOKENS, LENGTHS, [5], 7, given=codes[5], kept=chess(), guidance_scale=scale)
-        assert torch.equal(one[0], drawn[5])
+            assert torch.equal(sample(model, known=codes, batch_size=batch_size, **options), sampled)
+        one = sample_codes(model, TOKENS, LENGTHS, [5], 7, known=codes[5], keep=chess(), guidance_scale=scale)
+        assert torch.equal(one[0], sampled[5])
 
 
 def test_static_caches_are_fed_kept_codes(monkeypatch):
     model, codes = build(), some_codes()
-    drawn = sample(model, given=codes, kept=chess(), guidance_scale=2.0)
+    sampled = sample(model, known=codes, keep=chess(), guidance_scale=2.0)
     monkeypatch.setattr(devices, "compiled", lambda step, *_: step)  # what is compiled, but as it stands
-    assert torch.equal(sample(model, given=codes, kept=chess(), guidance_scale=2.0, compiled=True), drawn)
+    assert torch.equal(sample(model, known=codes, keep=chess(), guidance_scale=2.0, compiled=True), sampled)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_static_caches_are_fed_kept_codes(monkeypatch):
 )
 def test_codes_that_do_not_fit_are_refused(codes, kept, found):
     with pytest.raises(DalleError, match=found):
-        sample(build(), given=codes, kept=kept)
+        sample(build(), known=codes, keep=kept)
 
 
 # ---- masks
@@ -145,7 +146,7 @@ def test_codes_that_do_not_fit_are_refused(codes, kept, found):
 
 @settings(max_examples=40)
 @given(st.integers(1, 23), st.integers(0, 9), st.booleans(), st.integers(1, 7), st.data())
-def test_a_cell_is_drawn_anew_if_white_touches_it(side, more, tall, grid, data):
+def test_a_code_is_sampled_if_white_touches_it(side, more, tall, grid, data):
     pixels = np.zeros((side, side), np.uint8)
     white = data.draw(st.lists(st.tuples(st.integers(0, side - 1), st.integers(0, side - 1)), max_size=3))
     for y, x in white:
@@ -171,7 +172,7 @@ def test_of_gray_the_brighter_half_is_white():
 # ---- the commands
 
 
-def draw_with(chain, out, *more, n=6, prompt=PROMPT):
+def sample_with(chain, out, *more, n=6, prompt=PROMPT):
     run_ok("sample", prompt, "-n", n, "-m", chain.model, "-o", out, *more)
     return array(out, "codes")
 
@@ -189,37 +190,39 @@ def write_mask(path, white, size=(16, 16)):
 
 
 @pytest.mark.parametrize("guidance", [1, 3])
-def test_the_upper_rows_are_the_pictures_own(chain, tmp_path, guidance):
+def test_the_upper_rows_are_the_images_own(chain, tmp_path, guidance):
     picture = chain.data / f"{RED}.png"
     more = ("--image", picture, "--guidance", guidance)
-    drawn = draw_with(chain, tmp_path / "a", *more, "--keep-rows", 1)
-    assert (drawn[:, :1] == own_codes(chain)[:1]).all()
-    assert len(np.unique(drawn[:, 1:], axis=0)) > 1
-    assert np.array_equal(draw_with(chain, tmp_path / "b", *more, "--keep-rows", 1, "--batch-size", 4), drawn)
+    sampled = sample_with(chain, tmp_path / "a", *more, "--keep-rows", 1)
+    assert (sampled[:, :1] == own_codes(chain)[:1]).all()
+    assert len(np.unique(sampled[:, 1:], axis=0)) > 1
+    assert np.array_equal(sample_with(chain, tmp_path / "b", *more, "--keep-rows", 1, "--batch-size", 4), sampled)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    half = draw_with(chain, tmp_path / "c", *more)
+    half = sample_with(chain, tmp_path / "c", *more)
     assert (half[:, :2] == own_codes(chain)[:2]).all()
     assert not (half[:, 2:] == own_codes(chain)[2:]).all()
-    plain = draw_with(chain, tmp_path / "d", "--guidance", guidance)
-    nothing = draw_with(chain, tmp_path / "e", *more, "--keep-rows", 0)
+    plain = sample_with(chain, tmp_path / "d", "--guidance", guidance)
+    nothing = sample_with(chain, tmp_path / "e", *more, "--keep-rows", 0)
     assert nothing.tobytes() == plain.tobytes()
-    assert not np.array_equal(plain, drawn)
-    assert (draw_with(chain, tmp_path / "f", *more, "--keep-rows", 4) == own_codes(chain)).all()
+    assert not np.array_equal(plain, sampled)
+    assert (sample_with(chain, tmp_path / "f", *more, "--keep-rows", 4) == own_codes(chain)).all()
 
 
-def test_what_the_mask_leaves_black_is_the_pictures_own(chain, tmp_path):
+def test_what_the_mask_leaves_black_is_the_images_own(chain, tmp_path):
     mask = write_mask(tmp_path / "mask.png", (7, 4, 9, 13))  # touches columns 1 and 2 of rows 1 to 3
-    drawn = draw_with(chain, tmp_path / "a", "--image", chain.data / f"{RED}.png", "--mask", mask)
+    sampled = sample_with(chain, tmp_path / "a", "--image", chain.data / f"{RED}.png", "--mask", mask)
     anew = np.zeros((4, 4), bool)
     anew[1:4, 1:3] = True
-    assert (drawn[:, ~anew] == own_codes(chain)[~anew]).all()
-    assert len(np.unique(drawn[:, anew], axis=0)) > 1
-    plain = draw_with(chain, tmp_path / "b")
+    assert (sampled[:, ~anew] == own_codes(chain)[~anew]).all()
+    assert len(np.unique(sampled[:, anew], axis=0)) > 1
+    plain = sample_with(chain, tmp_path / "b")
     write_mask(mask, (0, 0, 3, 3), (3, 3))  # all white
-    assert np.array_equal(draw_with(chain, tmp_path / "c", "--image", chain.data / f"{RED}.png", "--mask", mask), plain)
+    assert np.array_equal(
+        sample_with(chain, tmp_path / "c", "--image", chain.data / f"{RED}.png", "--mask", mask), plain
+    )
 
 
-def test_a_picture_is_cropped_and_resized_as_encode_images_does(chain, tmp_path):
+def test_an_image_is_cropped_and_resized_as_encode_images_does(chain, tmp_path):
     """A photo that lies on its side, neither square nor of the model's size."""
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -228,15 +231,15 @@ def test_a_picture_is_cropped_and_resized_as_encode_images_does(chain, tmp_path)
     exif[0x0112] = 6  # turned by a quarter
     Image.fromarray(noise).resize((61, 43)).save(folder / "x.jpg", exif=exif)
     run_ok("encode-images", folder, "-m", chain.dvae, "-o", tmp_path / "own.safetensors")
-    drawn = draw_with(chain, tmp_path / "a", "--image", folder / "x.jpg", "--keep-rows", 4, n=1)
-    assert np.array_equal(drawn, array(tmp_path / "own.safetensors", "codes"))
+    sampled = sample_with(chain, tmp_path / "a", "--image", folder / "x.jpg", "--keep-rows", 4, n=1)
+    assert np.array_equal(sampled, array(tmp_path / "own.safetensors", "codes"))
 
 
 def test_generate_keeps_as_sample_does(chain, tmp_path):
     mask = write_mask(tmp_path / "mask.png", (0, 0, 8, 16))
     for number, how in enumerate((("--keep-rows", 1), ("--mask", mask))):
         more = ("--image", chain.data / f"{RED}.png", *how)
-        draw_with(chain, tmp_path / "x.codes.safetensors", *more)
+        sample_with(chain, tmp_path / "x.codes.safetensors", *more)
         images = run_ok("decode", tmp_path / "x.codes.safetensors", "-m", chain.model)
         best = run_ok("rerank", images, "-m", chain.model)
         made = tmp_path / f"{number}.safetensors"
@@ -258,7 +261,7 @@ def test_the_history_says_what_was_kept(chain, tmp_path):
         ("c", ("--image", picture, "--keep-rows", 3), {"keep_rows": 3}, own),
         ("d", ("--image", picture, "--mask", mask), {}, {**own, "mask": digest_bytes(mask.read_bytes())}),
     ):
-        draw_with(chain, tmp_path / name, *more, n=1)
+        sample_with(chain, tmp_path / name, *more, n=1)
         entry = open_artifact(tmp_path / name).history[-1]
         assert entry["inputs"] == inputs
         assert {k: v for k, v in entry["options"].items() if k == "keep_rows"} == options
@@ -266,15 +269,15 @@ def test_the_history_says_what_was_kept(chain, tmp_path):
         assert len(set(stages)) == len(stages)
 
 
-# ---- drawn again
+# ---- sampled again
 
 
 @pytest.mark.parametrize("how", ["rows", "mask"])
-def test_rows_with_a_picture_are_drawn_again(chain, tmp_path, how):
+def test_rows_with_an_image_are_sampled_again(chain, tmp_path, how):
     picture, mask = chain.data / f"{RED}.png", write_mask(tmp_path / "mask.png", (0, 0, 8, 16))
     more = ("--image", picture, *(("--keep-rows", 1) if how == "rows" else ("--mask", mask)))
     files = more[:2] if how == "rows" else more  # how many rows stands in the history
-    base = draw_with(chain, tmp_path / "a", *more, "--seed", 4, "--guidance", 2)
+    base = sample_with(chain, tmp_path / "a", *more, "--seed", 4, "--guidance", 2)
     again = ("sample", "-m", chain.model, "-o", tmp_path / "b", "--from")
     made = run_ok(*again, tmp_path / "a", "--rows", "3,1", *files)
     assert np.array_equal(array(made, "codes"), base[[3, 1]])
@@ -285,11 +288,11 @@ def test_rows_with_a_picture_are_drawn_again(chain, tmp_path, how):
     assert np.array_equal(array(third, "codes"), base[[1]])
 
 
-def test_rows_are_refused_without_their_picture(chain, tmp_path):
+def test_rows_are_refused_without_their_image(chain, tmp_path):
     picture, mask = chain.data / f"{RED}.png", write_mask(tmp_path / "mask.png", (0, 0, 8, 16))
-    draw_with(chain, tmp_path / "plain", n=2)
-    draw_with(chain, tmp_path / "rows", "--image", picture, n=2)
-    draw_with(chain, tmp_path / "mask", "--image", picture, "--mask", mask, n=2)
+    sample_with(chain, tmp_path / "plain", n=2)
+    sample_with(chain, tmp_path / "rows", "--image", picture, n=2)
+    sample_with(chain, tmp_path / "mask", "--image", picture, "--mask", mask, n=2)
 
     def refused(name, *more):
         line = run_bad("sample", "--from", tmp_path / name, "-m", chain.model, "-o", tmp_path / "out", *more)
@@ -310,13 +313,13 @@ def test_rows_are_refused_without_their_picture(chain, tmp_path):
         *("--image", picture, "--keep-rows", 3),
     )
     assert np.array_equal(
-        array(more, "codes"), draw_with(chain, tmp_path / "3", "--image", picture, "--keep-rows", 3, n=2)
+        array(more, "codes"), sample_with(chain, tmp_path / "3", "--image", picture, "--keep-rows", 3, n=2)
     )
 
 
 def test_a_history_that_lies_of_rows_is_refused(chain, tmp_path):
     picture = chain.data / f"{RED}.png"
-    draw_with(chain, tmp_path / "a", "--image", picture, n=1)
+    sample_with(chain, tmp_path / "a", "--image", picture, n=1)
     past = open_artifact(tmp_path / "a")
     columns = {name: np.array(past.array(name)) for name in ("codes", "prompt", "seed")}
     columns |= {name: list(past.strings(name)) for name in ("ids", "text")}

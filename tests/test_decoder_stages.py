@@ -1,4 +1,4 @@
-"""Training decoders and upsamplers, and painting embeddings, from the command line on a tiny chain."""
+"""Train decoders and upsamplers, and decode embeddings, from the command line on a tiny chain."""
 
 import json
 import shutil
@@ -221,7 +221,7 @@ def test_float16(unclip, tmp_path):
     assert np.isfinite(rows(tmp_path / "x.safetensors")[0]["loss"])
 
 
-def test_pictures_without_an_embedding(unclip, tmp_path):
+def test_images_without_an_embedding(unclip, tmp_path):
     table = open_artifact(unclip.embeddings)
     columns = {"embeddings": table.array("embeddings")[:14], "ids": list(table.strings("ids"))[:14]}
     some = write_artifact(tmp_path / "some.safetensors", "embeddings", columns, table.config, [])
@@ -307,7 +307,7 @@ def test_embeddings_go_embedding_noise_as_far_as_is_said_and_nothing_else_change
     plain, off = (batch_of(unclip, validation=0.0, embedding_noise=most)[1] for most in (0.0, 2.0))
     assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(plain, off, strict=True)) if i != 3)
     rms = plain[3].square().mean(1).sqrt()
-    far = (off[3] - plain[3]).square().mean(1).sqrt() / rms  # of each what was drawn, U[0, 2], times some 1
+    far = (off[3] - plain[3]).square().mean(1).sqrt() / rms  # of each what was sampled, U[0, 2], times some 1
     assert abs(float(far.mean()) - 1) < 0.15
     assert float(far.min()) < 0.2
     assert 1.6 < float(far.max()) < 4
@@ -326,7 +326,7 @@ def test_embeddings_go_embedding_noise_as_far_as_is_said_and_nothing_else_change
 
 
 def planted(folder, unclip, chain, upsamplers=()):
-    """A bundle of models whose weights are drawn so that all paths count, as if they had been trained."""
+    """A bundle of models whose weights are sampled so that all paths count, as if they had been trained."""
     folder.mkdir(parents=True)
     shutil.copy(unclip.tokenizer, folder)
     sizes = {"width": 8, "multipliers": (1, 2), "depth": 1, "groups": 4, "n_timestep": 40, "prediction": "x_start"}
@@ -338,11 +338,12 @@ def planted(folder, unclip, chain, upsamplers=()):
     header = {"model": asdict(c), "train": {}, "encoder": unclip.encoder, "tokenizer": told["tokenizer"]}
     model = randomized(Decoder(c), scale=0.2)
     save_tensors(folder / "decoder.safetensors", "weights.decoder", model.state_dict(), header, [])
-    for low, high in upsamplers:
-        u = UpsamplerConfig(**sizes, image_size=high, low_size=low)
+    for low, high, *noise in upsamplers:
+        u = UpsamplerConfig(**sizes, image_size=high, low_size=low, low_noise=noise[0] if noise else 0.0)
         tensors = randomized(Upsampler(u), scale=0.2).state_dict()
         path = folder / f"up{high}.safetensors"
-        save_tensors(path, "weights.upsampler", tensors, {"model": asdict(u), "train": {}}, [])
+        train = {"low_noise": noise[1]} if noise else {}
+        save_tensors(path, "weights.upsampler", tensors, {"model": asdict(u), "train": train}, [])
     return folder
 
 
@@ -357,12 +358,12 @@ def large(tmp_path_factory, unclip, chain):
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory, unclip):
+def sampled(tmp_path_factory, unclip):
     """Embeddings with captions, as `sample` will write them."""
     table = open_artifact(unclip.embeddings)
     columns = {"embeddings": np.array(table.array("embeddings")[:5]), "ids": [f"{i}" for i in range(5)]}
     columns["text"] = ["a red circle", "a blue bar", "", "a red circle", "a green square"]
-    path = tmp_path_factory.mktemp("drawn") / "five.embeddings.safetensors"
+    path = tmp_path_factory.mktemp("sampled") / "five.embeddings.safetensors"
     return write_artifact(path, "embeddings", columns, table.config, table.history)
 
 
@@ -371,8 +372,8 @@ def decode(source, model, out, *more):
     return array(out, "images").astype(int)
 
 
-def test_decode_paints(model, drawn, tmp_path):
-    whole = decode(drawn, model, tmp_path / "a.safetensors")
+def test_decode_samples_images(model, sampled, tmp_path):
+    whole = decode(sampled, model, tmp_path / "a.safetensors")
     assert whole.shape == (5, 3, 8, 8)
     found = open_artifact(tmp_path / "a.safetensors", "images")
     assert strings(tmp_path / "a.safetensors", "ids") == ["0", "1", "2", "3", "4"]
@@ -388,11 +389,11 @@ def test_decode_paints(model, drawn, tmp_path):
     }
     assert last["options"] == expected
     assert set(last["inputs"]) == {"embeddings", "decoder"}
-    one = decode(drawn, model, tmp_path / "b.safetensors", "--batch-size", 2)
+    one = decode(sampled, model, tmp_path / "b.safetensors", "--batch-size", 2)
     assert np.abs(one - whole).max() <= 1
-    shards = decode(drawn, model, tmp_path / "folder", "--shard-size", 2)
+    shards = decode(sampled, model, tmp_path / "folder", "--shard-size", 2)
     assert np.abs(shards - whole).max() <= 1
-    result = run_cli("decode", drawn, "-m", model, "-o", tmp_path / "folder", "--decoder-steps", 3, "--shard-size", 2)
+    result = run_cli("decode", sampled, "-m", model, "-o", tmp_path / "folder", "--decoder-steps", 3, "--shard-size", 2)
     assert "all there already" in result.stderr
     for more in (
         ("--seed", 1),
@@ -400,16 +401,16 @@ def test_decode_paints(model, drawn, tmp_path):
         ("--decoder-sampler", "ddpm"),
         ("--decoder-sampler", "ddim", "--eta", 1),
     ):
-        other = decode(drawn, model, tmp_path / "c.safetensors", *more)
+        other = decode(sampled, model, tmp_path / "c.safetensors", *more)
         assert np.abs(other - whole).max() > 3, more
-    result = run_cli("decode", "-m", model, stdin=f"{drawn}\n")
-    assert result.stdout == f"{drawn.parent}/five.images.safetensors\n"
+    result = run_cli("decode", "-m", model, stdin=f"{sampled}\n")
+    assert result.stdout == f"{sampled.parent}/five.images.safetensors\n"
 
 
-def test_embedding_and_caption_count(model, drawn, tmp_path):
-    whole = decode(drawn, model, tmp_path / "a.safetensors")
-    table = open_artifact(drawn)
-    columns = {"embeddings": np.array(table.array("embeddings")), "ids": strings(drawn, "ids")}
+def test_embedding_and_caption_count(model, sampled, tmp_path):
+    whole = decode(sampled, model, tmp_path / "a.safetensors")
+    table = open_artifact(sampled)
+    columns = {"embeddings": np.array(table.array("embeddings")), "ids": strings(sampled, "ids")}
     plain = write_artifact(tmp_path / "plain.safetensors", "embeddings", columns, table.config, [])
     uncaptioned = decode(plain, model, tmp_path / "b.safetensors")
     change = np.abs(uncaptioned - whole).reshape(5, -1).max(1)
@@ -422,51 +423,75 @@ def test_embedding_and_caption_count(model, drawn, tmp_path):
     assert change[2] <= 1  # the one in the middle
 
 
-def test_a_chain_of_upsamplers(model, large, drawn, tmp_path):
+def test_a_chain_of_upsamplers(model, large, sampled, tmp_path):
     """2 and 4 times as large: 8 pixels to 64, in the order of sizes whatever the files' names."""
-    pictures = decode(drawn, large, tmp_path / "a.safetensors", "--upsampler-steps", 2)
+    pictures = decode(sampled, large, tmp_path / "a.safetensors", "--upsampler-steps", 2)
     assert pictures.shape == (5, 3, 64, 64)
     last = open_artifact(tmp_path / "a.safetensors").history[-1]
     assert last["options"]["upsampler_steps"] == 2
     assert list(last["inputs"]) == ["decoder", "embeddings", "upsampler_1", "upsampler_2"]
     assert last["inputs"]["upsampler_1"] == digest_file(large / "up16.safetensors")
-    again = decode(drawn, large, tmp_path / "b.safetensors", "--upsampler-steps", 2, "--batch-size", 3)
+    again = decode(sampled, large, tmp_path / "b.safetensors", "--upsampler-steps", 2, "--batch-size", 3)
     assert np.abs(again - pictures).max() <= 2
-    other = decode(drawn, large, tmp_path / "c.safetensors", "--upsampler-steps", 3)
+    other = decode(sampled, large, tmp_path / "c.safetensors", "--upsampler-steps", 3)
     assert np.abs(other - pictures).max() > 3
     assert len(bundles.whole(list(large.glob("up*.safetensors")))) == 2
 
 
-def test_upsamplers_that_do_not_follow(unclip, chain, drawn, tmp_path):
+def test_low_noise_is_passed_to_the_upsamplers_trained_with_it(unclip, chain, sampled, tmp_path):
+    """By default as their weights say; a value given wins; the history says what changed the images."""
+
+    def made(folder, *more):
+        images = decode(sampled, folder, tmp_path / "x.safetensors", "--upsampler-steps", 2, *more)
+        return images, open_artifact(tmp_path / "x.safetensors").history[-1]["options"].get("low_noise")
+
+    sizes = [(16, 32), (8, 16, 0.5, 0.0)]
+    silent = planted(tmp_path / "silent", unclip, chain, sizes)
+    noisy = planted(tmp_path / "noisy", unclip, chain, [sizes[0], (8, 16, 0.5, 0.25)])
+    none, some, default = made(silent), made(silent, "--low-noise", 0.25), made(noisy)
+    assert none[1] is None
+    assert some[1] == default[1] == [0.25, 0.0]  # of 8 to 16 pixels, and of 16 to 32, which was trained without
+    assert np.abs(some[0] - none[0]).max() > 3
+    assert (default[0] == some[0]).all()
+    off = made(noisy, "--low-noise", 0)
+    assert off[1] is None
+    assert (off[0] == none[0]).all()
+    assert np.abs(made(silent, "--low-noise", 0.5)[0] - some[0]).max() > 3
+    assert "--low-noise in [0, 0.5]" in run_bad("decode", sampled, "-m", silent, "--low-noise", 0.6)
+    without = planted(tmp_path / "without", unclip, chain, [(8, 16)])
+    assert "for --low-noise, found none" in run_bad("decode", sampled, "-m", without, "--low-noise", 0.1)
+
+
+def test_upsamplers_that_do_not_follow(unclip, chain, sampled, tmp_path):
     gap = planted(tmp_path / "gap", unclip, chain, [(16, 64)])
-    assert "upsamplers from 8 pixels on, found one from 16" in run_bad("decode", drawn, "-m", gap)
+    assert "upsamplers from 8 pixels on, found one from 16" in run_bad("decode", sampled, "-m", gap)
     twice = planted(tmp_path / "twice", unclip, chain, [(8, 16), (8, 32)])
-    assert "one upsampler from 8 pixels, found 2" in run_bad("decode", drawn, "-m", twice)
+    assert "one upsampler from 8 pixels, found 2" in run_bad("decode", sampled, "-m", twice)
     with pytest.raises(DalleError, match=r"one file of weights\.upsampler"):
         bundles.whole(list(twice.glob("up*.safetensors")))
 
 
-def test_what_decode_refuses(chain, model, drawn, tmp_path):
+def test_what_decode_refuses(chain, model, sampled, tmp_path):
     assert "no --decoder-guidance for codes" in run_bad(
         "decode", chain.drawn, "-m", chain.model, "--decoder-guidance", 2
     )
-    assert "expected weights.decoder" in run_bad("decode", drawn, "-m", chain.model)
-    table = open_artifact(drawn)
-    columns = {"embeddings": np.array(table.array("embeddings")), "ids": strings(drawn, "ids")}
+    assert "expected weights.decoder" in run_bad("decode", sampled, "-m", chain.model)
+    table = open_artifact(sampled)
+    columns = {"embeddings": np.array(table.array("embeddings")), "ids": strings(sampled, "ids")}
     other = write_artifact(tmp_path / "other.safetensors", "embeddings", columns, {"encoder": "1" * 64}, [])
     assert "expected the CLIP" in run_bad("decode", other, "-m", model)
-    assert "sampler among" in run_bad("decode", drawn, "-m", model, "--decoder-sampler", "magic")
-    assert "1 to 40 steps" in run_bad("decode", drawn, "-m", model, "--decoder-steps", 41)
+    assert "sampler among" in run_bad("decode", sampled, "-m", model, "--decoder-sampler", "magic")
+    assert "1 to 40 steps" in run_bad("decode", sampled, "-m", model, "--decoder-steps", 41)
     lone = shutil.copy(model / "decoder.safetensors", tmp_path / "decoder.safetensors")
-    assert "tokenizer" in run_bad("decode", drawn, "-m", lone)
+    assert "tokenizer" in run_bad("decode", sampled, "-m", lone)
 
 
-def test_a_trained_bundle_paints(trained, unclip, drawn, tmp_path):
+def test_a_trained_bundle_samples_images(trained, unclip, sampled, tmp_path):
     folder = tmp_path / "bundle"
     folder.mkdir()
     for path in (*trained.glob("*.safetensors"), unclip.tokenizer):
         shutil.copy(path, folder)
-    assert decode(drawn, folder, tmp_path / "a.safetensors", "--upsampler-steps", 2).shape == (5, 3, 64, 64)
+    assert decode(sampled, folder, tmp_path / "a.safetensors", "--upsampler-steps", 2).shape == (5, 3, 64, 64)
     stages = [entry["stage"] for entry in open_artifact(tmp_path / "a.safetensors").history]
     assert stages[-1] == "decode"
     assert stages.count("train-decoder") == 3

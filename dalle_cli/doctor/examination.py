@@ -38,7 +38,7 @@ class Request(NamedTuple):
 
 
 @dataclass
-class Subject:
+class Examination:
     """A trained model, a task of its kind with a fresh model, and N held-out rows as a training batch.
 
     `loss` and `error` are functions of a batch's columns and of what `loss` returns; learning must lower the error.
