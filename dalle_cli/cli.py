@@ -126,7 +126,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """DALL-E as a chain of small commands: pictures to codes, captions to codes, codes to pictures."""
+    """DALL-E as a chain of small commands: images to codes, captions to codes, codes to images."""
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -89,7 +89,11 @@ def section(
     body = table.get(name, {})
     if not isinstance(body, dict):
         raise DalleError(f"expected a table [{name}], found {body!r}")
-    own = derive({key: value for key, value in body.items() if key not in parts}, name, known or {})
+    known = known or {}
+    for key, value in known.items():
+        if body.get(key, value) != value:
+            raise DalleError(f"expected {name}.{key} = {value}, as the inputs have it, found {body[key]}; leave it out")
+    own = {**{key: value for key, value in body.items() if key not in parts}, **known}
     also = tuple(parts)
     return [build(model, own, name, also), *(build(cls, body.get(k, {}), f"{name}.{k}") for k, cls in parts.items())]
 
@@ -128,17 +132,3 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return value
     name = "a list" if origin is tuple else getattr(hint, "__name__", str(hint))
     raise DalleError(f"expected {name} for {where}, found {value!r}")
-
-
-def derive(values: Mapping[str, Any], where: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with what the inputs already decide filled in, such as the vocabulary.
-
-    Raises:
-        DalleError: the recipe says otherwise.
-    """
-    for key, value in known.items():
-        if values.get(key, value) != value:
-            raise DalleError(
-                f"expected {where}.{key} = {value}, as the inputs have it, found {values[key]}; leave it out"
-            )
-    return {**values, **known}

@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
 INTERVAL = 10.0  # seconds between plain progress lines if stderr is not a terminal
 LIVE_INTERVAL = 0.5  # seconds between updates of a training's panel on a terminal
@@ -26,17 +26,17 @@ class Advance(Protocol):
 
 def error(message: str) -> None:
     """Print the error that ends the command in one line."""
-    _stderr(f"dalle: error: {_one_line(message)}")
+    note(" ".join(f"dalle: error: {message}".split()))
 
 
 def warn(message: str) -> None:
     """Print a warning in one line."""
-    _stderr(f"dalle: warning: {_one_line(message)}")
+    note(" ".join(f"dalle: warning: {message}".split()))
 
 
 def note(message: str) -> None:
-    """Print a message for the user."""
-    _stderr(message)
+    """Print a message, or a preview of an image in characters, for the user: to stderr."""
+    print(message, file=sys.stderr, flush=True)
 
 
 class _LibraryMessages(logging.Handler):
@@ -55,11 +55,6 @@ def show_library_messages() -> None:
         log.propagate = False
 
 
-def preview(text: str) -> None:
-    """Print an image drawn with characters, to stderr."""
-    _stderr(text)
-
-
 def emit(text: str) -> None:
     """Print data to stdout."""
     print(text, flush=True)
@@ -75,7 +70,7 @@ def result(path: Path | str, **metrics: object) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("RANK", "0") != "0":
         return
     if facts := _format(metrics):
-        _stderr(f"{Path(path).name}: {facts}")
+        note(f"{Path(path).name}: {facts}")
     print(path, flush=True)
 
 
@@ -83,21 +78,22 @@ def result(path: Path | str, **metrics: object) -> None:
 def progress(label: str, total: int, done: int = 0, unit: str = "") -> Iterator[Advance]:
     """Show a progress bar on a terminal, elsewhere a line every ten seconds; yields `advance(n, **metrics)`."""
     if not sys.stderr.isatty():
-        lines = _Lines(label, total, done, unit)
+        with _plain_lines(label, total, done, unit) as lines:
 
-        def count(n: int = 1, /, **metrics: object) -> None:
-            lines.tell(None, **metrics)
-            lines.advance(n)
+            def count(n: int = 1, /, **metrics: object) -> None:
+                lines.metrics.update(metrics)
+                lines.advance(n)
 
-        yield count
-        lines.end()
+            yield count
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn(unit))
-    tail = (TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"))
-    with Progress(*columns, *tail, console=Console(stderr=True)) as bar:
+    class RateColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{_number(task.finished_speed or task.speed or 0.0)} {unit}/s".replace(" /", "/"))
+
+    with _bar(unit, RateColumn(), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}")) as bar:
         task = bar.add_task(label, total=total, completed=done, metrics="")
 
         def advance(n: int = 1, /, **metrics: object) -> None:
@@ -106,6 +102,14 @@ def progress(label: str, total: int, done: int = 0, unit: str = "") -> Iterator[
             bar.advance(task, n)
 
         yield advance
+
+
+def _bar(unit: str, *columns: "ProgressColumn") -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    head = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn(unit))
+    return Progress(*head, *columns, console=Console(stderr=True))
 
 
 class Pace(NamedTuple):
@@ -117,7 +121,7 @@ class Pace(NamedTuple):
     share: float | None = None
 
     def __str__(self) -> str:
-        parts = [f"{_thousands(self.rate)} {self.unit}/s"]
+        parts = [f"{_number(self.rate)} {self.unit}/s"]
         if self.share is not None:
             parts.append(f"{self.share:.0%} of the machine's peak")
         if self.memory is not None:
@@ -145,19 +149,16 @@ class Display(Protocol):
 def training(label: str, total: int, done: int = 0) -> Iterator[Display]:
     """Show the progress of a training: a panel on a terminal, elsewhere a line every ten seconds."""
     if not sys.stderr.isatty():
-        lines = _Lines(label, total, done, "updates")
-        yield lines
-        lines.end()
+        with _plain_lines(label, total, done, "updates") as lines:
+            yield lines
         return
-    from rich.console import Console
     from rich.live import Live
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("updates"))
-    bar = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn())
+    bar = _bar("updates", TextColumn("ETA"), TimeRemainingColumn())
     bar.add_task(label, total=total, completed=done)
     panel = _TrainingPanel(bar)
-    with Live(panel, console=Console(stderr=True), refresh_per_second=1 / LIVE_INTERVAL):
+    with Live(panel, console=bar.console, refresh_per_second=1 / LIVE_INTERVAL):
         yield panel
 
 
@@ -190,8 +191,8 @@ class _TrainingPanel:
         return Group(self.bar, *(line for line in lines if line))
 
 
-class _Lines:
-    """One line every ten seconds, and a last one."""
+class _PlainLines:
+    """A line every ten seconds."""
 
     live = False
 
@@ -204,50 +205,39 @@ class _Lines:
     def due(self) -> bool:
         return time.monotonic() - self.last >= INTERVAL
 
-    def tell(self, pace: Pace | None, /, **metrics: object) -> None:
+    def tell(self, pace: Pace, /, **metrics: object) -> None:
         self.pace = pace
         self.metrics.update(metrics)
 
     def advance(self, n: int = 1) -> None:
         self.at += n
         if self.due():
-            self.last = time.monotonic()
-            self._line()
+            self.show()
 
-    def end(self) -> None:
-        if self.at != self.shown and time.monotonic() - self.began > 2:
-            self._line()
-
-    def _line(self) -> None:
-        self.shown = self.at
-        rate = (self.at - self.first) / max(time.monotonic() - self.began, 1e-9)
-        parts = [f"{self.at}/{self.of}", f"{_rate(rate)}/s", str(self.pace or ""), _format(self.metrics)]
-        _stderr(f"{self.label}: {', '.join(part for part in parts if part)}")
+    def show(self) -> None:
+        self.shown, self.last = self.at, time.monotonic()
+        rate = (self.at - self.first) / max(self.last - self.began, 1e-9)
+        parts = [f"{self.at}/{self.of}", f"{_number(rate)}/s", str(self.pace or ""), _format(self.metrics)]
+        note(f"{self.label}: {', '.join(part for part in parts if part)}")
 
 
-def _rate(value: float) -> str:
+@contextmanager
+def _plain_lines(label: str, total: int, done: int, unit: str) -> Iterator[_PlainLines]:
+    """Lines, and a last one if the whole took more than two seconds."""
+    lines = _PlainLines(label, total, done, unit)
+    yield lines
+    if lines.at != lines.shown and time.monotonic() - lines.began > 2:
+        lines.show()
+
+
+def _number(value: float) -> str:
+    """12345 -> 12.3k."""
+    for least, size, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if value >= least:
+            return f"{value / size:.1f}{letter}"
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def _thousands(value: float) -> str:
-    """12345 -> 12.3k."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if value >= size:
-            return f"{value / (1e3 if letter == 'k' else size):.1f}{letter}"
-    return _rate(value)
-
-
 def _format(metrics: dict[str, object]) -> str:
-    return ", ".join(f"{key.replace('_', ' ')} {_show(value)}" for key, value in metrics.items() if value is not None)
-
-
-def _show(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _stderr(text: Any) -> None:
-    print(text, file=sys.stderr, flush=True)
+    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in metrics.items()}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items() if value is not None)

@@ -110,8 +110,7 @@ Dtype = Annotated[str, opt("NAME", "Arithmetic: auto, bfloat16, float16 or float
 OptionalDtype = Annotated[str | None, opt("NAME", "Arithmetic: auto, bfloat16, float16 or float32.")]
 Seed = Annotated[int, opt("N", "Same inputs, same seed, same machine: same bytes.", callback=_check_seed)]
 OptionalSeed = Annotated[
-    int | None,
-    opt("N", "Same inputs, same seed, same machine: same bytes; 0 if left out.", callback=_check_seed),
+    int | None, opt("N", "Same inputs, same seed, same machine: same bytes; 0 if left out.", callback=_check_seed)
 ]
 BatchSize = Annotated[int, opt("N", "Rows at once; does not change the result.", min=1)]
 SampleBatch = Annotated[

@@ -17,7 +17,7 @@ from toy_task import SplitToy, log_of, train_toy
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.errors import DalleError
-from dalle_cli.training.distributed import Group
+from dalle_cli.training.distributed import ProcessGroup
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # sums of two halves are not the sum of the whole, bit for bit
 WORLD = 2
@@ -75,7 +75,7 @@ class Pair:
 
 def group():
     """The group that the two processes are, for what runs in them."""
-    return Group(dist.get_rank(), WORLD)
+    return ProcessGroup(dist.get_rank(), WORLD)
 
 
 def train_here(folder, c, task=SplitToy, crash=None, **more):

@@ -123,3 +123,54 @@ def test_nothing_is_pickled(path):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
             assert node.attr != "save", f"{path}:{node.lineno}"
             assert node.attr != "load" or node in safe, f"{path}:{node.lineno}"
+
+
+def modules_imported(path):
+    """The modules of the package that a file imports anywhere, as paths; an import for type checkers does not count."""
+    tree = ast.parse(path.read_text())
+    typed = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in typed and (node.module or "").startswith("dalle_cli"):
+            for alias in node.names:
+                for name in (f"{node.module}.{alias.name}", node.module):
+                    found = ROOT.parent / (name.replace(".", "/") + ".py")
+                    if found.exists():
+                        yield found
+                        break
+
+
+def test_no_two_files_import_each_other_in_a_circle():
+    graph = {path: set(modules_imported(path)) for path in FILES if path.name != "__init__.py"}
+    done, path_here = set(), []
+
+    def visit(path):
+        assert path not in path_here, " -> ".join(str(p.relative_to(ROOT)) for p in [*path_here, path])
+        if path in done:
+            return
+        path_here.append(path)
+        for other in sorted(graph.get(path, ())):
+            visit(other)
+        path_here.pop()
+        done.add(path)
+
+    for path in graph:
+        visit(path)
+
+
+def test_no_class_name_means_two_things():
+    names = [
+        node.name for path in FILES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
+    ]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "commands").glob("*.py")), ids=lambda path: path.name)
+def test_a_command_is_thin_and_imports_no_other(path):
+    assert not [other for other in modules_imported(path) if other.parent == path.parent]
+    heavy = {"torch", "numpy", "PIL", "matplotlib"}
+    assert not heavy & {name.split(".")[0] for name in imports(path)}

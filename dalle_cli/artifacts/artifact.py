@@ -1,7 +1,6 @@
 """Read artifacts, one file or a folder of shards, by memory map."""
 
-import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dalle_cli.artifacts.container import SHARDS, Header, digest_bytes, digest_file, read_header
-from dalle_cli.artifacts.strings import StringColumn, Strings
+from dalle_cli.artifacts.strings import Part, Strings
 from dalle_cli.errors import DalleError
 
 F = TypeVar("F", str, int, dict[str, Any])
@@ -58,27 +57,11 @@ class ShardedRows:
         return out
 
 
-class ShardedStrings(StringColumn):
-    """A string column over several shards."""
-
-    def __init__(self, parts: list[Strings]):
-        self.parts = parts
-        self.starts = [0, *accumulate(len(p) for p in parts)]
-
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def row(self, i: int) -> str:
-        """The string at `i`, found in its shard."""
-        shard = bisect.bisect_right(self.starts, i) - 1
-        return self.parts[shard][i - self.starts[shard]]
-
-
-def _strings(header: Header, name: str) -> Strings:
+def _strings(header: Header, name: str) -> Part:
     data, offsets = header.map(f"{name}.bytes"), header.map(f"{name}.offsets")
     if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(data) or np.any(offsets[1:] < offsets[:-1]):
         raise DalleError(f"expected a string column, found wrong offsets of {name} in {header.path}; make it again")
-    return Strings(data, offsets)
+    return data, offsets
 
 
 class Artifact:
@@ -126,8 +109,7 @@ class Artifact:
 
     def strings(self, name: str) -> Sequence[str]:
         """A column of strings, each decoded when it is read."""
-        parts = [_strings(header, name) for header in self.headers]
-        return parts[0] if len(parts) == 1 else ShardedStrings(parts)
+        return Strings([_strings(header, name) for header in self.headers])
 
     @cached_property
     def digest(self) -> str:
@@ -169,3 +151,17 @@ def open_artifact(path: Path | str, *kinds: str) -> Artifact:
         wanted = " or ".join(kinds)
         raise DalleError(f"expected {wanted}, found {headers[0].kind}: {path}; give the file that holds {wanted}")
     return Artifact(path, headers)
+
+
+def history(stage: str, options: Mapping[str, Any], **inputs: Artifact | str) -> list[dict[str, Any]]:
+    """The histories of the inputs, each stage once, then this stage with its options and its inputs' SHA-256.
+
+    Give an input that is not an artifact (a data set, a tokenizer) by its digest. A history has no paths and no times:
+    same work, same bytes.
+    """
+    merged: list[dict[str, Any]] = []
+    for source in inputs.values():
+        if isinstance(source, Artifact):
+            merged += [entry for entry in source.history if entry not in merged]
+    digests = {name: source.digest if isinstance(source, Artifact) else source for name, source in inputs.items()}
+    return [*merged, {"stage": stage, "options": dict(options), "inputs": digests}]

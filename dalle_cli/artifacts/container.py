@@ -117,9 +117,8 @@ def _parse_json(path: Path, raw: bytes | str, what: str) -> dict[str, Any]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("repeated key")
+    if len(table := dict(pairs)) < len(pairs):
+        raise ValueError("a key occurs twice")
     return table
 
 
@@ -170,11 +169,8 @@ def _parse_metadata(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     meta = _parse_json(path, text, "metadata")
     kind, version = meta.get("kind"), meta.get("version")
     config, history = meta.get("config", {}), meta.get("history", [])
-    if not isinstance(kind, str):
-        raise _broken(path, "metadata without a kind")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 0:
-        raise _broken(path, "malformed metadata")
-    if not isinstance(config, dict) or not isinstance(history, list) or not all(map(_is_entry, history)):
+    tables = isinstance(config, dict) and isinstance(history, list) and all(map(_is_entry, history))
+    if not (isinstance(kind, str) and type(version) is int and version >= 0 and tables):
         raise _broken(path, "malformed metadata")
     if version > VERSION:
         raise DalleError(f"expected artifact version {VERSION} or older, found {version}: {path}; upgrade dalle-cli")
@@ -274,8 +270,7 @@ def write_artifact(
     flat: dict[str, npt.NDArray[Any]] = {}
     for name, value in tensors.items():
         if isinstance(value, (Strings, list, tuple)):
-            column = Strings.pack(value)
-            flat[f"{name}.bytes"], flat[f"{name}.offsets"] = column.data, column.offsets
+            flat[f"{name}.bytes"], flat[f"{name}.offsets"] = Strings.pack(value).parts[0]
         else:
             flat[name] = value
     flat = {name: np.ascontiguousarray(value) for name, value in flat.items()}

@@ -31,6 +31,6 @@ def run(
 
     editing.check_diff(strength, after)
     arguments = {"before": before, "after": after, "strength": strength, "n": steps}
-    shown = (console.progress, console.preview)
+    shown = (console.progress, console.note)
     target, _ = editing.edit_files("diff", [image], options, arguments, *shown)
     console.result(target, images=steps, strength=strength)

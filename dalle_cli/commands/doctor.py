@@ -57,6 +57,6 @@ def run(
         console.emit(checks.text(findings))
         return
     inputs_of = {"model": found.digest, **examination.digests}
-    facts = {"rows": examination.n, "held_out": examination.held_out, "verdict": checks.worst(findings)}
-    rows = checks.rows(findings)
-    console.emit_json({"stage": "doctor", "kind": found.kind, "inputs": inputs_of, **facts, "findings": rows})
+    facts: dict[str, object] = {"rows": examination.n, "held_out": examination.held_out}
+    facts |= {"verdict": checks.worst(findings), "findings": checks.rows(findings)}
+    console.emit_json({"stage": "doctor", "kind": found.kind, "inputs": inputs_of, **facts})

@@ -51,10 +51,10 @@ def run(
     from dalle_cli import config as recipes
     from dalle_cli import console
     from dalle_cli.pipelines import encoding
-    from dalle_cli.training.distributed import joined
+    from dalle_cli.training.distributed import process_group
 
     table, opened = recipes.read(config, sets), machine.open()
-    with joined(opened.device, WAIT) as group:
+    with process_group(opened.device, WAIT) as group:
         made = encoding.encode_images(
             dataset, model, out, table, machine=opened, crops=encoding.Crops(augment, repeats, seed),
             shard_size=shard_size, batch_size=batch_size, workers=workers, force=force, group=group,

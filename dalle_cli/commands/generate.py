@@ -68,7 +68,7 @@ def run(
     shown, labels, scores = [b.image for b in best], [b.candidate.text for b in best], [b.score for b in best]
     output.write_grid(target, shown, labels, scores, columns=grid.columns, force=force)
     if os.isatty(2) if grid.terminal is None else grid.terminal:
-        console.preview(output.terminal_preview(shown, grid.columns))
+        console.note(output.terminal_preview(shown, grid.columns))
     if model is None:
         card = pipeline.path / "README.md"
         console.note(f"sampled from {pipeline.path.name}, the model that comes with the package; what it knows: {card}")

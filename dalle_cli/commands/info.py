@@ -15,8 +15,7 @@ EXAMPLE = "dalle info prior.safetensors --history"
 
 def run(
     path: Annotated[
-        Path,
-        typer.Argument(metavar="ARTIFACT", help="A file, a folder of shards, or a bundle: folder or name."),
+        Path, typer.Argument(metavar="ARTIFACT", help="A file, a folder of shards, or a bundle: folder or name.")
     ],
     as_json: Json = False,
     history: Annotated[bool, typer.Option("--history", help="Only the stages that led here, oldest first.")] = False,

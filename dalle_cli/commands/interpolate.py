@@ -26,6 +26,6 @@ def run(
     from dalle_cli.pipelines import editing
 
     editing.check_noise(noise)
-    shown = (console.progress, console.preview)
+    shown = (console.progress, console.note)
     target, _ = editing.edit_files("interpolate", [a, b], options, {"n": steps, "noise": noise}, *shown)
     console.result(target, between=steps, noise=noise)

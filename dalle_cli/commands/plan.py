@@ -51,7 +51,7 @@ def run(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate whether a recipe's models fit on a device, and how long their training takes."""
+    """Estimate whether a recipe's models fit on a machine, and how long training takes."""
     from dataclasses import asdict
 
     from dalle_cli import config, console

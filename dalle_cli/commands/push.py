@@ -16,8 +16,7 @@ def run(
         str | None, typer.Option(metavar="ID", help="License for the model card, such as mit; by default the card's.")
     ] = None,
     force: Annotated[
-        bool,
-        typer.Option("--force", help="Skip files that belong to no bundle; delete the repository's other files."),
+        bool, typer.Option("--force", help="Skip files that belong to no bundle; delete the repository's other files.")
     ] = False,
 ) -> None:
     """Upload a bundle to a hub, with a model card."""

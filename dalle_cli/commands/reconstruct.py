@@ -23,7 +23,7 @@ def run(image: ImageArg, components: Components = None, options: EditOptions = E
 
     counts = editing.parse_components(components)
     editing.find_embedding_prior(options.model)
-    shown = (console.progress, console.preview)
+    shown = (console.progress, console.note)
     target, edited = editing.edit_files("reconstruct", [image], options, {"components": counts}, *shown)
     counts_text = ",".join(map(str, edited.history[-1]["options"]["components"]))
     console.result(target, components=counts_text)

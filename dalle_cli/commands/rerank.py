@@ -23,7 +23,7 @@ Codes = Annotated[
     Path | None,
     typer.Option(
         metavar="CODES",
-        help="With --by prior or contrast: the codes that the images were decoded from. Exclude it images are encoded "
+        help="With --by prior or contrast: the codes that the images were decoded from. Without it images are encoded "
         "again, which seldom gives back the codes that were sampled.",
     ),
 ]

@@ -36,5 +36,5 @@ def run(
     scores = [float(s) for s in rows.array("score")[:n]] if "score" in rows else None
     output.write_grid(target, pixels, texts, scores, columns=columns, title=title, force=force)
     if terminal:
-        console.preview(output.terminal_preview(pixels, columns))
+        console.note(output.terminal_preview(pixels, columns))
     console.result(target, images=n, of=len(rows) if n < len(rows) else None)

@@ -22,6 +22,6 @@ def run(image: ImageArg, n: Number = 8, eta: Eta = 1.0, options: EditOptions = E
     from dalle_cli import console
     from dalle_cli.pipelines import editing
 
-    shown = (console.progress, console.preview)
+    shown = (console.progress, console.note)
     target, _ = editing.edit_files("vary", [image], options, {"n": n}, *shown, eta=eta)
     console.result(target, variations=n)

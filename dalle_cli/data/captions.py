@@ -1,5 +1,8 @@
 """Captions as data sets hold them -> clean text."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from dalle_cli.data.skips import BadSample
 
 MAX_BYTES = 1 << 20  # 10,000 words are 60 kB
@@ -36,7 +39,7 @@ def clean(text: str) -> str:
 
 def from_text(data: bytes, all_lines: bool) -> tuple[str, ...]:
     """The first line of a .txt file that is not empty, or every such line as an alternative caption."""
-    lines = tuple(line for line in map(clean, decode(data).splitlines()) if line)
+    lines = tuple(filter(None, map(clean, decode(data).splitlines())))
     return lines if all_lines else lines[:1]
 
 
@@ -46,11 +49,7 @@ def from_value(value: object) -> tuple[str, ...]:
     Raises:
         BadSample: anything else.
     """
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    texts = []
-    for text in values:
-        if isinstance(text, str):
-            texts.append(clean(text))
-        elif text is not None:
-            raise BadSample("caption is not text")
-    return tuple(text for text in texts if text)
+    values: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(text, str | None) for text in values):
+        raise BadSample("caption is not text")
+    return tuple(filter(None, (clean(str(text)) for text in values if text)))

@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
 
-from dalle_cli.data import files, folder, images, manifest, webdataset
+from dalle_cli.data import captions, files, images, manifest, webdataset
+from dalle_cli.data.files import File
 from dalle_cli.data.filters import Filters
-from dalle_cli.data.samples import IndexOptions, Sample, unique
+from dalle_cli.data.samples import IndexOptions, Sample, id_of, is_image, unique
 from dalle_cli.data.skips import BadSample, SkipLog
 from dalle_cli.errors import DalleError
 
@@ -103,8 +105,36 @@ def _index(source: str, options: IndexOptions) -> list[Sample]:
 
 
 def _index_folder(source: str, options: IndexOptions) -> list[Sample]:
+    """The images among the files of a folder, else its tars; the caption of a.png is in a.txt."""
     found = files.listing(source, options.skipped.add)
+    found_images = [f for f in found if is_image(f.name)]
     tars = [f.path for f in found if f.name.lower().endswith(".tar")]
-    if any(f.name.lower().endswith(images.SUFFIXES) for f in found):
-        return folder.index(source, found, options)
-    return webdataset.index(tars, options) if tars else []
+    if tars and not found_images:
+        return webdataset.index(tars, options)
+    if not options.need_captions or not found_images:
+        return [Sample(id_of(f.name), f.path, 0, f.size, ()) for f in found_images]
+    texts = {os.path.splitext(f.name)[0]: f for f in found if f.name.lower().endswith(".txt")}
+    if not texts:
+        manifests = [f.name for f in found if f.name.lower().endswith(manifest.SUFFIXES)]
+        remedy = f"give the manifest {manifests[0]} instead" if manifests else "write the caption of a.png to a.txt"
+        raise DalleError(
+            f"expected captions in .txt files beside the images of {source}, "
+            f"found {len(found_images):,} images and no .txt; {remedy}"
+        )
+    with ThreadPoolExecutor(files.readers(source)) as pool:
+        results = pool.map(
+            lambda image: _beside(image, texts.get(os.path.splitext(image.name)[0]), options), found_images
+        )
+        return [sample for sample in results if sample]
+
+
+def _beside(image: File, text: File | None, options: IndexOptions) -> Sample | None:
+    sample_id = id_of(image.name)
+    try:
+        data = files.read(text.path, 0, captions.MAX_BYTES + 1) if text else b""
+        return Sample(sample_id, image.path, 0, image.size, options.text(data))
+    except BadSample as reason:
+        options.skipped.add(sample_id, str(reason))
+    except OSError as error:
+        options.skipped.add(sample_id, f"unreadable caption: {error.strerror or error}")
+    return None

@@ -26,21 +26,17 @@ def read_ids(path: Path) -> frozenset[str]:
         if path.suffix.lower() == ".json":
             value = json.loads(text)
             ids = value.get("ids") if isinstance(value, dict) else value
-            if not isinstance(ids, list):
-                raise ValueError("something else")
         else:
             lines = (line.strip() for line in text.splitlines())
             lines = (line for line in lines if line and not line.startswith("#"))
             ids = [json.loads(line) if line.startswith('"') else line for line in lines]
-        if not all(isinstance(name, str) for name in ids):
-            raise ValueError("ids that are not text")
-        return frozenset(ids)
+        if isinstance(ids, list) and all(isinstance(name, str) for name in ids):
+            return frozenset(ids)
+        found = "something else"
     except OSError as error:
         found = str(error.strerror)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         found = "what is not UTF-8 or not JSON"
-    except ValueError as error:
-        found = str(error)
     raise DalleError(f"expected a list of ids, found {found}: {path}; give a list that `overlap` wrote")
 
 

@@ -1,6 +1,5 @@
 """Local files and files at URLs by the same functions; fsspec is imported only for a path with "://"."""
 
-import importlib
 import os
 import posixpath
 from collections.abc import Callable
@@ -22,25 +21,17 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def _remote(path: str) -> tuple[Any, str]:
-    try:
-        fsspec = importlib.import_module("fsspec")
-    except ImportError:
-        raise DalleError(
-            f"expected fsspec to read {path}, found it is not installed; run pip install 'dalle-cli[remote]'"
-        ) from None
+def _remote(path: str, call: Callable[[Any, str], Any]) -> Any:
+    """`call(file system, path in it)`; whatever a driver raises becomes an OSError, as for a local file."""
+    import fsspec
+
     try:
         fs, inner = fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DalleError(f"expected a URL that fsspec can open, found {path} ({reason}); install its driver") from None
-    return fs, inner
-
-
-def _tried(path: str, call: Callable[[], Any]) -> Any:
-    """Call a remote driver, which may raise any error of its library, and raise an OSError as for a local file."""
     try:
-        return call()
+        return call(fs, inner)
     except OSError:
         raise
     except Exception as error:
@@ -50,10 +41,7 @@ def _tried(path: str, call: Callable[[], Any]) -> Any:
 def kind(path: str) -> str:
     """ "file", "folder", or "" if there is neither."""
     if is_remote(path):
-        fs, inner = _remote(path)
-        if _tried(path, lambda: fs.isfile(inner)):
-            return "file"
-        return "folder" if _tried(path, lambda: fs.isdir(inner)) else ""
+        return str(_remote(path, lambda fs, p: "file" if fs.isfile(p) else "folder" if fs.isdir(p) else ""))
     return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else ""
 
 
@@ -65,17 +53,16 @@ def size(path: str) -> int:
     """
     if not is_remote(path):
         return os.stat(path).st_size
-    fs, inner = _remote(path)
-    value = _tried(path, lambda: fs.info(inner)).get("size")
-    return -1 if value is None else int(value)
+    return _size(_remote(path, lambda fs, p: fs.info(p)))
+
+
+def _size(info: dict[str, Any]) -> int:
+    return -1 if info.get("size") is None else int(info["size"])
 
 
 def open_binary(path: str) -> BinaryIO:
     """Open a seekable file for reading."""
-    if is_remote(path):
-        fs, inner = _remote(path)
-        return cast(BinaryIO, _tried(path, lambda: fs.open(inner, "rb")))
-    return open(path, "rb")
+    return cast(BinaryIO, _remote(path, lambda fs, p: fs.open(p, "rb")) if is_remote(path) else open(path, "rb"))
 
 
 def read(path: str, start: int = 0, length: int = -1) -> bytes:
@@ -84,9 +71,8 @@ def read(path: str, start: int = 0, length: int = -1) -> bytes:
     Each read opens the file: that costs 10 us, and threads share no handles.
     """
     if is_remote(path):
-        fs, inner = _remote(path)
         end = None if length < 0 else start + length
-        return cast(bytes, _tried(path, lambda: fs.cat_file(inner, start=start, end=end)))
+        return cast(bytes, _remote(path, lambda fs, p: fs.cat_file(p, start=start, end=end)))
     with open(path, "rb", buffering=0) as file:
         if start:
             file.seek(start)
@@ -120,13 +106,11 @@ def listing(folder: str, failed: Callable[[str, str], None]) -> list[File]:
 
 
 def _remote_listing(folder: str) -> list[File]:
-    fs, inner = _remote(folder)
-    infos = _tried(folder, lambda: fs.find(inner, detail=True))
-    files = []
-    for path, info in infos.items():
-        name = posixpath.relpath(path, inner)
-        files.append(File(name, fs.unstrip_protocol(path), -1 if info.get("size") is None else int(info["size"])))
-    return files
+    def find(fs: Any, top: str) -> list[File]:
+        infos = fs.find(top, detail=True).items()
+        return [File(posixpath.relpath(path, top), fs.unstrip_protocol(path), _size(info)) for path, info in infos]
+
+    return cast(list[File], _remote(folder, find))
 
 
 def _local_listing(folder: str, failed: Callable[[str, str], None]) -> list[File]:

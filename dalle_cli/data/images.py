@@ -30,16 +30,12 @@ _NO_ALPHA = ("RGB", "L", "1", "P", "CMYK", "YCbCr", "RGBX")
 _ORIENTATION = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
-def _decoder(data: bytes) -> Callable[[io.BytesIO], Image.Image]:
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImagePlugin.PngImageFile
-    if data.startswith(b"\xff\xd8\xff"):
-        return JpegImagePlugin.jpeg_factory
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return WebPImagePlugin.WebPImageFile
-    if data.startswith(b"BM"):
-        return BmpImagePlugin.BmpImageFile
-    raise BadSample("unreadable: neither PNG, JPEG, WebP nor BMP" if data else "unreadable: zero bytes")
+_DECODERS: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {  # by a file's first bytes
+    b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
+    b"\xff\xd8\xff": JpegImagePlugin.jpeg_factory,
+    b"RIFF": WebPImagePlugin.WebPImageFile,
+    b"BM": BmpImagePlugin.BmpImageFile,
+}
 
 
 def decode(data: bytes, filters: Filters) -> Image.Image:
@@ -48,7 +44,9 @@ def decode(data: bytes, filters: Filters) -> Image.Image:
     Raises:
         BadSample: not an image, broken, truncated, oversized, or filtered by its aspect ratio.
     """
-    decoder = _decoder(data)
+    decoder = next((decoder for magic, decoder in _DECODERS.items() if data.startswith(magic)), None)
+    if decoder is None:
+        raise BadSample("unreadable: neither PNG, JPEG, WebP nor BMP" if data else "unreadable: zero bytes")
     try:
         image = decoder(io.BytesIO(data))
         filters.size(*image.size)
@@ -94,8 +92,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _NO_ALPHA and "transparency" not in image.info:
         return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
-    white = Image.new("RGB", image.size, (255, 255, 255))
-    white.paste(image, mask=image.getchannel("A"))
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
     return white
 
 

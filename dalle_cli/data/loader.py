@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -30,7 +31,7 @@ _Position = tuple[int, int, int]
 T = TypeVar("T")
 
 
-class Pictures(Protocol):
+class ImageSource(Protocol):
     """What a loader needs of a data set."""
 
     ids: Sequence[str]
@@ -72,7 +73,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Pictures,
+        dataset: ImageSource,
         size: int,
         augment: Augment,
         batch_size: int,
@@ -132,7 +133,7 @@ class Loader:
 
 
 def sequential(
-    dataset: Pictures,
+    dataset: ImageSource,
     size: int,
     rows: Sequence[int],
     batch_size: int,
@@ -164,7 +165,7 @@ def sequential(
         made.close()
 
 
-def _read(dataset: Pictures, row: int) -> Image.Image | None:
+def _read(dataset: ImageSource, row: int) -> Image.Image | None:
     try:
         return dataset.read(row)
     except BadSample as reason:
@@ -175,38 +176,33 @@ def _read(dataset: Pictures, row: int) -> Image.Image | None:
 def _made(
     lots: Iterable[Sequence[T]], load: Callable[[T], tuple[int, Pixels] | None], size: int, workers: int
 ) -> Generator[tuple[Pixels, NDArray[np.int64]]]:
-    """For each lot the images (B, 3, S, S) and rows (B,), -1 where `load` gave none; in order, some lots ahead."""
-    if workers < 1:
-        for lot in lots:
-            images, rows = _empty(len(lot), size)
-            _fill(images, rows, lot, load, None)
-            yield images, rows
-        return
+    """For each lot the images (B, 3, S, S) and rows (B,), -1 where `load` gave none; in order, some lots ahead.
+
+    Without workers the calling thread loads one lot at a time.
+    """
     stop = threading.Event()
     pending: deque[tuple[Pixels, NDArray[np.int64], list[Future[None]]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="dalle-data")
+    pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="dalle-data")  # starts a thread when it has a task
     try:
         source = iter(lots)
         while True:
-            for lot in itertools.islice(source, READ_AHEAD + 1 - len(pending)):
-                images, rows = _empty(len(lot), size)
-                part = -(-len(lot) // workers)  # one task per worker: a task per small image would cost as much
+            for lot in itertools.islice(source, (READ_AHEAD if workers else 0) + 1 - len(pending)):
+                images, rows = np.zeros((len(lot), 3, size, size), np.uint8), np.full(len(lot), -1, np.int64)
+                part = -(-len(lot) // max(workers, 1))  # one task per worker: one per small image would cost as much
                 cuts = [slice(i, i + part) for i in range(0, len(lot), part)]
-                tasks = [pool.submit(_fill, images[c], rows[c], lot[c], load, stop) for c in cuts]
-                pending.append((images, rows, tasks))
+                work = [partial(_fill, images[c], rows[c], lot[c], load, stop) for c in cuts]
+                pending.append((images, rows, [pool.submit(task) for task in work] if workers else []))
+                for task in () if workers else work:
+                    task()
             if not pending:
                 return
-            images, rows, tasks = pending.popleft()
-            for task in tasks:
-                task.result()
+            images, rows, futures = pending.popleft()
+            for future in futures:
+                future.result()
             yield images, rows
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _empty(n: int, size: int) -> tuple[Pixels, NDArray[np.int64]]:
-    return np.zeros((n, 3, size, size), np.uint8), np.full(n, -1, np.int64)
 
 
 def _fill(
@@ -214,10 +210,10 @@ def _fill(
     rows: NDArray[np.int64],
     lot: Sequence[T],
     load: Callable[[T], tuple[int, Pixels] | None],
-    stop: threading.Event | None,
+    stop: threading.Event,
 ) -> None:
     for j, item in enumerate(lot):
-        if stop is not None and stop.is_set():
+        if stop.is_set():
             return
         if (loaded := load(item)) is not None:
             rows[j] = loaded[0]

@@ -4,8 +4,8 @@ Several rows of one image, as in COCO, are one sample with several captions.
 """
 
 import csv
-import importlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -56,8 +56,8 @@ def _id(row: Row, image: object) -> str:
 
 def _sample(sample_id: str, path: str, texts: list[str], options: IndexOptions) -> Sample | None:
     try:
-        kept = options.filters.captions(tuple(texts)) if options.need_captions else ()
-        return Sample(sample_id, path, 0, files.size(path), kept)
+        passed = options.filters.captions(tuple(texts)) if options.need_captions else ()
+        return Sample(sample_id, path, 0, files.size(path), passed)
     except BadSample as reason:
         options.skipped.add(sample_id, str(reason))
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def _rows(source: str, options: IndexOptions) -> Iterator[tuple[str, Row]]:
             elif suffix == ".parquet":
                 yield from _parquet_rows(file, source)
             else:
-                yield from _csv_rows(file, source, "excel-tab" if suffix == ".tsv" else "excel", options)
+                yield from _csv_rows(file, source, options)
     except OSError as error:
         raise DalleError(f"expected to read {source}, found {error.strerror or error}; check the file") from None
 
@@ -99,10 +99,11 @@ def _json_rows(file: BinaryIO, options: IndexOptions) -> Iterator[tuple[str, Row
             options.skipped.add(f"line {number}", "malformed row")
 
 
-def _csv_rows(file: BinaryIO, source: str, dialect: str, options: IndexOptions) -> Iterator[tuple[str, Row]]:
+def _csv_rows(file: BinaryIO, source: str, options: IndexOptions) -> Iterator[tuple[str, Row]]:
     # Bytes that are not UTF-8 become lone surrogates, which captions.clean refuses: one bad row costs one row.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader((line.replace("\0", "") for line in text), dialect)
+    lines = (line.replace("\0", "") for line in text)
+    reader = csv.reader(lines, "excel-tab" if source.lower().endswith(".tsv") else "excel")
     header: list[str] | None = None
     while True:
         try:
@@ -121,7 +122,7 @@ def _csv_rows(file: BinaryIO, source: str, dialect: str, options: IndexOptions) 
 
 def _parquet_rows(file: BinaryIO, source: str) -> Iterator[tuple[str, Row]]:
     try:
-        parquet = importlib.import_module("pyarrow.parquet")
+        import pyarrow.parquet as parquet
     except ImportError:
         raise DalleError(
             f"expected pyarrow to read {source}, found it is not installed; run pip install 'dalle-cli[parquet]'"
@@ -130,11 +131,9 @@ def _parquet_rows(file: BinaryIO, source: str) -> Iterator[tuple[str, Row]]:
         table = parquet.ParquetFile(file)
         columns = [name for name in table.schema_arrow.names if name.lower() in ("id", *IMAGE_NAMES, *NAMES)]
         _check_columns(source, [name.lower() for name in table.schema_arrow.names])
-        number = 0
-        for batch in table.iter_batches(columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"row {number}", {key.lower(): value for key, value in row.items()}
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(columns=columns))
+        for number, row in enumerate(rows, 1):
+            yield f"row {number}", {key.lower(): value for key, value in row.items()}
     except (ValueError, KeyError) as error:  # pyarrow.ArrowInvalid is a ValueError
         reason = " ".join(str(error).split())
         raise DalleError(f"expected a parquet file at {source}, found {reason}; write it again") from None

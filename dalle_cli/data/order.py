@@ -1,4 +1,7 @@
-"""The order of training samples: one permutation per epoch, every batch a function of its number."""
+"""Which samples are held out, and the order of the others: one permutation per epoch."""
+
+import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,3 +40,15 @@ class Order:
             here = epochs == epoch
             places[here] = self.permutation(int(epoch))[at[here] % self.n]
         return epochs, places
+
+
+def held_out(name: str, share: float) -> bool:
+    """Whether the sample with this id belongs to the held-out `share` in [0, 1]: a hash of the id decides."""
+    digest = hashlib.sha256(name.encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def split(ids: Sequence[str], share: float) -> tuple[Ints, Ints]:
+    """Rows for training and for validation, each in order: (n_train,), (n_validation,) int64."""
+    out = np.array([held_out(name, share) for name in ids], dtype=bool)
+    return np.flatnonzero(~out), np.flatnonzero(out)

@@ -53,10 +53,8 @@ class SkipLog:
 
     def write(self, path: Path) -> None:
         """Write one JSON object per line, {"id", "reason"}, atomically; no file if nothing was skipped."""
-        lines = [
-            json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n" for name, reason in self.entries()
-        ]
-        if lines:
-            write_text(path, "".join(lines))
+        rows = [{"id": name, "reason": reason} for name, reason in self.entries()]
+        if rows:
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         else:
             path.unlink(missing_ok=True)

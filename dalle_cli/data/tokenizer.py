@@ -150,7 +150,7 @@ class Tokenizer:
         if not 0 <= p <= 1:
             raise DalleError(f"expected a BPE dropout from 0 to 1, found {p}; correct it")
         byte, ranks, made = self._tables
-        drops = _Drops(p, rng)
+        drops = _Drops(_gaps(p, rng))
         tokens: list[int] = []
         for word in self._words(text):
             for i in range(0, len(word), _LONGEST):
@@ -181,30 +181,27 @@ class Tokenizer:
         return vocab, ranks, [vocab[a + b] for a, b in pairs]
 
 
+def _gaps(p: float, rng: np.random.Generator) -> Iterator[int]:
+    """How many trials lie from one event of probability p to the next: most words need no random number."""
+    while p:
+        yield from rng.geometric(p, 64).tolist()
+    yield sys.maxsize
+
+
 class _Drops:
-    """Independent events of probability p, sampled as the gaps between them: most words need no random number."""
+    """Independent events, given by the gaps between them."""
 
-    def __init__(self, p: float, rng: np.random.Generator) -> None:
-        self._p, self._rng = p, rng
-        self._gaps: Iterator[int] = iter(())
-        self.left = self._gap()  # trials up to and including the next event
-
-    def _gap(self) -> int:
-        if self._p == 0:
-            return sys.maxsize
-        if (gap := next(self._gaps, None)) is None:
-            self._gaps = iter(self._rng.geometric(self._p, 64).tolist())
-            gap = next(self._gaps)
-        return gap
+    def __init__(self, gaps: Iterator[int]) -> None:
+        self.gaps = gaps
+        self.left = next(gaps)  # trials up to and including the next event
 
     def among(self, n: int) -> list[int]:
         """Make n trials: -> the numbers, from 0, of those that are events."""
-        events, done = [], 0
-        while self.left <= n - done:
-            done += self.left
-            events.append(done - 1)
-            self.left = self._gap()
-        self.left -= n - done
+        events = []
+        while self.left <= n:
+            events.append(self.left - 1)
+            self.left += next(self.gaps)
+        self.left -= n
         return events
 
 

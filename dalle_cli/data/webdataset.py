@@ -66,8 +66,7 @@ def _stem(path: str) -> str:
 
 def _index_tar(path: str, options: IndexOptions) -> list[Sample]:
     images: list[Sample] = []
-    texts: dict[str, bytes] = {}
-    records: dict[str, bytes] = {}
+    texts: dict[tuple[str, str], bytes] = {}  # by key and suffix
     try:
         with files.open_binary(path) as file:
             for member in _members(file, path, options):
@@ -78,15 +77,14 @@ def _index_tar(path: str, options: IndexOptions) -> list[Sample]:
                     images.append(Sample(key, path, member.offset_data, member.size, ()))
                 elif options.need_captions and suffix in ("txt", "json"):
                     file.seek(member.offset_data)
-                    target = texts if suffix == "txt" else records
-                    target.setdefault(key, file.read(min(member.size, captions.MAX_BYTES + 1)))
+                    texts.setdefault((key, suffix), file.read(min(member.size, captions.MAX_BYTES + 1)))
     except FileNotFoundError:
         raise DalleError(f"expected a tar at {path}, found no such file; check the path or the braces") from None
     except OSError as error:
         raise DalleError(f"expected to read {path}, found {error.strerror or error}; check the file") from None
     if not options.need_captions:
         return images
-    return [sample for image in images if (sample := _captioned(image, texts, records, options))]
+    return [sample for image in images if (sample := _captioned(image, texts, options))]
 
 
 def _members(file: BinaryIO, path: str, options: IndexOptions) -> Iterator[tarfile.TarInfo]:
@@ -114,14 +112,12 @@ def _members(file: BinaryIO, path: str, options: IndexOptions) -> Iterator[tarfi
         options.skipped.add(_stem(path) + ".tar", f"truncated tar: {error}")
 
 
-def _captioned(
-    image: Sample, texts: dict[str, bytes], records: dict[str, bytes], options: IndexOptions
-) -> Sample | None:
+def _captioned(image: Sample, texts: dict[tuple[str, str], bytes], options: IndexOptions) -> Sample | None:
     """Add the captions of the .txt, if there is one, else `caption` (or text, title) of the .json."""
     try:
-        if image.id in texts:
-            return image._replace(captions=options.text(texts[image.id]))
-        return image._replace(captions=options.value(_from_json(records.get(image.id))))
+        if (text := texts.get((image.id, "txt"))) is not None:
+            return image._replace(captions=options.text(text))
+        return image._replace(captions=options.value(_from_json(texts.get((image.id, "json")))))
     except BadSample as reason:
         options.skipped.add(image.id, str(reason))
         return None

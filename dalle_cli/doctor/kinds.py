@@ -11,12 +11,11 @@ from torch import Tensor
 from dalle_cli import config
 from dalle_cli.artifacts import Artifact, open_artifact
 from dalle_cli.data import tokenizer
-from dalle_cli.data.conditions import Conditions
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.data.exclude import read_exclude_list
 from dalle_cli.data.filters import Filters
-from dalle_cli.data.pairs import Pairs
-from dalle_cli.data.split import split
+from dalle_cli.data.order import split
+from dalle_cli.data.pairs import Conditions, Pairs
 from dalle_cli.doctor.examination import Examination, Metrics, Request
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles

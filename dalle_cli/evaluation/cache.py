@@ -20,7 +20,8 @@ from dalle_cli.artifacts import Artifact, ShardWriter, digest_bytes, history, op
 from dalle_cli.data.loader import sequential
 from dalle_cli.devices import Arithmetic
 from dalle_cli.evaluation.blur import gaussian_blur
-from dalle_cli.evaluation.features import ClipFeatures, FeatureBatch, Features
+from dalle_cli.evaluation.feature_batch import FeatureBatch, Features
+from dalle_cli.evaluation.features import ClipFeatures
 from dalle_cli.evaluation.image_sets import ImageSet
 from dalle_cli.models.pixels import from_uint8
 from dalle_cli.paths import skip_list

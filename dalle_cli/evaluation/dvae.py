@@ -10,8 +10,8 @@ import torch
 from dalle_cli import console
 from dalle_cli.artifacts import Artifact
 from dalle_cli.data.exclude import read_exclude_list
-from dalle_cli.data.loader import Pictures, sequential
-from dalle_cli.data.split import held_out
+from dalle_cli.data.loader import ImageSource, sequential
+from dalle_cli.data.order import held_out
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.features import check_enough, load_features
@@ -27,7 +27,7 @@ WORST = 16  # images on the grid of reconstructions
 
 
 def evaluate_dvae(
-    weights: Artifact, images: Pictures, digest: str, out: Path, options: EvaluateOptions, machine: Arithmetic,
+    weights: Artifact, images: ImageSource, digest: str, out: Path, options: EvaluateOptions, machine: Arithmetic,
     force: bool = False,
 ) -> dict[str, object]:  # fmt: skip
     """How well a dVAE reconstructs center-cropped images, and what its codes cost.

@@ -52,8 +52,8 @@ def overlap(
         image = found.grid()
         replace_file(grid, lambda part: image.save(part, format="PNG"))
     ids, n = found.ids(of), len(new if of == "test" else seen)
-    table = {"format": FORMAT, "features": matcher.name, "train": seen_digest, "test": new_digest, "of": of}
-    table |= {"threshold": found.threshold, "ids": ids, "pairs": found.listed()}
+    table: dict[str, Any] = {"format": FORMAT, "features": matcher.name, "train": seen_digest, "test": new_digest}
+    table |= {"of": of, "threshold": found.threshold, "ids": ids, "pairs": found.listed()}
     write_text(out.with_suffix(".json"), json.dumps(table, ensure_ascii=False, indent=1) + "\n")
     head = f"{HEAD}{len(ids)} of {n} images of {of.upper()}, by {matcher.name} from {found.threshold:g} on"
     write_text(out, "".join(f"{line}\n" for line in (head, *map(format_id, ids))))

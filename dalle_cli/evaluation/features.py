@@ -5,10 +5,9 @@ Shapes: B batch, S side in pixels, D features, K classes; pixels are in [0, 1].
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from dalle_cli.artifacts import Artifact, digest_file, open_artifact
 from dalle_cli.artifacts.container import read_header
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
+from dalle_cli.evaluation.feature_batch import FeatureBatch, Features, Floats
 from dalle_cli.hub import bundles
 from dalle_cli.models.inception import WIDTHS, InceptionV3
 from dalle_cli.pipelines.clip import ClipScorer
@@ -23,33 +23,6 @@ from dalle_cli.pipelines.clip import ClipScorer
 # SHA-256 of pt_inception-2015-12-05-6726825d.pth, the network of published FID, KID and Inception scores.
 PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 CHECKPOINTS = (".pth", ".pt")
-
-Floats = npt.NDArray[np.float32]
-
-
-class FeatureBatch(NamedTuple):
-    """Features (B, D) of images, and class logits (B, K) if the network has classes."""
-
-    features: Floats
-    logits: Floats | None
-
-    @classmethod
-    def empty(cls, network: "Features") -> "FeatureBatch":
-        """The features of no images."""
-        return cls(np.zeros((0, network.width), np.float32), np.zeros((0, network.classes), np.float32))
-
-
-class Features(Protocol):
-    """A network that computes features. Metrics carry its `name`, which holds no path."""
-
-    name: str
-    digest: str  # of its file
-    width: int  # D
-    classes: int  # K; 0 without classes
-
-    def __call__(self, images: Tensor) -> FeatureBatch:
-        """(B, 3, S, S) in [0, 1] -> features."""
-        ...
 
 
 def check_enough(features: Features, **counts: int) -> None:

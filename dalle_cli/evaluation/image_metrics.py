@@ -17,7 +17,8 @@ from dalle_cli.artifacts import Artifact
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation import bootstrap, classes, kernel, manifold, retrieval
 from dalle_cli.evaluation.cache import FeaturePass, caption_embeddings, collect
-from dalle_cli.evaluation.features import ClipFeatures, Features, check_at_least, check_enough, title
+from dalle_cli.evaluation.feature_batch import Features
+from dalle_cli.evaluation.features import ClipFeatures, check_at_least, check_enough, title
 from dalle_cli.evaluation.frechet import Moments, between
 from dalle_cli.evaluation.image_sets import GENERATED, REFERENCE, ImageSet
 from dalle_cli.evaluation.options import SCORES, EvaluateOptions

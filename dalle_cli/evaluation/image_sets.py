@@ -17,7 +17,7 @@ from PIL import Image
 from dalle_cli.artifacts import Artifact, open_artifact
 from dalle_cli.artifacts.container import SHARDS
 from dalle_cli.data.datasets import open_dataset
-from dalle_cli.data.loader import Pictures
+from dalle_cli.data.loader import ImageSource
 from dalle_cli.data.skips import BadSample, SkipLog
 from dalle_cli.errors import DalleError
 
@@ -49,7 +49,7 @@ class ImageSet:
     """The images of one set, the rows that are used, and the captions of each image by id."""
 
     name: str
-    images: Pictures
+    images: ImageSource
     rows: npt.NDArray[np.int64]
     captions: Mapping[str, tuple[str, ...]]
     source: Artifact | str  # or the digest of a data set
@@ -83,7 +83,7 @@ def open_image_set(name: str, source: str, limit: int | None = None) -> ImageSet
     return ImageSet(name, images, spread(len(images), limit), captions, digest)
 
 
-def first_side(images: Pictures, rows: Sequence[int], name: str) -> int:
+def first_side(images: ImageSource, rows: Sequence[int], name: str) -> int:
     """The shorter side of the first image that can be read, in pixels. Raises: DalleError if none can."""
     for row in rows:
         with suppress(BadSample):
@@ -91,7 +91,7 @@ def first_side(images: Pictures, rows: Sequence[int], name: str) -> int:
     raise DalleError(f"expected {name} images, found none of {len(rows):,} that can be read; check them")
 
 
-def open_images(source: str) -> tuple[Pictures, str]:
+def open_images(source: str) -> tuple[ImageSource, str]:
     """The images of a data set or of an `images` artifact, and its digest.
 
     Raises:

@@ -9,7 +9,8 @@ from dalle_cli.data.exclude import read_exclude_list
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.cache import FeaturePass
-from dalle_cli.evaluation.features import ClipFeatures, Features, load_features, title
+from dalle_cli.evaluation.feature_batch import Features
+from dalle_cli.evaluation.features import ClipFeatures, load_features, title
 from dalle_cli.evaluation.image_metrics import Comparison, score
 from dalle_cli.evaluation.image_sets import GENERATED, REFERENCE, open_image_set
 from dalle_cli.evaluation.options import EvaluateOptions

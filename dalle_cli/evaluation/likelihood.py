@@ -87,8 +87,8 @@ class Unigram:
     @classmethod
     def empty(cls, prior: Prior, own: bool = False) -> "Unigram":
         """Nothing counted yet."""
-        sizes = (prior.config.n_image_vocab, prior.config.n_text_vocab)
-        return cls(*(torch.zeros(size, dtype=torch.int64) for size in sizes), own)
+        image, text = torch.zeros(prior.config.n_image_vocab).long(), torch.zeros(prior.config.n_text_vocab).long()
+        return cls(image, text, own)
 
     def add(self, tokens: Tensor, lengths: Tensor, codes: Tensor) -> None:
         """Count B more pairs: (B, T), (B,), (B, H, W) int64."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from dalle_cli.artifacts import digest_file
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation.features import FeatureBatch, Floats
+from dalle_cli.evaluation.feature_batch import FeatureBatch, Floats
 
 DTYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64, "tensor(uint8)": np.uint8,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dalle_cli import console
 from dalle_cli.data.augment import Augment, Pixels, center
-from dalle_cli.data.loader import Pictures
+from dalle_cli.data.loader import ImageSource
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation import thumbnails
@@ -67,7 +67,7 @@ def pixel_matcher(device: torch.device) -> Matcher:
     return Matcher("pixels", thumbnails.SIDE, thumbnail, *parts, device)
 
 
-def network_matcher(spec: str, test: Pictures, machine: Arithmetic) -> Matcher:
+def network_matcher(spec: str, test: ImageSource, machine: Arithmetic) -> Matcher:
     """Compare features of a network, of the square in the middle of each image, by cosine."""
     features = load_features(spec, None, machine)
 
@@ -113,7 +113,7 @@ class Pair(NamedTuple):
     similarity: float
 
 
-def find_pairs(train: Pictures, test: Pictures, matcher: Matcher, k: int, read: Read) -> list[Pair]:
+def find_pairs(train: ImageSource, test: ImageSource, matcher: Matcher, k: int, read: Read) -> list[Pair]:
     """Each TEST image with the `k` TRAIN images whose features are nearest, and how similar they are.
 
     `read` is `data.loader.sequential` with the matcher's size and `read`.
@@ -136,7 +136,7 @@ def find_pairs(train: Pictures, test: Pictures, matcher: Matcher, k: int, read: 
     return _compared(pairs, train, test, matcher, read) if matcher.similarity else pairs
 
 
-def _batches(name: str, images: Pictures, matcher: Matcher, read: Read) -> Iterator[tuple[Any, Tensor]]:
+def _batches(name: str, images: ImageSource, matcher: Matcher, read: Read) -> Iterator[tuple[Any, Tensor]]:
     """All images of a set in batches on the device: rows (B,), pixels. Raises: DalleError if none can be read."""
     count = 0
     with console.progress(f"features of {name}", len(images), unit="images") as advance:
@@ -148,7 +148,7 @@ def _batches(name: str, images: Pictures, matcher: Matcher, read: Read) -> Itera
         raise DalleError(f"expected images in {name}, found none of {len(images):,} that can be read; check them")
 
 
-def _compared(pairs: Sequence[Pair], train: Pictures, test: Pictures, matcher: Matcher, read: Read) -> list[Pair]:
+def _compared(pairs: Sequence[Pair], train: ImageSource, test: ImageSource, matcher: Matcher, read: Read) -> list[Pair]:
     """The same pairs with the matcher's own similarity."""
     assert matcher.similarity is not None
     out: list[Pair] = []
@@ -174,8 +174,8 @@ def _by_row(batches: Iterator[tuple[Any, Pixels]]) -> dict[int, Pixels]:
 class Overlap:
     """Pairs of TEST and TRAIN images, and the similarity from which they count as near-duplicates."""
 
-    train: Pictures
-    test: Pictures
+    train: ImageSource
+    test: ImageSource
     pairs: Sequence[Pair]
     threshold: float
 

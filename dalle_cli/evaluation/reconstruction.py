@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dalle_cli.errors import DalleError
-from dalle_cli.evaluation.features import Features, check_enough, title
+from dalle_cli.evaluation.feature_batch import Features
+from dalle_cli.evaluation.features import check_enough, title
 from dalle_cli.evaluation.frechet import Moments, between
 from dalle_cli.evaluation.likelihood import mean
 from dalle_cli.models.pixels import from_uint8

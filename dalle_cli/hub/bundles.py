@@ -17,30 +17,26 @@ UPSAMPLER = "weights.upsampler"
 LEFT = (".run", ".log")  # suffixes of what stages leave beside the weights that they write
 
 
-def locate(model: str | None) -> Path:
-    """The file or folder that `-m` names: a path, a shipped bundle, or a repository, which is fetched whole.
+def locate(model: str | None, *kinds: str) -> Path:
+    """The file or folder that `-m` names: a path, a shipped bundle, or a repository.
+
+    A repository is fetched whole, or only its weights of `kinds` and its JSON files.
 
     Raises:
         DalleError: there is none.
     """
-    return _locate(model)[0]
-
-
-def _locate(model: str | None, *kinds: str) -> tuple[Path, dict[str, str]]:
-    """As `locate`, but of a repository only the weights of `kinds` are fetched, whose digests come with the folder."""
     if model is None:
         for name in DEFAULTS:
             if (SHIPPED / name).is_dir():
-                return SHIPPED / name, {}
+                return SHIPPED / name
         raise DalleError("expected a model, found none; give -m FILE_OR_FOLDER or set DALLE_MODEL")
     if model.startswith(transfer.SCHEME):
-        fetched = transfer.fetch(model, kinds)
-        return fetched.folder, fetched.digests
+        return transfer.fetch(model, kinds).folder
     if Path(model).exists():
-        return Path(model), {}
+        return Path(model)
     shipped = sorted(folder.name for folder in SHIPPED.glob("*") if folder.is_dir())
     if model in shipped:
-        return SHIPPED / model, {}
+        return SHIPPED / model
     names = f" (shipped: {', '.join(shipped)})" if shipped else ""
     raise DalleError(f"expected weights or a bundle, found no such file: {model}; check -m{names}")
 
@@ -53,7 +49,7 @@ def weights(model: str | None, *kinds: str) -> Artifact:
     Raises:
         DalleError: there are no such weights, or several.
     """
-    path, digests = _locate(model, *kinds)
+    path = locate(model, *kinds)
     if path.is_file():
         return open_artifact(path, *kinds)
     of_kind, broken = _kinds(path)
@@ -67,8 +63,8 @@ def weights(model: str | None, *kinds: str) -> Artifact:
         names = ", ".join(f.name for f in found)
         raise DalleError(f"expected one file of {wanted}, found {names} in {where}; name one with -m")
     artifact = open_artifact(found[0], *kinds)
-    if found[0].name in digests:
-        artifact.digest = digests[found[0].name]  # just checked: no need to hash the file again
+    if digest := transfer.checked.get(found[0]):
+        artifact.digest = digest  # just computed: no need to hash the file again
     return artifact
 
 
@@ -78,7 +74,7 @@ def upsamplers(model: str | None) -> list[Artifact]:
     Raises:
         DalleError: there is no such model.
     """
-    path, _ = _locate(model, "weights.decoder", UPSAMPLER)
+    path = locate(model, "weights.decoder", UPSAMPLER)
     return [open_artifact(file, UPSAMPLER) for file in _kinds(path)[0].get(UPSAMPLER, [])]
 
 

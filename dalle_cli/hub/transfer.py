@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 REVISION = re.compile(r"\w(?!.*\.\.)[\w./+-]*")  # no "..": it becomes a path in the cache
 COMMIT = re.compile(r"[0-9a-f]{40}")
 DIGEST = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})?")
+checked: dict[Path, str] = {}  # the SHA-256 of each file that has been found to have the hub's
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -72,12 +73,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Fetched:
-    """Files of one commit in their folder in the cache, and the SHA-256 of the weights among them."""
+    """Files of one commit in their folder in the cache."""
 
     folder: Path
     files: tuple[Path, ...]
     commit: str
-    digests: dict[str, str] = field(default_factory=dict)
 
 
 def parse(model: str) -> Repository:
@@ -129,8 +129,7 @@ def _download(snapshot: Snapshot, kinds: Sequence[str]) -> Fetched:
         ref = repository.cache / "refs" / repository.revision  # where huggingface-hub looks for it without a connection
         with suppress(DalleError):  # a read-only cache is fine
             replace_file(ref, lambda part: part.write_text(snapshot.commit))
-    digests = {name: snapshot.digests[name] for name in weights if len(snapshot.digests[name]) == 64}
-    return Fetched(snapshot.folder, tuple(files), snapshot.commit, digests)
+    return Fetched(snapshot.folder, tuple(files), snapshot.commit)
 
 
 @lru_cache
@@ -208,6 +207,7 @@ def _check(snapshot: Snapshot, name: str, path: Path) -> None:
         data = path.read_bytes()  # git keeps only small files itself
         found = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     if not expected or found == expected:
+        checked.update({path: found} if len(expected) == 64 else {})
         return
     for file in (path.resolve(), snapshot.repository.cache / "blobs" / expected, snapshot.folder / name):
         file.unlink(missing_ok=True)
@@ -295,19 +295,20 @@ def _explain(repository: Repository, error: BaseException) -> tuple[str, str]:
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__
     status, message = _status(error), next((line for line in str(error).splitlines() if line), type(error).__name__)
-    if isinstance(error, errors.GatedRepoError):
-        return "that it is gated", f"ask for access on its page, then {LOG_IN}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "none that this login sees", f"check the name; if it is private, {LOG_IN}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"no revision {repository.revision}", "give a branch, a tag or a commit after the @"
+    network = "check the network and run again; files that have arrived are kept"
+    known = (
+        (errors.GatedRepoError, "that it is gated", f"ask for access on its page, then {LOG_IN}"),
+        (errors.RepositoryNotFoundError, "none that this login sees", f"check the name; if it is private, {LOG_IN}"),
+        (errors.RevisionNotFoundError, f"no revision {repository.revision}", "give a branch, a tag or a commit"),
+        (errors.OfflineModeIsEnabled, "no connection (HF_HUB_OFFLINE is set)", network),
+    )
+    for kind, found, todo in known:
+        if isinstance(error, kind):
+            return found, todo
     if status in (401, 403):
         return f"that the token is refused (status {status})", f"{LOG_IN}, with a token that may do this"
     if status:
         return f"status {status} ({message})", "try again later"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        message = "HF_HUB_OFFLINE is set"
-    elif isinstance(error, ValueError):
+    if isinstance(error, ValueError):
         return f"an answer that makes no sense ({message})", "check the name and HF_ENDPOINT"
-    what = "an error" if type(error) is OSError else "no connection"
-    return f"{what} ({message})", "check the network and run again; files that have arrived are kept"
+    return f"{'an error' if type(error) is OSError else 'no connection'} ({message})", network

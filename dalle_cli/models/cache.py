@@ -153,7 +153,7 @@ class StaticLayerCache(LayerCache):
         return self._heads(self._text_values(shares) + torch.bmm(rest[:, None], values)[:, 0]).to(q.dtype)
 
 
-class Layer(Protocol):
+class CacheLayer(Protocol):
     """A layer's cache; the position is an int or, in a static cache, a tensor."""
 
     def attend(self, position: Any, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor:
@@ -171,14 +171,14 @@ class Cache:
         candidates: int,
         places: Tensor,
         static: bool = False,
-        turns: Tensor | None = None,
+        rotary: Tensor | None = None,
         shown: tuple[int, int] | None = None,
     ) -> None:
-        """`places` (W*W, C) are the summed row and column embeddings, `turns` (W*W - 1, 2, D) the codes' rotations.
+        """`places` (W*W, C) are the summed row and column embeddings, `rotary` (W*W - 1, 2, D) rotary angles.
 
         `static` keeps the position in a tensor. `shown` are the widths of what places may see of sketches.
         """
-        self.places, self.turns = places, turns
+        self.places, self.rotary = places, rotary
         rows = len(prompt.logits) * candidates
         self.hints: tuple[Tensor, Tensor] | None = None  # of each position and row: read, and shown before the head
         if shown is not None:
@@ -189,7 +189,7 @@ class Cache:
         self.logits = prompt.logits.repeat_interleave(candidates, 0)
         kind = StaticLayerCache if static else LayerCache
         layers = zip(patterns, prompt.keys, prompt.values, strict=True)
-        self.layers: list[Layer] = [kind(pattern, k, v, candidates) for pattern, k, v in layers]
+        self.layers: list[CacheLayer] = [kind(pattern, k, v, candidates) for pattern, k, v in layers]
         if static:
             self._stay()
 

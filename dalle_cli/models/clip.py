@@ -92,7 +92,7 @@ def _bias(x: Tensor, causal: bool) -> Tensor:
     return x.new_full((length, length), float("-inf")).triu(1) if causal else x.new_zeros(())
 
 
-class Attention(nn.Module):
+class CLIPAttention(nn.Module):
     """Multi-head self-attention; q, k and v stay separate because the published names are."""
 
     def __init__(self, width: int, n_head: int, causal: bool) -> None:
@@ -130,13 +130,13 @@ class MLP(nn.Module):
         return self.fc2(self.activation(self.fc1(x)))  # type: ignore[no-any-return]
 
 
-class Layer(StackedBlock):
+class CLIPLayer(StackedBlock):
     """Pre-norm transformer layer."""
 
     def __init__(self, width: int, n_head: int, activation: str, causal: bool) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(width, eps=1e-5)
-        self.self_attn = Attention(width, n_head, causal)
+        self.self_attn = CLIPAttention(width, n_head, causal)
         self.layer_norm2 = nn.LayerNorm(width, eps=1e-5)
         self.mlp = MLP(width, activation)
 
@@ -151,13 +151,13 @@ class Encoder(nn.Module):
 
     def __init__(self, n_layer: int, width: int, n_head: int, activation: str, causal: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(width, n_head, activation, causal) for _ in range(n_layer))
+        self.layers = nn.ModuleList(CLIPLayer(width, n_head, activation, causal) for _ in range(n_layer))
         for layer in self.layers:
-            assert isinstance(layer, Layer)
+            assert isinstance(layer, CLIPLayer)
             self._init_layer(layer, width, n_layer)
 
     @staticmethod
-    def _init_layer(layer: Layer, width: int, n_layer: int) -> None:
+    def _init_layer(layer: CLIPLayer, width: int, n_layer: int) -> None:
         """Standard deviations of the publisher's code: by width, and by depth where the residual is written."""
         attention, mlp = layer.self_attn, layer.mlp
         residual = width**-0.5 * (2 * n_layer) ** -0.5
@@ -209,7 +209,7 @@ class TextTransformer(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """A learned class token, then the picture's patches in raster order, plus positions."""
+    """A learned class token, then the image's patches in raster order, plus positions."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -264,9 +264,9 @@ class CLIP(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_position_ids)  # type: ignore[no-untyped-call]
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Pictures to embeddings, not normalised: (B, 3, S, S) in [0, 1] -> (B, D) float32; resized where S differs.
+        """Images to embeddings, not normalised: (B, 3, S, S) in [0, 1] -> (B, D) float32; resized where S differs.
 
-        Raises: DalleError where pictures are not square.
+        Raises: DalleError where images are not square.
         """
         return _project(self.vision_model(self._pixels(images)), self.visual_projection)
 
@@ -334,7 +334,7 @@ class CLIP(nn.Module):
         height, width = images.shape[-2:]
         size, weight = self.config.image_size, self.visual_projection.weight
         if height != width:
-            raise DalleError(f"expected square pictures, found {width} x {height}; crop them first")
+            raise DalleError(f"expected square images, found {width} x {height}; crop them first")
         images = _at_least_float32(images)  # bfloat16 would lose 8-bit steps
         if height != size:
             images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(

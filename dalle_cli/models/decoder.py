@@ -1,4 +1,4 @@
-"""Diffusion decoder: a CLIP image embedding, and a caption, to a picture (Ramesh et al. 2022, sec. 2.1).
+"""Diffusion decoder: a CLIP image embedding, and a caption, to an image (Ramesh et al. 2022, sec. 2.1).
 
 Shapes: B batch, S side in pixels, s that of a sketch, D width of an embedding z_i, T caption length, K context width, E
 width of the timestep's embedding; pixels are in [-1, 1].
@@ -34,7 +34,7 @@ class DecoderConfig(UNetConfig):
     n_text_vocab: int = 16384
     text_layers: int = 24
     text_heads: int = 32
-    sketch: int = 0  # s: embedding and caption alone give a picture of this side, which the U-Net sees; 0 = none do
+    sketch: int = 0  # s: embedding and caption alone give an image of this side, which the U-Net sees; 0 = none do
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +51,7 @@ class DecoderConfig(UNetConfig):
 
 
 class Conditioning(NamedTuple):
-    """What a U-Net is told of a batch of pictures beside the timestep: (B, E), (B, n_extra + T, K), (B, 3, s, s)."""
+    """What conditions a U-Net beside the timestep: (B, E), (B, n_extra + T, K), (B, 3, s, s)."""
 
     added: Tensor
     context: Tensor
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         return nn.Sequential(nn.Linear(n_in, hidden), nn.SiLU(), last, nn.Unflatten(1, (3, config.sketch, -1)))
 
     def condition(self, embeddings: Tensor, given: Tensor, tokens: Tensor, lengths: Tensor) -> Conditioning:
-        """What the U-Net is told: (B, D) z_i, (B,) bool whether it counts or is null, (B, T) and (B,) int64 captions.
+        """What conditions the U-Net: (B, D) z_i, (B,) bool whether it counts or is null, captions (B, T), (B,) int64.
 
         A caption of length 0 is null. A decoder that reads no captions does not look at them.
 
@@ -127,13 +127,13 @@ class Decoder(nn.Module):
             embeddings = F.normalize(embeddings, dim=1) * math.sqrt(c.n_embedding)
         z = torch.where(given[:, None], embeddings.to(self.null_embedding.dtype), self.null_embedding)
         added, context = self.embedding_time(z), self.embedding_tokens(z).unflatten(1, (c.n_extra, -1))
-        told = [z]
+        parts = [z]
         if self.text is not None and self.text_time is not None:
             states = self.text(tokens, lengths)
             # GLIDE adds what its last position knows to the timestep's embedding, too
             added, context = added + self.text_time(states[:, -1]), torch.cat([context, states], dim=1)
-            told.append(states[:, -1])
-        return Conditioning(added, context, self.sketch(torch.cat(told, dim=1)) if self.sketch else None)
+            parts.append(states[:, -1])
+        return Conditioning(added, context, self.sketch(torch.cat(parts, dim=1)) if self.sketch else None)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """(B, 3, S, S) at timesteps (B,) -> (B, 3 or 6, S, S): the prediction, and the place of its variance."""
@@ -146,5 +146,5 @@ class Decoder(nn.Module):
     def denoise(
         self, x: Tensor, t: Tensor, embeddings: Tensor, given: Tensor, tokens: Tensor, lengths: Tensor
     ) -> Tensor:
-        """`forward` told of a batch by `condition`."""
+        """`forward`, conditioned by what `condition` returned."""
         return self(x, t, self.condition(embeddings, given, tokens, lengths))  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.cache import Prompt
-from dalle_cli.models.embeddings import Captions, Principal, after_prefix, causal, draw_weights, stack, turns
+from dalle_cli.models.embeddings import Captions, Principal, after_prefix, causal, draw_weights, stack, stream_rotary
 from dalle_cli.models.prior import PriorConfig
 
 OWN = 3  # positions behind caption and z_t: timestep, noised z_i, query
@@ -97,7 +97,7 @@ class DiffusionPrior(nn.Module):
         """
         captions, own = self.captions(tokens, lengths, z_t), self._own(x, t)
         stream = self.dropout(torch.cat([captions, own], dim=1) + self.position.weight)
-        places = turns(self.config.blocks, self.config.n_positions, stream.device)
+        places = stream_rotary(self.config.blocks, self.config.n_positions, stream.device)
         for block, last in zip(self.blocks, self.lasts, strict=True):
             stream = block(stream, causal, places, last)
         return self._answer(stream)
@@ -124,7 +124,7 @@ class DiffusionPrior(nn.Module):
 
         captions = self.captions(tokens, lengths, z_t)
         stream = self.dropout(captions + self.position.weight[:-OWN])
-        places = turns(self.config.blocks, self.config.n_positions, stream.device)[:, :-OWN]
+        places = stream_rotary(self.config.blocks, self.config.n_positions, stream.device)[:, :-OWN]
         for block, last in zip(self.blocks, self.lasts, strict=True):
             stream = block(stream, attend, places, last)
         return Prompt(stream.new_zeros(len(stream), 0), tuple(keys), tuple(values))
@@ -132,7 +132,7 @@ class DiffusionPrior(nn.Module):
     def step(self, x: Tensor, t: Tensor, prompt: Prompt) -> Tensor:
         """`forward` behind captions that were read already, each for B / P rows one after another: -> (B, D)."""
         stream = self.dropout(self._own(x, t) + self.position.weight[-OWN:])
-        places = turns(self.config.blocks, self.config.n_positions, stream.device)[:, -OWN:]
+        places = stream_rotary(self.config.blocks, self.config.n_positions, stream.device)[:, -OWN:]
         for block, keys, values, last in zip(self.blocks, prompt.keys, prompt.values, self.lasts, strict=True):
             stream = block(stream, partial(after_prefix, keys=keys, values=values), places, last)
         return self._answer(stream)

@@ -334,7 +334,7 @@ class DVAE(nn.Module):
         return self.decode(self.encode(images))
 
     def shown(self, output: Tensor) -> Tensor:
-        """Turn the decoder's output into a picture (app. A.3); (B, n_output, S, S) -> (B, 3, S, S) in [0, 1]."""
+        """Turn the decoder's output into an image (app. A.3); (B, n_output, S, S) -> (B, 3, S, S) in [0, 1]."""
         if self.config.likelihood == "logit_laplace":
             mean = output[:, :3].sigmoid()
             return ((mean - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)).clamp(0, 1)
@@ -352,10 +352,10 @@ class DVAE(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Negative evidence lower bound per pixel value (eq. 1), plus the codebook loss for vq; and metrics.
 
-        KL and reconstruction are sums over a picture divided by its number of pixel values and averaged over the
-        batch, so that beta acts per code as beta * H * W / (3 * S * S). Exclude a generator no Gumbel noise is drawn.
+        KL and reconstruction are sums over an image divided by its number of pixel values and averaged over the
+        batch, so that beta acts per code as beta * H * W / (3 * S * S). Without a generator no Gumbel noise is drawn.
         Metrics are detached: recon, kl (nats per code; ln V for vq and fsq, which add nothing to the loss), codebook,
-        psnr (dB, of the picture shown from the quantizer's own output), codes_used, perplexity, code_counts (V,).
+        psnr (dB, of the image shown from the quantizer's own output), codes_used, perplexity, code_counts (V,).
         """
         images = full_precision(images)
         quantized: Quantized = self.quantizer(self.features(images), temperature, generator)

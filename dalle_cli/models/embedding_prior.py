@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dalle_cli.errors import DalleError
 from dalle_cli.models.attention import Pattern
 from dalle_cli.models.cache import Cache, Prompt
-from dalle_cli.models.embeddings import Captions, Principal, causal, draw_weights, stack, turns
+from dalle_cli.models.embeddings import Captions, Principal, causal, draw_weights, stack, stream_rotary
 from dalle_cli.models.head import head_logits, head_loss
 from dalle_cli.models.prior import PriorConfig
 
@@ -39,7 +39,7 @@ class AutoregressivePriorConfig:
     n_embedding: int = 1024  # width of CLIP's embeddings
     n_component: int = 319  # principal components that are drawn; the others are as in the mean
     n_bucket: int = 1024  # of each component, between its extremes in training
-    n_dot: int = 64  # of the dot product, each with as many pictures in training; the paper does not tell
+    n_dot: int = 64  # of the dot product, each with as many images in training; the paper does not tell
     block: str = "paper"  # or "modern", as of the token prior
     dropout: float = field(default=0.0, metadata={"warm_start": "free"})
 
@@ -129,7 +129,7 @@ class AutoregressivePrior(nn.Module):
         captions = self.captions(tokens, lengths, z_t)
         own = torch.cat([self._dot(dots, lengths)[:, None], self.bucket(buckets[:, :-1])], dim=1)
         stream = self.dropout(torch.cat([captions, own], dim=1) + self.position.weight)
-        places = turns(self.config.blocks, self.config.n_positions, stream.device)
+        places = stream_rotary(self.config.blocks, self.config.n_positions, stream.device)
         for block in self.blocks:
             stream = block(stream, causal, places)
         y: Tensor = self.norm(stream[:, captions.shape[1] :])
@@ -156,7 +156,7 @@ class AutoregressivePrior(nn.Module):
         captions = self.captions(tokens, lengths, z_t)
         length = captions.shape[1]
         stream = self.dropout(captions + self.position.weight[:length])
-        places = turns(self.config.blocks, self.config.n_positions, stream.device)[:, :length]
+        places = stream_rotary(self.config.blocks, self.config.n_positions, stream.device)[:, :length]
         for block in self.blocks:
             stream = block(stream, attend, places)
         return Prompt(stream.new_zeros(len(stream), 0), tuple(keys), tuple(values))
@@ -178,7 +178,7 @@ class AutoregressivePrior(nn.Module):
 
     def _advance(self, own: Tensor, cache: Cache) -> Tensor:
         x = self.dropout((own + cache.row(cache.places))[:, None])
-        places = turns(self.config.blocks, self.config.n_positions, x.device)
+        places = stream_rotary(self.config.blocks, self.config.n_positions, x.device)
         here = cache.row(places.transpose(0, 1), self.config.n_text + 1).transpose(0, 1)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block(x, partial(layer.attend, cache.position), here)

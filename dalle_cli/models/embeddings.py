@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dalle_cli.errors import DalleError
 from dalle_cli.models.attention import trains_on_cpu
 from dalle_cli.models.local_attention import batched_attention, causal_attention
-from dalle_cli.models.modern import rotations
+from dalle_cli.models.modern import rotary_angles
 from dalle_cli.models.prior import BLOCKS, PriorConfig
 
 OFF_SCALE = 1.25  # times that entries may be larger or smaller than of unit variance
@@ -58,7 +58,7 @@ class Principal(nn.Module):
         self.scale.fill_(scale or variance**-0.5)
 
     def standardize(self, z: Tensor) -> Tensor:
-        """Exclude the mean, and of unit variance: (B, D) -> (B, D)."""
+        """Without the mean, and of unit variance: (B, D) -> (B, D)."""
         return (z - self.mean) * self.scale
 
     def restore(self, x: Tensor) -> Tensor:
@@ -123,9 +123,9 @@ def stack(config: PriorConfig) -> nn.ModuleList:
     return nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.n_layer))
 
 
-def turns(config: PriorConfig, length: int, device: torch.device) -> Tensor:
-    """Rotary turns of positions in a line, cosines and sines (2, L, E)."""
-    return rotations(length, 1, config.n_embd // config.n_head, device)
+def stream_rotary(config: PriorConfig, length: int, device: torch.device) -> Tensor:
+    """Rotary angles of positions in a line, cosines and sines (2, L, E)."""
+    return rotary_angles(length, 1, config.n_embd // config.n_head, device)
 
 
 @torch.no_grad()

@@ -23,13 +23,13 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int, d
 
     `distances` are those j - k >= 0 that code j sees.
     """
-    y: Tensor = _Lines.apply(q, k, v, n_prefix, grid, distances, False)  # type: ignore[no-untyped-call]
+    y: Tensor = _LineAttention.apply(q, k, v, n_prefix, grid, distances, False)  # type: ignore[no-untyped-call]
     return y
 
 
 def column_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int) -> Tensor:
     """Codes see the caption and their own column, so far: three times (B, N, L, D) -> same."""
-    y: Tensor = _Lines.apply(q, k, v, n_prefix, grid, tuple(range(grid)), True)  # type: ignore[no-untyped-call]
+    y: Tensor = _LineAttention.apply(q, k, v, n_prefix, grid, tuple(range(grid)), True)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -98,7 +98,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
-class _Lines(torch.autograd.Function):
+class _LineAttention(torch.autograd.Function):
     """Attention of the codes line by line, and of the caption's positions among themselves.
 
     A code's scores lie in one row: first the caption's keys, which one product gives for all codes, then those of the
@@ -116,7 +116,7 @@ class _Lines(torch.autograd.Function):
         lines = [_lines(x, n_prefix, grid, columns) for x in (q, k, v)]
         bias = _line_bias(grid, back, distances, q.device, q.dtype)
         scores = _scores(lines[0], text[1], lines[1], back, q.shape[-1] ** -0.5, bias)
-        for line in range(back):  # above the picture there is nothing to see
+        for line in range(back):  # above the image there is nothing to see
             scores[:, line, :, n_prefix : n_prefix + (back - line) * grid] = float("-inf")
         weights = scores.softmax(-1).to(v.dtype)
         y = _averages(weights, text[2], lines[2], back)
@@ -242,7 +242,7 @@ def _fold(windows: Tensor, back: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _line_bias(grid: int, back: int, distances: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """0 where a place of a line sees one of its window, -inf elsewhere: (W, M), but for what lies above the picture."""
+    """0 where a place of a line sees one of its window, -inf elsewhere: (W, M), but for what lies above the image."""
     with torch.inference_mode(False):
         queries = torch.arange(grid, device=device)[:, None] + back * grid
         ago = queries - torch.arange((back + 1) * grid, device=device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-6
-SLOWEST = 100.0  # the ratio between the fastest and the slowest pair's turns
+SLOWEST = 100.0  # the ratio between the fastest and the slowest pair's rotation
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -29,12 +29,12 @@ def swiglu(x: Tensor) -> Tensor:
     return y
 
 
-def turned(qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys normalised and turned to their places, and values: (B, L, 3 C) -> three times (B, N, L, D).
+def apply_rotary(qkv: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalized queries and keys with rotary positions, and values: (B, L, 3 C) -> three times (B, N, L, D).
 
-    `turns` (2, L, C) are cosines and sines as `rotations` gives them.
+    `rotary` (2, L, C) are cosines and sines as `rotary_angles` gives them.
     """
-    q, k, v = _Turned.apply(qkv, turns[0].to(qkv.dtype), turns[1].to(qkv.dtype), turns.shape[-1])  # type: ignore[no-untyped-call]
+    q, k, v = _ApplyRotary.apply(qkv, rotary[0].to(qkv.dtype), rotary[1].to(qkv.dtype), rotary.shape[-1])  # type: ignore[no-untyped-call]
     return q, k, v
 
 
@@ -85,7 +85,7 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
 
-class _Turned(torch.autograd.Function):
+class _ApplyRotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
         n_head = qkv.shape[-1] // 3 // width
@@ -121,7 +121,7 @@ def _crossed(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def rotations(n_prefix: int, grid: int, width: int, device: torch.device) -> Tensor:
+def rotary_angles(n_prefix: int, grid: int, width: int, device: torch.device) -> Tensor:
     """Cosines and sines of every position of the stream, (2, L, D) float64: half the pairs turn by row, half by column.
 
     Caption position p stands on the diagonal, (p, p); the grid begins at (n_prefix, n_prefix).
@@ -135,5 +135,5 @@ def rotations(n_prefix: int, grid: int, width: int, device: torch.device) -> Ten
             line = torch.cat([prefix, place + n_prefix])[:-1].double()
             angles.append(line[:, None] * SLOWEST ** (-torch.arange(n, dtype=torch.float64) / max(n, 1)))
         angle = torch.cat(angles, dim=-1).repeat(1, 2)
-        turns = torch.stack([angle.cos(), angle.sin()])
-        return turns.float().to(device) if device.type == "mps" else turns.to(device)  # there is no float64 there
+        rotary = torch.stack([angle.cos(), angle.sin()])
+        return rotary.float().to(device) if device.type == "mps" else rotary.to(device)  # there is no float64 there

@@ -1,7 +1,7 @@
 """Matrices laid out once for a model that is only run, not trained.
 
 A prior that draws multiplies each with a few rows at a time: what counts is how fast the matrices are read. I inputs, O
-outputs of a layer, B pictures of H x W.
+outputs of a layer, B images of H x W.
 """
 
 from typing import cast

@@ -24,10 +24,10 @@ from dalle_cli.models.blocks import StackedBlock
 from dalle_cli.models.cache import Cache, Prompt
 from dalle_cli.models.head import head_logits, head_loss
 from dalle_cli.models.mlp import gelu_linear
-from dalle_cli.models.modern import rms_norm, rotations, swiglu, turned
+from dalle_cli.models.modern import apply_rotary, rms_norm, rotary_angles, swiglu
 from dalle_cli.models.sketch import Hint, Sketch
 
-Told = tuple[Tensor, Tensor]  # sketches (B, 3, s, s), and who sees them (B,) bool
+Sketches = tuple[Tensor, Tensor]  # sketches (B, 3, s, s), and who sees them (B,) bool
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class PriorConfig:
             raise DalleError(f'expected prior.block "paper" or "modern", found "{self.block}"; correct the recipe')
         if self.block == "modern" and self.n_embd // self.n_head % 4:
             found = f"{self.n_embd} / {self.n_head}"
-            raise DalleError(f"expected heads as wide as a multiple of 4 to turn, found {found}; correct the recipe")
+            raise DalleError(
+                f"expected heads as wide as a multiple of 4 for rotary angles, found {found}; correct the recipe"
+            )
 
 
 class Attend(Protocol):
@@ -85,7 +87,7 @@ class Attend(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor: ...
 
 
-class Block(StackedBlock):
+class PriorBlock(StackedBlock):
     """The paper's pre-norm residual block; who sees whom is the caller's: the stream, or one position over a cache."""
 
     def __init__(self, config: PriorConfig) -> None:
@@ -99,7 +101,7 @@ class Block(StackedBlock):
         self.mlp_out = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None, last: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, rotary: Tensor | None = None, last: int | None = None) -> Tensor:
         """(B, L, C) -> (B, L, C), or (B, last, C) of the last positions alone, for which the others only have keys."""
         q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         if last is not None:
@@ -110,7 +112,7 @@ class Block(StackedBlock):
 
 
 class ModernBlock(StackedBlock):
-    """RMS norm, gated MLP (SwiGLU of about the same size), normalised queries and keys that turn with their place."""
+    """RMS norm, gated MLP (SwiGLU of about the same size), normalized queries and keys with rotary positions."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
@@ -123,10 +125,10 @@ class ModernBlock(StackedBlock):
         self.mlp_out = nn.Linear(hidden, width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, attend: Attend, turns: Tensor | None = None, last: int | None = None) -> Tensor:
-        """(B, L, C) and the turns of its places, cos and sin (2, L, D) -> (B, L, C), or (B, last, C) as in `Block`."""
-        assert turns is not None
-        q, k, v = turned(self.qkv(rms_norm(x)), turns)
+    def forward(self, x: Tensor, attend: Attend, rotary: Tensor | None = None, last: int | None = None) -> Tensor:
+        """(B, L, C) and rotary angles (2, L, D) -> (B, L, C), or (B, last, C) as in `PriorBlock`."""
+        assert rotary is not None
+        q, k, v = apply_rotary(self.qkv(rms_norm(x)), rotary)
         if last is not None:
             q, x = q[:, :, -last:], x[:, -last:]
         q = q * self.qk_scale.to(q.dtype)[:, None, None]
@@ -135,7 +137,7 @@ class ModernBlock(StackedBlock):
         return y
 
 
-BLOCKS: dict[str, Callable[[PriorConfig], nn.Module]] = {"paper": Block, "modern": ModernBlock}
+BLOCKS: dict[str, Callable[[PriorConfig], nn.Module]] = {"paper": PriorBlock, "modern": ModernBlock}
 
 
 class Prior(nn.Module):
@@ -154,7 +156,7 @@ class Prior(nn.Module):
         self.column = nn.Embedding(config.grid, width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            (ModernBlock if config.block == "modern" else Block)(config) for _ in range(config.n_layer)
+            (ModernBlock if config.block == "modern" else PriorBlock)(config) for _ in range(config.n_layer)
         )
         self.norm = nn.LayerNorm(width)
         self.text_head = nn.Linear(width, config.n_text_vocab)
@@ -185,37 +187,37 @@ class Prior(nn.Module):
                 part.initialize(generator)
 
     def forward(
-        self, tokens: Tensor, lengths: Tensor, codes: Tensor, told: Told | None = None
+        self, tokens: Tensor, lengths: Tensor, codes: Tensor, sketches: Sketches | None = None
     ) -> tuple[Tensor, Tensor]:
         """Logits of every token and code: (B, T), (B,), (B, W, W) int64 -> (B, T, n_text_vocab), (B, W*W, V) float32.
 
-        Tokens at and beyond a caption's length are not read: the pad embedding of their position stands there. `told`
-        are sketches to follow; without, the caption alone is.
+        Tokens at and beyond a caption's length are not read: the pad embedding of their position stands there.
+        The codes follow `sketches`, if there are any.
 
         Raises: DalleError where the shapes are not the model's.
         """
-        x = self._read(tokens, lengths, codes, told)
+        x = self._read(tokens, lengths, codes, sketches)
         n_text = self.config.n_text
         return head_logits(self.text_head, x[:, :n_text]), head_logits(self.image_head, x[:, n_text:])
 
-    def _read(self, tokens: Tensor, lengths: Tensor, codes: Tensor, told: Told | None = None) -> Tensor:
+    def _read(self, tokens: Tensor, lengths: Tensor, codes: Tensor, sketches: Sketches | None = None) -> Tensor:
         """What stands before the heads: (B, L, C)."""
         grid = self.config.grid
         if codes.shape[1:] != (grid, grid):
             found = " x ".join(map(str, codes.shape[1:]))
             raise DalleError(f"expected codes of {grid} x {grid}, found {found}; use codes of the prior's own dVAE")
         images = self.code(codes.flatten(1)[:, :-1]) + self._places()[:-1]
-        hints = None if told is None else self._hints(*told)
+        hints = None if sketches is None else self._hints(*sketches)
         if hints is not None:
             images = images + hints[0]
         x = self.dropout(torch.cat([self._embed_text(tokens, lengths), images], dim=1))
-        turns = self._turns(x)
+        rotary = self._rotary(x)
         for block, pattern in zip(self.blocks, self.patterns, strict=True):
-            x = block(x, pattern.attend, turns)
+            x = block(x, pattern.attend, rotary)
         y: Tensor = self.norm(x)
-        if hints is not None and told is not None and self.hint is not None:
+        if hints is not None and sketches is not None and self.hint is not None:
             first = self.config.n_text + 1
-            y = torch.cat([y[:, :first], self._followed(y[:, first:], hints[1], told[1][:, None, None])], dim=1)
+            y = torch.cat([y[:, :first], self._followed(y[:, first:], hints[1], sketches[1][:, None, None])], dim=1)
         return y
 
     def _hints(self, sketch: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,16 +255,16 @@ class Prior(nn.Module):
         codes: Tensor,
         n_tokens: Tensor | None = None,
         read: Tensor | None = None,
-        told: Told | None = None,
+        sketches: Sketches | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy by count of caption tokens (pads are no targets) and of codes, weighted (sec. 2.2).
 
         Shapes as `forward`; returns the loss and, detached, `text_nats` a token and `image_nats` a code. `n_tokens` ()
         is what the text loss is divided by if not by the batch's own tokens: for a part of a batch, its fair share.
         `read`, shaped as codes, stands in for them where they are read: what is to be predicted stays `codes`.
-        `told` as in `forward`.
+        `sketches` as in `forward`.
         """
-        x = self._read(tokens, lengths, codes if read is None else read, told)
+        x = self._read(tokens, lengths, codes if read is None else read, sketches)
         n_text, written = self.config.n_text, self.written(lengths)
         if n_tokens is None:
             n_tokens = lengths.sum().clamp(min=1)  # a batch may hold null captions only
@@ -286,17 +288,17 @@ class Prior(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
         x = self.dropout(self._embed_text(tokens, lengths))
-        turns = self._turns(x)[:, : x.shape[1]]
+        rotary = self._rotary(x)[:, : x.shape[1]]
         for block in self.blocks:
-            x = block(x, attend, turns)
+            x = block(x, attend, rotary)
         return Prompt(head_logits(self.image_head, self.norm(x[:, -1])), tuple(keys), tuple(values))
 
     def cache(self, prompt: Prompt, candidates: int = 1, static: bool = False) -> Cache:
         """Buffers to draw `candidates` grids for each caption of a prompt; `static` for a compiled `step`."""
-        turns = self._turns(self.start)[:, 1 + self.config.n_text :].transpose(0, 1)
+        rotary = self._rotary(self.start)[:, 1 + self.config.n_text :].transpose(0, 1)
         modern = self.config.block == "modern"
         wide = None if self.hint is None else (self.hint.ahead.out_features, self.hint.seen.out_features)
-        return Cache(prompt, self.patterns, candidates, self._places(), static, turns if modern else None, wide)
+        return Cache(prompt, self.patterns, candidates, self._places(), static, rotary if modern else None, wide)
 
     @torch.inference_mode()
     def show(self, sketch: Tensor, cache: Cache) -> None:
@@ -312,9 +314,9 @@ class Prior(nn.Module):
         x = self.code(codes) + cache.row(cache.places)
         hints = None if cache.hints is None else [cache.row(table)[0] for table in cache.hints]
         x = self.dropout((x if hints is None else x + hints[0])[:, None])
-        turns = None if cache.turns is None else cache.row(cache.turns).transpose(0, 1)
+        rotary = None if cache.rotary is None else cache.row(cache.rotary).transpose(0, 1)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, partial(layer.attend, cache.position), turns)
+            x = block(x, partial(layer.attend, cache.position), rotary)
         cache.advance()
         y = self.norm(x[:, 0])
         if hints is not None:
@@ -335,10 +337,10 @@ class Prior(nn.Module):
         start = self.start.expand(len(x), 1, -1)
         return torch.cat([start, x], dim=1) + self.text_position.weight
 
-    def _turns(self, x: Tensor) -> Tensor:
-        """Rotary turns of every position, (2, L, D)."""
+    def _rotary(self, x: Tensor) -> Tensor:
+        """Rotary angles of every position, (2, L, D)."""
         config = self.config
-        return rotations(config.n_text + 1, config.grid, config.n_embd // config.n_head, x.device)
+        return rotary_angles(config.n_text + 1, config.grid, config.n_embd // config.n_head, x.device)
 
     def _places(self) -> Tensor:
         """Row and column embeddings, added, in raster order: (W*W, C)."""

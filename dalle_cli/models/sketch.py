@@ -1,7 +1,7 @@
-"""A sketch: a small picture of what a caption's words may stand for, drawn before the codes, which then follow it.
+"""A sketch: a small image of what a caption's words may stand for, drawn before the codes, which then follow it.
 
 Not in the papers, but the cascade of the second one (sec. 2.1) in small: a diffusion of s x s pixels that reads a
-caption as words in no order, and a token prior whose places see that picture. It sees hundreds of times as many pairs a
+caption as words in no order, and a token prior whose places see that image. It sees hundreds of times as many pairs a
 second as the prior does. B batch, T caption positions, s side of a sketch, W side of the code grid, C width of the
 prior.
 """
@@ -24,7 +24,7 @@ WINDOW = 3  # side of what a place sees of the sketch: its own cell and those ar
 
 
 class Sketch(nn.Module):
-    """From words, a timestep and a noised picture to that picture; and from codes to what they are from afar."""
+    """From words, a timestep and a noised image to that image; and from codes to what they are from afar."""
 
     colors: Tensor
 
@@ -36,10 +36,10 @@ class Sketch(nn.Module):
         self.words_out = nn.Linear(width, width)
         self.time = nn.Linear(2 * N_WAVES, width)
         self.picture_in = nn.Linear(3 * side**2, width)
-        self.layers = nn.ModuleList(Layer(width) for _ in range(N_LAYER))
+        self.layers = nn.ModuleList(SketchLayer(width) for _ in range(N_LAYER))
         self.picture_out = nn.Linear(width, 3 * side**2)
         self.dropout = nn.Dropout(DROPOUT)
-        self.register_buffer("colors", torch.zeros(n_codes, 3))  # of a picture of each code alone, in [-1, 1]
+        self.register_buffer("colors", torch.zeros(n_codes, 3))  # of an image of each code alone, in [-1, 1]
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
@@ -70,18 +70,18 @@ class Sketch(nn.Module):
         return y
 
     def forward(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
-        """Noised pictures without noise: (B, 3, s, s), timesteps (B,) out of 1000, words as `read` -> (B, 3, s, s)."""
+        """Noised images without noise: (B, 3, s, s), timesteps (B,) out of 1000, words as `read` -> (B, 3, s, s)."""
         exact = torch.promote_types(x.dtype, torch.float32)  # bfloat16 knows no 999.5
         waves = torch.exp(torch.arange(N_WAVES, device=x.device, dtype=exact) * (-math.log(LONGEST_WAVE) / N_WAVES))
-        turns = t[:, None].to(waves.dtype) * waves * (math.pi / 2)
-        y = self.picture_in(x.flatten(1)) + self.time(torch.cat([turns.sin(), turns.cos()], dim=-1)) + words
+        rotary = t[:, None].to(waves.dtype) * waves * (math.pi / 2)
+        y = self.picture_in(x.flatten(1)) + self.time(torch.cat([rotary.sin(), rotary.cos()], dim=-1)) + words
         for layer in self.layers:
             y = y + self.dropout(layer(y))
         x_start: Tensor = self.picture_out(F.silu(y))
         return x_start.view_as(x)
 
 
-class Layer(StackedBlock):
+class SketchLayer(StackedBlock):
     """Norm, and two matrices about a SiLU."""
 
     def __init__(self, width: int) -> None:

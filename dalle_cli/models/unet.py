@@ -1,6 +1,6 @@
-"""U-Net that tells the noise in a picture (Dhariwal & Nichol 2021, "ADM"; Nichol et al. 2022, "GLIDE").
+"""U-Net that predicts the noise in an image (Dhariwal & Nichol 2021, "ADM"; Nichol et al. 2022, "GLIDE").
 
-Blocks compute what those of `diffusers` do in the layout of published unCLIP weights (tests/test_unet.py).
+Blocks compute what those of `diffusers` do in the layout of published unCLIP weights (tests/models/test_unet.py).
 
 Shapes: B batch, C channels, H W pixels, E width of the timestep's embedding, T context tokens, K their width,
 N heads, D their width.
@@ -72,10 +72,10 @@ class UNetConfig:
             raise DalleError(f"expected head_width to divide the widths {self.widths}, found {found}; change it")
 
     def check_side(self, side: int) -> None:
-        """Raises: DalleError if pictures of this side cannot be halved as often as there are sizes."""
+        """Raises: DalleError if images of this side cannot be halved as often as there are sizes."""
         halved = 2 ** (len(self.multipliers) - 1)
         if side % halved:
-            raise DalleError(f"expected pictures whose side {halved} divides, found {side}; take fewer multipliers")
+            raise DalleError(f"expected images whose side {halved} divides, found {side}; take fewer multipliers")
 
     @property
     def widths(self) -> list[int]:
@@ -84,7 +84,7 @@ class UNetConfig:
 
     @property
     def sides(self) -> list[int]:
-        """Sides of the picture, from the full size on."""
+        """Sides of the image, from the full size on."""
         return [self.image_size >> level for level in range(len(self.multipliers))]
 
     @property
@@ -108,7 +108,7 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """What all blocks are told of a timestep, or of a noise level."""
+    """The embedding of a timestep, or of a noise level, that all blocks add."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
@@ -122,8 +122,8 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))  # type: ignore[no-any-return]
 
 
-class Attention(nn.Module):
-    """All places of a picture attend to the context's tokens and to each other, in one softmax; residual."""
+class UNetAttention(nn.Module):
+    """All places of an image attend to the context's tokens and to each other, in one softmax; residual."""
 
     def __init__(self, width: int, head_width: int, groups: int, context: int) -> None:
         """`context` is K; 0 where there is none."""
@@ -162,13 +162,13 @@ def _resized(x: Tensor, change: str) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-class Block(StackedBlock):
-    """Two convolutions beside a shortcut, told of the timestep between them; then attention, if there is any."""
+class UNetBlock(StackedBlock):
+    """Two convolutions beside a shortcut, with the timestep added between them; then attention, if there is any."""
 
     def __init__(
         self, config: UNetConfig, n_in: int, n_out: int, context: int = 0, attends: bool = False, change: str = ""
     ) -> None:
-        """With `change` "down" or "up" the picture is resized before the first convolution."""
+        """With `change` "down" or "up" the image is resized before the first convolution."""
         super().__init__()
         self.change, self.scale_shift = change, config.scale_shift
         self.norm1 = nn.GroupNorm(config.groups, n_in, eps=EPS)
@@ -178,7 +178,7 @@ class Block(StackedBlock):
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
         self.shortcut = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
-        self.attention = Attention(n_out, config.head_width, config.groups, context) if attends else None
+        self.attention = UNetAttention(n_out, config.head_width, config.groups, context) if attends else None
         nn.init.zeros_(self.conv2.weight)  # each block begins as its shortcut
         assert self.conv2.bias is not None
         nn.init.zeros_(self.conv2.bias)
@@ -189,12 +189,12 @@ class Block(StackedBlock):
         if self.change:
             h, x = _resized(h, self.change), _resized(x, self.change)
         h = self.conv1(h)
-        told = self.time(F.silu(time))[:, :, None, None]
+        shift_scale = self.time(F.silu(time))[:, :, None, None]
         if self.scale_shift:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = shift_scale.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
-            h = self.norm2(h + told)
+            h = self.norm2(h + shift_scale)
         h = self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
         return h if self.attention is None else self.attention(h, context)  # type: ignore[no-any-return]
 
@@ -219,7 +219,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, config: UNetConfig, in_channels: int = 3, context: int = 0) -> None:
-        """`context` is K; 0 where blocks attend to the picture alone, or not at all."""
+        """`context` is K; 0 where blocks attend to the image alone, or not at all."""
         super().__init__()
         self.config = config
         self.time_embedding = TimeEmbedding(config.width, config.time_width)
@@ -228,7 +228,7 @@ class UNet(nn.Module):
         self.down, made = self._way_down(attends, context)
         last = config.widths[-1]
         anywhere = bool(config.attention)  # then at the smallest size, too
-        self.middle = nn.ModuleList(Block(config, last, last, context, attend) for attend in (anywhere, False))
+        self.middle = nn.ModuleList(UNetBlock(config, last, last, context, attend) for attend in (anywhere, False))
         self.up = self._way_up(attends, context, made)
         self.norm_out = nn.GroupNorm(config.groups, config.widths[0], eps=EPS)
         self.conv_out = nn.Conv2d(config.widths[0], config.out_channels, 3, padding=1)
@@ -239,7 +239,7 @@ class UNet(nn.Module):
 
     def _resample(self, width: int, change: str) -> nn.Module:
         c = self.config
-        return Block(c, width, width, change=change) if c.resample_blocks else Resample(width, change)
+        return UNetBlock(c, width, width, change=change) if c.resample_blocks else Resample(width, change)
 
     def _way_down(self, attends: list[bool], context: int) -> tuple[nn.ModuleList, list[int]]:
         """The blocks, and the channels of what each makes, those of the first convolution before."""
@@ -247,7 +247,7 @@ class UNet(nn.Module):
         made = [width]
         for level, wide in enumerate(c.widths):
             for _ in range(c.depth):
-                blocks.append(Block(c, width, wide, context, attends[level]))
+                blocks.append(UNetBlock(c, width, wide, context, attends[level]))
                 width = wide
                 made.append(width)
             if level + 1 < len(c.widths):
@@ -259,7 +259,7 @@ class UNet(nn.Module):
         c, blocks, width, made = self.config, nn.ModuleList(), self.config.widths[-1], made[:]
         for level in reversed(range(len(c.widths))):
             for _ in range(c.depth + 1):
-                blocks.append(Block(c, width + made.pop(), c.widths[level], context, attends[level]))
+                blocks.append(UNetBlock(c, width + made.pop(), c.widths[level], context, attends[level]))
                 width = c.widths[level]
             if level:
                 blocks.append(self._resample(width, "up"))
@@ -279,6 +279,6 @@ class UNet(nn.Module):
             x = block(x, time, context)
         for block in self.up:
             x = block(x if getattr(block, "change", "") else torch.cat([x, made.pop()], dim=1), time, context)
-        with torch.autocast(x.device.type, enabled=False):  # noise is told to more digits than bfloat16 has
+        with torch.autocast(x.device.type, enabled=False):  # the noise needs more digits than bfloat16 has
             y: Tensor = self.conv_out(F.silu(self.norm_out(x.to(self.conv_out.weight.dtype))))
         return y

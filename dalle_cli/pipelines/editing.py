@@ -3,7 +3,7 @@
 Shapes: N sampled images, D embedding width, S side of the images in pixels, s the decoder's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,7 @@ class Editor:
         own = self.invert(z, a, b) if noise == "slerped" else None
         start = None if own is None else slerp(own[0], own[1], shares)
         images = self.sample("interpolate", slerp(z[0], z[1], shares), [0] * n, start)
-        inputs: dict[str, Artifact | str] = {"a": a.digest, "b": b.digest}
-        made = self._history("interpolate", {"n": n, "noise": noise}, inputs)
+        made = self._history("interpolate", {"n": n, "noise": noise}, {"a": a.digest, "b": b.digest})
         labels = [f"A: {Path(a.name).name}", *(f"{share:.3g}" for share in shares), f"B: {Path(b.name).name}"]
         return Edited([self.original(a), *images, self.original(b)], labels, made)
 
@@ -169,13 +168,15 @@ class Editor:
         return np.concatenate(images)
 
     def _edited(
-        self, stage: str, options: dict[str, Any], inputs: dict[str, Artifact | str], images: Any, labels: list[str],
+        self, stage: str, options: dict[str, Any], inputs: Mapping[str, Artifact | str], images: Any, labels: list[str],
         source: SourceImage, title: str | None = None,
     ) -> Edited:  # fmt: skip
         made = self._history(stage, options, inputs)
         return Edited([self.original(source), *images], ["original", *labels], made, title)
 
-    def _history(self, stage: str, options: dict[str, Any], inputs: dict[str, Artifact | str]) -> list[dict[str, Any]]:
+    def _history(
+        self, stage: str, options: dict[str, Any], inputs: Mapping[str, Artifact | str]
+    ) -> list[dict[str, Any]]:
         weights = {"clip": self.clip.weights, **self.decoder.inputs}
         return history(stage, {**options, **self.decoder.settings}, **inputs, **weights)
 

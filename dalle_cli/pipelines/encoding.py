@@ -30,7 +30,7 @@ Metrics = dict[str, Any]
 
 
 class OneProcess:
-    """A single process; the counterpart of `training.distributed.Group` without a launcher."""
+    """The one process of a job without a launcher; several are a `training.distributed.ProcessGroup`."""
 
     rank, world = 0, 1
 

@@ -1,5 +1,6 @@
 """Write images: an image grid as PNG, an artifact of images."""
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -7,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from dalle_cli.artifacts import write_artifact
+from dalle_cli.artifacts import Artifact, write_artifact
 from dalle_cli.artifacts.container import check_replaceable, replace_file
+from dalle_cli.artifacts.text import write_text
+from dalle_cli.data.manifest import IN_FOLDER
 from dalle_cli.errors import DalleError
+from dalle_cli.pipelines.prompts import Progress, Quiet
 from dalle_cli.pipelines.ranking import Ranked
 from dalle_cli.viz.grid import image_grid
 from dalle_cli.viz.terminal import render
@@ -78,3 +83,45 @@ def terminal_preview(images: Sequence[Any], columns: int) -> str:
     """Images as colored characters, as wide as the terminal."""
     truecolor = os.environ.get("COLORTERM", "") in ("truecolor", "24bit")
     return render(images, shutil.get_terminal_size().columns, columns or None, truecolor)
+
+
+def export(images: Artifact, folder: Path, *, force: bool = False, progress: Progress = Quiet) -> int:
+    """Write an artifact of images as PNG files with a manifest, which is a data set again; how many.
+
+    Raises:
+        DalleError: a folder with other files than an earlier export's.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DalleError(f"expected a folder to write to, found a file: {folder}; choose another -o")
+    manifest = folder / IN_FOLDER
+    before = _earlier_export(manifest)
+    if folder.is_dir() and any(folder.iterdir()) and not before and not force:
+        raise DalleError(f"expected an empty folder or an earlier export, found {folder}; choose another or --force")
+    ids = images.strings("ids")
+    texts = images.strings("text") if "text" in images else None
+    scores = images.array("score") if "score" in images else None
+    lines = []
+    with progress("export", len(images), unit="images") as advance:
+        for row, pixels in enumerate(images.array("images")):
+            name = f"{row:06d}.png"
+            image = Image.fromarray(pixels.transpose(1, 2, 0).copy())
+            replace_file(folder / name, lambda part, image=image: image.save(part, format="PNG"))  # type: ignore[misc]
+            line: dict[str, object] = {"image": name, "id": ids[row]}
+            line |= {} if texts is None else {"caption": texts[row]}
+            line |= {} if scores is None else {"score": round(float(scores[row]), 6)}
+            lines.append(json.dumps(line, ensure_ascii=False))
+            advance()
+    write_text(manifest, "".join(f"{line}\n" for line in lines))
+    for name in before[len(lines) :]:
+        (folder / name).unlink(missing_ok=True)  # of an earlier export with more images
+    return len(lines)
+
+
+def _earlier_export(manifest: Path) -> list[str]:
+    """The images of an earlier export, in the order of its manifest; none if the manifest is another's."""
+    try:
+        rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+        names = [f"{row:06d}.png" for row in range(len(rows))]
+        return names if all("id" in row and row["image"] == name for row, name in zip(rows, names, strict=True)) else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -252,6 +252,6 @@ def _fused_attention() -> Iterator[None]:
         return y
 
     with ExitStack() as stack:
-        for function in (local_attention._Dense, local_attention._Causal, local_attention._Lines):
+        for function in (local_attention._Dense, local_attention._Causal, local_attention._LineAttention):
             stack.enter_context(mock.patch.object(function, "apply", attend))
         yield

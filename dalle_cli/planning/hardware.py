@@ -17,6 +17,7 @@ UTILIZATION = 0.3  # of a data sheet's speed, assumed: what transformers reach w
 GB = 10**9  # sold as 16 GB means 16 GiB: the 7% between stay for the driver
 USABLE = 0.93  # of a memory whose size the system reports
 MEASURED_SECONDS = 10.0  # that a measured update may take; of a larger batch a part is measured
+STEADY_SECONDS, MOST_UPDATES = 4.0, 10  # short updates are repeated for so long, at most so many times
 LONGEST_SECONDS = 60.0  # of a single row; beyond, a matrix product is measured instead
 
 
@@ -121,12 +122,12 @@ def measured_rate(workload: Workload, device: str, flops: int, fits: bool) -> Ra
 
 
 def _update_seconds(workload: Workload, rows: int, here: Arithmetic) -> float:
-    """Seconds of an update of so many rows: the shorter of two after a first one."""
+    """Seconds of an update of so many rows: the shortest of two or more after a first one."""
     train = replace(workload.train, batch_size=rows, accumulate=1, compile=False)
     trainer = Trainer(workload.task(train), train, Run(Path(), "", {}, []), here, 0)
     trainer.step = 1  # the first update may do what is done once in a hundred
-    batch, times = workload.batch(rows), []
-    for _ in range(3):
+    batch, times = workload.batch(rows), list[float]()
+    while len(times) < 3 or (sum(times) < STEADY_SECONDS and len(times) < MOST_UPDATES):
         started = time.perf_counter()
         trainer.update(batch)["loss"].item()  # waits for the device
         times.append(time.perf_counter() - started)

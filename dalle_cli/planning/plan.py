@@ -19,6 +19,7 @@ from dalle_cli.training.dvae import DVAETrain
 
 MOST_DEVICES = 1 << 20
 SLACK_CPU = {2: 0.42, 4: 0.27}  # by bytes of a number, share of the activations that a heap takes beyond them: measured
+HEAP_KEEPS = 0.6  # of what recomputing blocks saves, the share that is lost to a heap's holes on a CPU: measured
 SLACK_GPU = 0.1  # the same for torch's allocator: assumed
 
 
@@ -72,7 +73,15 @@ class Needs:
         key = rows, recompute, parts
         if key not in self.known:
             train = replace(self.train, batch_size=rows, checkpoint_activations=recompute, accumulate=parts)
-            self.known[key] = estimate(self.workload, train, self.device.dtype, self.device.accelerator)
+            found = estimate(self.workload, train, self.device.dtype, self.device.accelerator)
+            if recompute and not self.device.accelerator:
+                plain = self.update(rows, False, parts)
+                activations, peak = (
+                    round(a + HEAP_KEEPS * (b - a))
+                    for a, b in ((found.activations, plain.activations), (found.peak, plain.peak))
+                )
+                found = replace(found, activations=activations, peak=peak)
+            self.known[key] = found
         return self.known[key]
 
     def whole(self, rows: int, parts: int = 1) -> Memory:

@@ -35,26 +35,20 @@ def page(found: Scan, title: str | None = None) -> str:
     nodes = lineage.trace(found.items, anchors)
     oldest_first = sorted(found.items, key=lambda item: (len(item.history), item.name))
     return html.render(
-        *("report.html", STYLES, "report.js"),
-        **{"generator": GENERATOR, "version": __version__, "title": title or found.title, "found": found},
-        lead=_lead(found),
+        "report.html", STYLES, "report.js", generator=GENERATOR, version=__version__, title=title or found.title,
+        found=found, lead=_lead(found), models=_models(found), curves=curves, no_curves=fault, values=values,
         links={item.digest: anchors[item.name] for item in found.items if item.digest},
         names={item.digest: item.name for item in found.items},
-        models=_models(found),
-        **{"curves": curves, "no_curves": fault, "values": values},
-        grids=images.grids(found),
-        samples=images.samples(found),
+        grids=images.grids(found), samples=images.samples(found),
         files=images.files([path for path in found.images if path not in beside], found).values(),
         scores=[
             (name, value, [tile for path, tile in score_images.items() if beside[path] == name])
             for name, value in found.scores
         ],
         texts=[(name, _first_lines(text)) for name, text in found.texts],
-        lineage=lineage.tree(nodes),
-        outside=any(not node.anchor for node in nodes.values()),
-        artifacts=[(anchors[item.name], item, _facts(item)) for item in oldest_first],
-        json=tables,
-    )
+        lineage=lineage.tree(nodes), outside=any(not node.anchor for node in nodes.values()),
+        artifacts=[(anchors[item.name], item, _facts(item)) for item in oldest_first], json=tables,
+    )  # fmt: skip
 
 
 def _lead(found: Scan) -> str:

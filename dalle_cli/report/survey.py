@@ -164,7 +164,7 @@ def _ballot(path: Path, value: Any) -> Ballot:
     caption, most = Counter(vote.caption for vote in votes).most_common(1)[0]
     if most > 1:
         raise ValueError(f"two votes for {caption!r}")
-    return Ballot(path, rater, survey, tuple(inputs), *numbers, votes)
+    return Ballot(path, rater, survey, tuple(inputs), numbers[0], numbers[1], votes)
 
 
 def _vote(survey: str, entry: dict[str, Any]) -> Vote:

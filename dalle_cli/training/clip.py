@@ -19,7 +19,7 @@ from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.pixels import from_uint8
 from dalle_cli.training.config import ImageTrainConfig, setting
-from dalle_cli.training.distributed import all_rows
+from dalle_cli.training.distributed import gather_rows
 from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.stage import Trainable, TrainingStage, image_inputs
 from dalle_cli.training.task import Batch, ImageTask, int64, seeded
@@ -70,7 +70,7 @@ class CLIPTask(ImageTask):
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The contrastive or sigmoid loss of the batch."""
         images, tokens, lengths = batch
-        gather = {"gather": all_rows} if self.world > 1 else {}
+        gather = {"gather": gather_rows} if self.world > 1 else {}
         return self.model.loss(from_uint8(images), tokens, lengths, **gather)
 
     def validate(self, model: nn.Module, device: torch.device) -> dict[str, float]:
@@ -81,8 +81,8 @@ class CLIPTask(ImageTask):
             if len(rows) < min(self.validation_batch, len(self.held_out)):
                 continue  # a smaller last group would be easier
             tokens, lengths = self._captions(rows, np.zeros(len(rows)))
-            loss, figures = model.loss(from_uint8(images.to(device)), tokens.to(device), lengths.to(device))
-            found.append((loss.item(), figures["accuracy"].item()))
+            loss, metrics = model.loss(from_uint8(images.to(device)), tokens.to(device), lengths.to(device))
+            found.append((loss.item(), metrics["accuracy"].item()))
         means = [sum(column) / len(found) for column in zip(*found, strict=True)]
         return dict(zip(("loss_held_out", "accuracy_held_out"), means, strict=False))
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from dalle_cli import console
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.data import loader
-from dalle_cli.data.conditions import Conditions
 from dalle_cli.data.datasets import Dataset
+from dalle_cli.data.pairs import Conditions
 from dalle_cli.devices import rank
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.process import Process
@@ -56,20 +56,20 @@ class DecoderTrain(DenoisingTrain):
 
 
 def loss_of(
-    model: Decoder, process: Process, images: Tensor, t: Tensor, noise: Tensor, told: Sequence[Tensor], min_snr: float
+    model: Decoder, process: Process, images: Tensor, t: Tensor, noise: Tensor, inputs: Sequence[Tensor], min_snr: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one batch, and its parts; `told` are the arguments of `Decoder.condition`.
+    """The loss of one batch, and its parts; `inputs` are the arguments of `Decoder.condition`.
 
     A sketch learns to be the mean of the images of its embedding and caption: its loss is the squared error to the
     image, made as small, with the weight of the noise's.
     """
-    conditioning = model.condition(*told)
-    loss, figures = denoising(process, lambda x, t: model(x, t, conditioning), images, t, noise, min_snr)
+    conditioning = model.condition(*inputs)
+    loss, metrics = denoising(process, lambda x, t: model(x, t, conditioning), images, t, noise, min_snr)
     if conditioning.sketch is not None:
         small = F.adaptive_avg_pool2d(to_signed(images), conditioning.sketch.shape[-1])
-        figures["sketch"] = (conditioning.sketch.float() - small).square().mean()
-        loss = loss + figures["sketch"]
-    return loss, figures
+        metrics["sketch"] = (conditioning.sketch.float() - small).square().mean()
+        loss = loss + metrics["sketch"]
+    return loss, metrics
 
 
 def embedding_noise(embeddings: Tensor, most: float, seed: int, step: int, slots: Sequence[int]) -> Tensor:
@@ -119,13 +119,13 @@ class DecoderTask(DenoisingTask):
 
     def predict(self, model: Any, conditioning: Sequence[Tensor]) -> Predict:
         """The decoder, conditioned once for all timesteps."""
-        told = model.condition(*conditioning)
-        return lambda x, t: model(x, t, told)
+        conditioned = model.condition(*conditioning)
+        return lambda x, t: model(x, t, conditioned)
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the noise, the bound that teaches the variance, and the sketch's error if there is one."""
-        images, noise, t, *told = batch
-        return loss_of(self.model, self.process, images, t, noise, told, self.options.min_snr)
+        images, noise, t, *inputs = batch
+        return loss_of(self.model, self.process, images, t, noise, inputs, self.options.min_snr)
 
     def samples(self, model: nn.Module, device: torch.device) -> Image.Image | None:
         """Held-out originals above what is decoded from their embeddings, always with the same noise."""

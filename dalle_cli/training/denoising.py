@@ -78,10 +78,10 @@ def denoising(
     x_start = to_signed(images)
     x = process.add_noise(x_start, here, noise)
     found = losses(process, predict(x, t), x_start, x, here, noise, min_snr=min_snr or None)
-    figures = {"mse": found.simple.mean()}
+    metrics = {"mse": found.simple.mean()}
     if found.bound is not None:
-        figures["bits"] = found.bound.mean()
-    return found.total.mean(), figures
+        metrics["bits"] = found.bound.mean()
+    return found.total.mean(), metrics
 
 
 class Bins:
@@ -104,16 +104,16 @@ class Bins:
             self.sums += sums
             self.counts += counts
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The mean, and that of each bin; nothing if there was no image."""
         if not self.counts.sum():
             return {}
-        figures = {"mse_held_out": float(self.sums.sum() / self.counts.sum())}
+        metrics = {"mse_held_out": float(self.sums.sum() / self.counts.sum())}
         for number in range(N_BINS):
             first, last = -(-number * self.n // N_BINS), -(-(number + 1) * self.n // N_BINS) - 1
             if self.counts[number]:
-                figures[f"mse_t{first}_{last}"] = float(self.sums[number] / self.counts[number])
-        return figures
+                metrics[f"mse_t{first}_{last}"] = float(self.sums[number] / self.counts[number])
+        return metrics
 
 
 class DenoisingTask(EqualParts, ImageTask, ABC):
@@ -167,4 +167,4 @@ class DenoisingTask(EqualParts, ImageTask, ABC):
         bins = Bins(self.process)
         for rows, images, conditioning in self.held_out_batches():
             bins.add(self.predict(model, [c.to(device) for c in conditioning]), images.to(device), rows)
-        return bins.figures()
+        return bins.metrics()

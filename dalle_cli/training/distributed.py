@@ -1,6 +1,6 @@
 """Data-parallel training: several processes, each with its own device, make one update (Ramesh et al. 2021, app. E).
 
-Exclude a launcher such as torchrun there is one process, and these functions do nothing.
+Without a launcher such as torchrun there is one process, and these functions leave their arguments unchanged.
 """
 
 import itertools
@@ -44,15 +44,15 @@ class Lost(DalleError):
 
 
 @runtime_checkable
-class ReadsOwnPart(Protocol):
-    """A task that can read only its own process's part of each batch."""
+class ReadsShard(Protocol):
+    """A task whose `batches` can give each process its own part of a batch. The loop splits other tasks' batches."""
 
     def share(self, rank: int, world: int) -> None:
-        """Let `batches` give the rank-th of `world` equal parts from now on."""
+        """From now on `batches` gives the rank-th of `world` equal parts."""
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """The processes of a run; this one is number `rank` of `world`."""
 
     rank: int = 0
@@ -74,7 +74,7 @@ class Group:
         return cast(T, outcome[0])
 
     def gathered(self, value: T) -> list[T]:
-        """The values of all processes, by rank."""
+        """The values of all processes, in the order of their ranks."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
@@ -104,22 +104,22 @@ class Group:
 
 
 @contextmanager
-def joined(device: torch.device, seconds: float) -> Iterator[Group]:
+def process_group(device: torch.device, seconds: float) -> Iterator[ProcessGroup]:
     """Join the processes that a launcher started; each waits for the others at most this many seconds.
 
     Raises:
         Lost: one of them has ended or hangs.
     """
     if devices.world() == 1:
-        yield Group()
+        yield ProcessGroup()
         return
     try:
         if dist.is_initialized():
-            yield Group(dist.get_rank(), dist.get_world_size())
+            yield ProcessGroup(dist.get_rank(), dist.get_world_size())
             return
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
-        yield Group(dist.get_rank(), dist.get_world_size())
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size())
         dist.destroy_process_group()
     except RuntimeError as error:
         raise (_lost(error) or error) from None
@@ -138,15 +138,15 @@ def _lost(error: RuntimeError) -> Lost | None:
     )
 
 
-def from_first(tensors: Iterable[Tensor]) -> None:
-    """Copy the first process's tensors to all others."""
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Overwrite each tensor, in place, with that of rank 0."""
     if dist.is_available() and dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather with gradients."""
+    """All-gather whose backward pass sums the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -162,14 +162,14 @@ class _Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def all_rows(rows: Tensor) -> Tensor:
+def gather_rows(rows: Tensor) -> Tensor:
     """Gather the rows of all processes, equally many from each: (B, ...) -> (world * B, ...), differentiable."""
     y: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
     return y
 
 
-class Computes(Protocol):
-    """The part of a task that parallel training needs."""
+class HasLoss(Protocol):
+    """The part of a task that parallel training needs: a model and its loss."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -182,9 +182,9 @@ class Computes(Protocol):
 class SingleProcess:
     """The parallel strategy of a single process, and the base class of the others."""
 
-    cut = False  # whether each process holds only a shard of the weights
+    sharded = False  # whether each process holds only a shard of the weights
 
-    def __init__(self, task: Computes, group: Group) -> None:
+    def __init__(self, task: HasLoss, group: ProcessGroup) -> None:
         self.loss, self.group = task.loss, group
 
     def part(self, last: bool) -> AbstractContextManager[None]:
@@ -217,7 +217,7 @@ class SingleProcess:
 class _Loss(nn.Module):
     """A task's loss as the forward of a module, as DistributedDataParallel needs it."""
 
-    def __init__(self, task: Computes) -> None:
+    def __init__(self, task: HasLoss) -> None:
         super().__init__()
         self.model, self.task = task.model, task
 
@@ -230,10 +230,10 @@ class _Loss(nn.Module):
 class DataParallel(SingleProcess):
     """Whole weights in every process; gradients are averaged, exactly or by PowerSGD (Vogels et al. 2019)."""
 
-    def __init__(self, task: Computes, group: Group, powersgd_rank: int, powersgd_from: int) -> None:
+    def __init__(self, task: HasLoss, group: ProcessGroup, powersgd_rank: int, powersgd_from: int) -> None:
         """PowerSGD starts after `powersgd_from` updates."""
         super().__init__(task, group)
-        # Exclude find_unused_parameters DDP rebuilds its buckets after the first update, and a resumed run would sum
+        # Without find_unused_parameters DDP rebuilds its buckets after the first update, and a resumed run would sum
         # gradients in another order than an uninterrupted one.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

@@ -18,7 +18,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.pixels import from_uint8, to_uint8
 from dalle_cli.training.config import ImageTrainConfig, check_at_least, setting
-from dalle_cli.training.distributed import from_first
+from dalle_cli.training.distributed import broadcast
 from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.schedules import cosine
 from dalle_cli.training.stage import Trainable, TrainingStage, image_inputs
@@ -26,9 +26,9 @@ from dalle_cli.training.task import Batch, EqualParts, ImageTask, seeded
 from dalle_cli.viz.grid import image_grid
 
 N_SAMPLES = 12
-GONE = 1.1  # perplexity of codes that carry no information any more
-MANY = 8  # held-out images, which do not all look the same
-COLLAPSE = 0.05  # share of the vocabulary (or of the codes seen) below which the codebook counts as collapsed
+COLLAPSED_PERPLEXITY = 1.1  # below it, codes carry no information
+MIN_IMAGES = 8  # held-out images that a collapse must be seen on
+LOW_USAGE = 0.05  # share of the vocabulary (or of the codes seen) below which the codebook counts as hardly used
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class DVAETask(EqualParts, ImageTask):
         images = from_uint8(batch[0])
         if step % o.revive_every == 0:
             self.model.revive(images, generator)
-            from_first(self.model.quantizer.state_dict().values())  # all processes revive the same codes
+            broadcast(self.model.quantizer.state_dict().values())  # all processes revive the same codes
         temperature = cosine(step, o.temperature, o.final_temperature, o.temperature_steps)
         beta = cosine(step, 0.0, o.beta, o.beta_steps)
         return self.model.loss(images, temperature=temperature, beta=beta, generator=generator)
@@ -116,9 +116,13 @@ class DVAETask(EqualParts, ImageTask):
         """
         n_vocab = self.config.n_vocab
         found = f"expected a codebook in use, found a perplexity of {perplexity:.1f} among {n_vocab} codes"
-        if perplexity < GONE and self.updates > self.options.beta_steps and len(self.held_out) >= MANY:
+        if (
+            perplexity < COLLAPSED_PERPLEXITY
+            and self.updates > self.options.beta_steps
+            and len(self.held_out) >= MIN_IMAGES
+        ):
             raise DalleError(f"{found}; set dvae.quantizer = 'fsq', or lower dvae.train.beta or lr")
-        if perplexity < COLLAPSE * min(n_vocab, n_codes):
+        if perplexity < LOW_USAGE * min(n_vocab, n_codes):
             console.warn(found)
 
     def samples(self, model: nn.Module, device: torch.device) -> Image.Image | None:

@@ -157,8 +157,8 @@ class EmbeddingPriorTask(EqualParts, PairTask, ABC):
                 sampled.append(self._sample(model, read, numbers).double())
             true.append(z_i.double())
         n = sum(size for _, size in losses)
-        figures = {"loss_held_out": sum(loss * size for loss, size in losses) / n} if n else {}
-        return {**figures, **cosines(torch.cat(sampled), torch.cat(true))} if sampled else figures
+        metrics = {"loss_held_out": sum(loss * size for loss, size in losses) / n} if n else {}
+        return {**metrics, **cosines(torch.cat(sampled), torch.cat(true))} if sampled else metrics
 
     @abstractmethod
     def _held_out_loss(self, model: Any, read: PromptBatch, z_i: Tensor, numbers: range) -> Tensor:

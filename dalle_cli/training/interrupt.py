@@ -10,16 +10,16 @@ class Interrupt:
     """Remembers SIGINT and SIGTERM, so that the loop finishes its update and writes a checkpoint first."""
 
     def __init__(self) -> None:
-        self.came = False
+        self.received = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Inside this context the first signal is remembered, and a second one raises KeyboardInterrupt."""
 
         def remember(number: int, frame: FrameType | None) -> None:
-            if self.came:
+            if self.received:
                 raise KeyboardInterrupt  # the second time means now
-            self.came = True
+            self.received = True
 
         previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -18,7 +18,7 @@ from dalle_cli.devices import Arithmetic, compiled, keep_freed_memory
 from dalle_cli.errors import DalleError
 from dalle_cli.training.blocks import blocks, recompute, wrap_forward
 from dalle_cli.training.config import TrainConfig
-from dalle_cli.training.distributed import DataParallel, Group, ReadsOwnPart, SingleProcess, joined
+from dalle_cli.training.distributed import DataParallel, ProcessGroup, ReadsShard, SingleProcess, process_group
 from dalle_cli.training.interrupt import Interrupt
 from dalle_cli.training.metrics import Averages, Meter, Silent
 from dalle_cli.training.optim import EMA, load_optimizer_state, optimizer_state, optimizers
@@ -26,28 +26,34 @@ from dalle_cli.training.run import Board, Run
 from dalle_cli.training.scaling import BlockScales
 from dalle_cli.training.schedules import Plateau, learning_rate
 from dalle_cli.training.sharding import FullySharded
-from dalle_cli.training.shards import whole
+from dalle_cli.training.shards import full_tensor
 from dalle_cli.training.task import Batch, Costs, Counts, Splits, Task, mix
-from dalle_cli.training.warm_start import begin
+from dalle_cli.training.warm_start import initialize_from
 
 __all__ = ["Batch", "Costs", "Counts", "Splits", "Task", "Trainer", "mix", "train"]
 
 
 class Trainer:
-    """Carries a task from its last checkpoint to its weights."""
+    """Trains a task's model, from its last checkpoint if there is one, and writes the final weights."""
 
     def __init__(
-        self, task: Task, config: TrainConfig, run: Run, machine: Arithmetic, seed: int, group: Group | None = None
+        self,
+        task: Task,
+        config: TrainConfig,
+        run: Run,
+        machine: Arithmetic,
+        seed: int,
+        group: ProcessGroup | None = None,
     ):
         self.task, self.config, self.run = task, config, run
         self.machine, self.device, self.seed = machine, machine.device, seed
-        self.group = group or Group()
+        self.group = group or ProcessGroup()
         if self.device.type == "cpu":
             keep_freed_memory()
-        cut = self.group.world > 1 and config.parallel == "shard"  # FSDP: no rank holds the full weights
-        self.model = (task.model if cut else task.model.to(self.device)).train()
+        sharded = self.group.world > 1 and config.parallel == "shard"  # FSDP: no rank holds the full weights
+        self.model = (task.model if sharded else task.model.to(self.device)).train()
         self.ema = EMA(self.model, config.ema)
-        self.strategy = self._strategy(cut)
+        self.strategy = self._strategy(sharded)
         self.optimizers = optimizers(self.model, config)
         self.step = 0
         c = config
@@ -59,8 +65,8 @@ class Trainer:
         self.scales: BlockScales | None = None
         self._wrap()  # after the average was made, which is a plain model
 
-    def _strategy(self, cut: bool) -> SingleProcess:
-        """The parallel strategy: how the weights lie in the processes.
+    def _strategy(self, sharded: bool) -> SingleProcess:
+        """The parallel strategy: one process, data parallel or fully sharded.
 
         Raises:
             DalleError: a loss over the whole batch, or settings that contradict each other.
@@ -70,16 +76,16 @@ class Trainer:
             return SingleProcess(self.task, self.group)
         refusals = {
             f"{world} equal parts of batch_size {c.batch_size}": c.batch_size % (world * c.accumulate),
-            "one process for a loss that takes the whole batch": not isinstance(self.task, (Splits, ReadsOwnPart)),
-            "compile = false for weights in shards": cut and c.compile,
+            "one process for a loss that takes the whole batch": not isinstance(self.task, (Splits, ReadsShard)),
+            "compile = false for weights in shards": sharded and c.compile,
             "powersgd_rank = 0 in float16": c.powersgd_rank and self.machine.dtype == torch.float16,
         }
         for wanted, refused in refusals.items():
             if refused:
                 raise DalleError(f"expected {wanted}, found {world} processes; change one of them")
-        if cut:
+        if sharded:
             return FullySharded(self.task, self.group, self.ema.model, self.device)
-        if isinstance(self.task, ReadsOwnPart):
+        if isinstance(self.task, ReadsShard):
             self.task.share(self.group.rank, world)
         return DataParallel(self.task, self.group, c.powersgd_rank, c.warmup)
 
@@ -109,14 +115,14 @@ class Trainer:
         """Continue from the last checkpoint, if there is one."""
         found = None
 
-        def look() -> tuple[bool, float]:
+        def find() -> tuple[bool, float]:
             nonlocal found
             self.run.sweep()
             found = self.run.latest()
             return found is not None, self.run.rewind_log(found[0] if found else -1)
 
-        there, seconds = self.group.first(look)
-        found = found if self.group.rank == 0 else self.run.latest() if there else None
+        exists, seconds = self.group.first(find)
+        found = found if self.group.rank == 0 else self.run.latest() if exists else None
         if found is None:
             return
         self.step, tensors = found
@@ -152,38 +158,38 @@ class Trainer:
         rate = learning_rate(self.step, c.schedule, c.lr, c.final_lr, c.warmup, c.schedule_steps) * self.plateau.share
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
-        figures = self._gradients(tuple(t.to(self.device, non_blocking=True) for t in batch))
+        metrics = self._gradients(tuple(t.to(self.device, non_blocking=True) for t in batch))
         if self.scales:
             self.scales.unscale(self.strategy.overflowed)
         if c.clip_norm:
-            figures["grad_norm"] = whole(nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
+            metrics["grad_norm"] = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm))
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
         if self.step % c.ema_every == 0:
             self.ema.update(self.model, self.step // c.ema_every - 1)
-        return {**figures, "lr": torch.tensor(rate)}
+        return {**metrics, "lr": torch.tensor(rate)}
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Compute the gradients of a batch, whole or in parts, by one process or several; loss and metrics."""
         self.model.zero_grad()
-        parts, figures = self._parts(batch), Averages()
+        parts, metrics = self._parts(batch), Averages()
         for number, part in parts.items():
             generator = self._seeded(self.step, *([] if number is None else [number]))
-            with self.strategy.part(figures.count + 1 == len(parts)):
+            with self.strategy.part(metrics.count + 1 == len(parts)):
                 with self._autocast():
                     loss, more = self.strategy.loss(part, self.step, generator)
                 (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
-            figures.add({"loss": loss.detach(), **{k: v.detach() for k, v in more.items()}})
+            metrics.add({"loss": loss.detach(), **{k: v.detach() for k, v in more.items()}})
         self.strategy.average_buffers()
-        return self.group.means({name: total / len(parts) for name, total in figures.sums.items()})
+        return self.group.means({name: total / len(parts) for name, total in metrics.sums.items()})
 
     def _parts(self, batch: Batch) -> dict[int | None, Batch]:
         """The parts of a batch that this process computes, by their numbers; None for a batch in one part."""
         here, world = self.config.accumulate, self.group.world
         if here * world == 1:
             return {None: batch}
-        shares = isinstance(self.task, ReadsOwnPart)  # the batch is this process's part already
+        shares = isinstance(self.task, ReadsShard)  # the batch is this process's part already
         n_parts, first = here if shares else here * world, self.group.rank * here
         parts = [batch]
         if n_parts > 1:
@@ -200,21 +206,21 @@ class Trainer:
         """The arithmetic of the loss; float16 is used inside the blocks alone."""
         return nullcontext() if self.scales else self.machine.autocast()
 
-    def _figures(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, float]:
         def validate() -> dict[str, float]:
             with torch.no_grad(), self.machine.autocast():
                 return self.task.validate(self.ema.model, self.device)
 
-        return validate() if self.strategy.cut else self.group.first(validate)  # sharded weights need all processes
+        return validate() if self.strategy.sharded else self.group.first(validate)  # sharded weights need all processes
 
     def validate(self) -> dict[str, float]:
         """Metrics of the averaged weights on held-out data, logged; and an image grid."""
-        figures = self._figures()
-        if not self.strategy.cut:
+        metrics = self._validate()
+        if not self.strategy.sharded:
             self.group.first(self._save_samples)
-        self._write({"step": self.step, "seconds": round(self.meter.seconds, 3), "validation": figures})
-        self._see({"loss": self.validated.take()["loss"], **figures})
-        return figures
+        self._write({"step": self.step, "seconds": round(self.meter.seconds, 3), "validation": metrics})
+        self._update_plateau({"loss": self.validated.take()["loss"], **metrics})
+        return metrics
 
     def _save_samples(self) -> None:
         with torch.no_grad(), self.machine.autocast():
@@ -224,10 +230,10 @@ class Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             grid.save(folder / f"{self.step:08d}.png")
 
-    def _see(self, figures: dict[str, float]) -> None:
+    def _update_plateau(self, metrics: dict[str, float]) -> None:
         """Update the plateau schedule; `loss` is that of training. The warm-up does not count."""
-        if self.config.schedule == "plateau" and self.step > self.config.warmup and self.plateau.see(figures):
-            self._note(f"{self.plateau.figure} has stopped falling: from here lr times {self.plateau.share:.4g}")
+        if self.config.schedule == "plateau" and self.step > self.config.warmup and self.plateau.update(metrics):
+            self._note(f"{self.plateau.metric} has stopped falling: from here lr times {self.plateau.share:.4g}")
 
     def train(self) -> dict[str, float]:
         """Train to the end and write the weights; the last validation's metrics."""
@@ -242,14 +248,14 @@ class Trainer:
                 self.meter.measure_machine()
             batches = stack.enter_context(closing(self.task.batches(self.step)))
             if c.schedule == "plateau" and c.plateau_metric != "loss" and self.step == 0:
-                self.plateau.value({"loss": 0.0, **self._figures()})  # refuses a wrong name now, not hours later
+                self.plateau.value({"loss": 0.0, **self._validate()})  # refuses a wrong name now, not hours later
             while self.step < c.steps:
                 self._advance(batches, display)
                 if self.step % c.validate_every == 0 or self.step == c.steps:
                     last = self.validate()
                     display.tell(self.meter.pace(), **last)
                 display.advance()
-                stops = self.group.any(interrupt.came)
+                stops = self.group.any(interrupt.received)
                 if stops or self.step % c.checkpoint_every == 0 or self.step == c.steps:
                     self.logged.check(self.step)
                     self.save()
@@ -257,7 +263,7 @@ class Trainer:
                     self._note(f"stopped after update {self.step}; the same command resumes from here")
                     raise KeyboardInterrupt
         self._finish()
-        return last or self._figures()
+        return last or self._validate()
 
     def _finish(self) -> None:
         """Write the weights."""
@@ -273,9 +279,9 @@ class Trainer:
         """One update, timed, logged and shown."""
         began = time.monotonic()
         batch = next(batches)
-        figures = self.update(batch)
-        self.logged.add(figures)
-        self.validated.add({"loss": figures["loss"]})
+        metrics = self.update(batch)
+        self.logged.add(metrics)
+        self.validated.add({"loss": metrics["loss"]})
         logs = self.step % self.config.log_every == 0 or self.step == self.config.steps
         means: dict[str, float] = {}
         if logs or display.due():
@@ -283,7 +289,7 @@ class Trainer:
                 self.logged.check(self.step)
             means = self.logged.take() if logs else self.logged.means()  # waits for the device
         units = self.task.units(batch) if isinstance(self.task, Counts) else ("images", len(batch[0]))
-        read = self.group.world if isinstance(self.task, ReadsOwnPart) else 1
+        read = self.group.world if isinstance(self.task, ReadsShard) else 1
         self.meter.add(time.monotonic() - began, units[0], units[1] * read)
         if logs:
             self._write({"step": self.step, **means, **self.meter.row()})
@@ -320,14 +326,14 @@ def train(
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint has been written.
     """
     run.check()
-    with joined(machine.device, config.timeout) as group:
+    with process_group(machine.device, config.timeout) as group:
         if fresh:
             group.first(run.start_over)
         elif group.first(lambda: _finished(run)):
             return {}
         task = build()
         if start is not None:
-            begin(task.model, start)
+            initialize_from(task.model, start)
         trainer = Trainer(task, config, run, machine, seed, group)
         trainer.resume()
         return trainer.train()

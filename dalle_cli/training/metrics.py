@@ -23,10 +23,10 @@ class Averages:
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
-    def add(self, figures: Mapping[str, Tensor]) -> None:
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Add the metrics of one update; only scalars count."""
         self.count += 1
-        for key, value in figures.items():
+        for key, value in metrics.items():
             if value.ndim == 0:
                 self.sums[key] = self.sums[key] + value if key in self.sums else value
 
@@ -103,7 +103,7 @@ class Silent:
     def due(self) -> bool:
         return False
 
-    def tell(self, pace: Pace, /, **figures: object) -> None:
+    def tell(self, pace: Pace, /, **metrics: object) -> None:
         pass
 
     def advance(self) -> None:

@@ -36,9 +36,9 @@ from dalle_cli.training.task import Batch, PairTask, int64, mix, seeded
 from dalle_cli.viz.grid import image_grid
 
 COLORS_AT_ONCE = 256  # codes
-UNSEEN = 0.15  # share of the pairs whose sketch is hidden, as it is for a likelihood of codes
+SKETCH_DROPOUT = 0.15  # share of the pairs whose sketch is hidden, as it is for a likelihood of codes
 NOISE = 0.3  # the most noise added to a true sketch: sampled ones have errors
-REDRAWING_STEPS = 15  # of DDIM
+RESAMPLING_STEPS = 15  # of DDIM
 
 
 @torch.inference_mode()
@@ -179,11 +179,11 @@ class PriorTask(PairTask):
             since, noise = (share * N_TIMESTEP * uniform(len(true))).to(true), normal(true.shape).to(true)
             seen = resample_sketches(
                 self.model, tokens, lengths, true, since, noise, guidance_scale=self.options.sketch_guidance,
-                steps=REDRAWING_STEPS,
+                steps=RESAMPLING_STEPS,
             )  # fmt: skip
         else:
             seen = true + (NOISE * uniform(len(true), 1, 1, 1) * normal(true.shape)).to(true)
-        sees = (uniform(len(true)) >= UNSEEN).to(true.device)
+        sees = (uniform(len(true)) >= SKETCH_DROPOUT).to(true.device)
         if not own:
             return (*made, seen, sees)
         with torch.no_grad():
@@ -245,7 +245,7 @@ class PriorTask(PairTask):
             found = [parts["image_nats"].item() * here, parts["text_nats"].item() * n_tokens, n_tokens, 0.0, 0.0]
             if model.sketch is not None:
                 true, all_see = model.sketch.of(codes), torch.ones_like(lengths, dtype=torch.bool)
-                found[3] = model.loss(tokens, lengths, codes, told=(true, all_see))[1]["image_nats"].item() * here
+                found[3] = model.loss(tokens, lengths, codes, sketches=(true, all_see))[1]["image_nats"].item() * here
                 times = torch.randint(N_TIMESTEP, (here,), generator=generator).to(device)
                 noise = torch.randn(true.shape, generator=generator).to(true)
                 found[4] = sketch_losses(model, tokens, lengths, true, times, noise).sum().item()
@@ -253,8 +253,8 @@ class PriorTask(PairTask):
         if not n:
             return {}
         image, text, n_tokens, sketched, error = totals.tolist()
-        figures = {"image_nats": image / n, "text_nats": text / max(n_tokens, 1)}
-        return figures if model.sketch is None else figures | {"sketched_nats": sketched / n, "sketch": error / n}
+        metrics = {"image_nats": image / n, "text_nats": text / max(n_tokens, 1)}
+        return metrics if model.sketch is None else metrics | {"sketched_nats": sketched / n, "sketch": error / n}
 
     def samples(self, model: nn.Module, device: torch.device) -> Image.Image | None:
         """Images of the first held-out captions, always the same ones; nothing without a dVAE."""
@@ -294,7 +294,7 @@ def train_prior(
         return train_embedding_prior(pairs, inputs, Path(out), o)
     inputs.sizes |= {"n_image_vocab": found.require("n_vocab", int), "grid": found.require("grid", int)}
     stage = TrainingStage(TRAINABLE, out, o, inputs)
-    _check_redrawn(stage)
+    _check_initial_sketch(stage)
     bpe, (read_with, encoder) = None, (inputs.header[name] for name in ("tokenizer", "encoder"))
     if stage.train.bpe_dropout:
         bpe = tokenizers.load(tokenizer or bundles.find_tokenizer(read_with, stage.out.parent, texts.path.parent))
@@ -303,9 +303,9 @@ def train_prior(
     return stage.run(lambda: PriorTask(stage.model, stage.train, pairs, bpe, o.seed, dvae))
 
 
-def _check_redrawn(stage: TrainingStage) -> None:
+def _check_initial_sketch(stage: TrainingStage) -> None:
     """Raises: DalleError if a trained sketch is to be followed and the initial weights have none."""
     width = stage.model.sketch_width
-    if stage.model.sketch and stage.train.sketch_resampled and not warm_start.gives(stage.start, "sketch.", width):
+    if stage.model.sketch and stage.train.sketch_resampled and not warm_start.has_part(stage.start, "sketch.", width):
         due = f"--init with a sketch of width {width} for prior.train.sketch_resampled"
         raise DalleError(f"expected {due}, found none; train it first, by prior.train.sketch_only")

@@ -71,12 +71,13 @@ class Run:
 
     def _same_so_far(self, artifact: Artifact, config: dict[str, Any], step: int) -> bool:
         """Whether this run would have come to a checkpoint as well: its end may be another, and what it writes then."""
-        mine, told = json.loads(json.dumps(self.config)).get("train"), self._compared(config).get("train")
-        if not isinstance(mine, dict) or not isinstance(told, dict):
+        mine, recorded = json.loads(json.dumps(self.config)).get("train"), self._compared(config).get("train")
+        if not isinstance(mine, dict) or not isinstance(recorded, dict):
             return False
         end = {name: mine[name] for name in ("steps", *affecting(self.train_type, "end")) if name in mine}
-        theirs = {**told, **end, "steps": told["steps"]}
-        return self._same(artifact, {**config, "train": {**told, **end}}) and same_until(step, theirs, {**told, **end})
+        theirs = {**recorded, **end, "steps": recorded["steps"]}
+        now = {**recorded, **end}
+        return self._same(artifact, {**config, "train": now}) and same_until(step, theirs, now)
 
     def check(self) -> None:
         """Raises: DalleError if the output path holds something else than weights of this kind."""

@@ -20,11 +20,11 @@ from dalle_cli.errors import DalleError
 from dalle_cli.training.blocks import blocks, wrap_forward
 from dalle_cli.training.shards import local
 
-FIRST, LEAST, MOST = 13.0, 7.0, 24.0  # log2 of a scale: initially, and its bounds
+INITIAL, MIN, MAX = 13.0, 7.0, 24.0  # log2 of a scale: initially, and its bounds
 RISE = 1 / 1000  # added to log2 of a scale after an update with finite gradients
 FALL = 0.5  # subtracted from it after any other update
 WINDOW = 125  # updates between two falls of one scale
-GIVE_UP = 125  # updates in a row without finite gradients, at the smallest scale
+MAX_LOST = 125  # updates in a row without finite gradients, at the smallest scale
 
 
 class _Enter(torch.autograd.Function):
@@ -75,7 +75,7 @@ class BlockScales:
         self.blocks = blocks(model)
         first = next(model.parameters())
         n = len(self.blocks)
-        self.log2 = torch.full((n,), FIRST, device=first.device, dtype=torch.float32)
+        self.log2 = torch.full((n,), INITIAL, device=first.device, dtype=torch.float32)
         self.since = [WINDOW] * n  # updates since a scale fell
         self.lost = [0] * n  # updates in a row without finite gradients
 
@@ -122,7 +122,7 @@ class BlockScales:
             elif not good:
                 block.zero_grad(set_to_none=True)
             moves.append(self._move(index, good))
-        self.log2 = (self.log2 + self.log2.new_tensor(moves)).clamp(LEAST, MOST)
+        self.log2 = (self.log2 + self.log2.new_tensor(moves)).clamp(MIN, MAX)
         self._check()
 
     def _move(self, index: int, good: bool) -> float:
@@ -137,10 +137,10 @@ class BlockScales:
         return -FALL
 
     def _check(self) -> None:
-        if max(self.lost) <= GIVE_UP:
+        if max(self.lost) <= MAX_LOST:
             return
         for name, lost, log2 in zip(self.blocks, self.lost, self.log2.tolist(), strict=True):
-            if lost > GIVE_UP and log2 <= LEAST:
+            if lost > MAX_LOST and log2 <= MIN:
                 raise DalleError(
                     f"expected finite gradients in {name}, found none for {lost} updates at its smallest scale; "
                     "lower lr, or compute in --dtype float32"

@@ -67,25 +67,25 @@ class Plateau:
     The rate is multiplied by `share`. A minus before the metric's name means that it should rise.
     """
 
-    def __init__(self, figure: str, patience: int, factor: float, least: float):
-        self.figure, self.patience, self.factor, self.least = figure, patience, factor, least
+    def __init__(self, metric: str, patience: int, factor: float, least: float):
+        self.metric, self.patience, self.factor, self.least = metric, patience, factor, least
         self.share, self.best, self.waited = 1.0, math.inf, 0
 
-    def value(self, figures: Mapping[str, float]) -> float:
+    def value(self, metrics: Mapping[str, float]) -> float:
         """The value that should fall, from metrics whose `loss` is that of training.
 
         Raises:
             DalleError: there is no metric of that name.
         """
-        name = self.figure.removeprefix("-")
-        if name not in figures:
-            found = f"expected plateau_metric among {', '.join(figures)}, found {self.figure!r}"
+        name = self.metric.removeprefix("-")
+        if name not in metrics:
+            found = f"expected plateau_metric among {', '.join(metrics)}, found {self.metric!r}"
             raise DalleError(f"{found}; name one of them, with a minus before it if it should rise")
-        return -figures[name] if self.figure.startswith("-") else figures[name]
+        return -metrics[name] if self.metric.startswith("-") else metrics[name]
 
-    def see(self, figures: Mapping[str, float]) -> bool:
+    def update(self, metrics: Mapping[str, float]) -> bool:
         """Update with the metrics of a validation; whether the rate was cut."""
-        value = self.value(figures)
+        value = self.value(metrics)
         if value < self.best:
             self.best, self.waited = value, 0
             return False

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dalle_cli.errors import DalleError
 from dalle_cli.training import shards
 from dalle_cli.training.blocks import blocks
-from dalle_cli.training.distributed import Computes, Group, SingleProcess
+from dalle_cli.training.distributed import HasLoss, ProcessGroup, SingleProcess
 from dalle_cli.training.run import Run
 
 UNSHARDED = "loop/"  # prefix of a checkpoint's tensors that are never sharded
@@ -24,9 +24,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 class FullySharded(SingleProcess):
     """The weights of each block are gathered for its forward and backward pass, and freed again."""
 
-    cut = True
+    sharded = True
 
-    def __init__(self, task: Computes, group: Group, average: nn.Module, device: torch.device) -> None:
+    def __init__(self, task: HasLoss, group: ProcessGroup, average: nn.Module, device: torch.device) -> None:
         """Shard a task's model, and the model that holds the average of its weights.
 
         Raises:
@@ -62,11 +62,11 @@ class FullySharded(SingleProcess):
         like |= {f"ema/{name}": p for name, p in self.average.named_parameters()}
         like |= {f"optimizer/{name}:{key}": p for name, p in weights.items() for key in MOMENTS}
         if run.is_whole(tensors):
-            return shards.cut(tensors, like)
+            return shards.distribute(tensors, like)
         return {**tensors, **shards.load(run.shards(step), like)}
 
     def weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return shards.together(tensors, keep=self.group.rank == 0)
+        return shards.gather(tensors, keep=self.group.rank == 0)
 
 
 def _check(model: nn.Module) -> None:

@@ -21,14 +21,14 @@ def local(tensor: Tensor) -> Tensor:
     return to_local() if to_local else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor gathered from all processes' shards; an unsharded tensor as it is."""
-    full_tensor = getattr(tensor, "full_tensor", None)
-    return full_tensor() if full_tensor else tensor
+    gather_all = getattr(tensor, "full_tensor", None)
+    return gather_all() if gather_all else tensor
 
 
-def cut(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Shard whole tensors in the layout of the tensors in `like` of the same names; others stay as they are."""
+def distribute(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Shard full tensors like the tensors of the same names in `like`; those without one stay full."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     found = dict(tensors)
@@ -40,11 +40,11 @@ def cut(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, 
     return found
 
 
-def together(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Gather tensors one after another, to the CPU of the processes that keep them."""
+def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Gather sharded tensors, one after another, into CPU memory; empty on processes whose `keep` is False."""
     found = {}
     for name, tensor in tensors.items():
-        value = whole(tensor)
+        value = full_tensor(tensor)
         if keep:
             found[name] = value.cpu()
     return found

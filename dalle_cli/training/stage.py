@@ -19,7 +19,7 @@ from dalle_cli.data.skips import SkipLog
 from dalle_cli.devices import arithmetic, rank
 from dalle_cli.paths import skip_list
 from dalle_cli.training import warm_start
-from dalle_cli.training.distributed import joined
+from dalle_cli.training.distributed import process_group
 from dalle_cli.training.loop import train
 from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.run import Run
@@ -96,14 +96,14 @@ class TrainingStage:
         """
         self.options, self.inputs, self.out = options, inputs, Path(out)
         table = recipes.read(options.config, options.sets) if table is None else table
-        self.start = warm_start.opened(options.init, what.kind, what.stage)
-        sizes = warm_start.sizes(self.start, inputs.sizes, table.get(what.section, {}), what.model)
+        self.start = warm_start.open_weights(options.init, what.kind, what.stage)
+        sizes = warm_start.model_settings(self.start, inputs.sizes, table.get(what.section, {}), what.model)
         self.model, self.train = recipes.section(table, what.section, what.model, sizes, train=what.train)
         header = {"model": asdict(self.model), "train": asdict(self.train), **inputs.header}
         warm_start.check_inputs(self.start, header)
         self.machine = arithmetic(options.device, options.dtype)
         settings = {"seed": options.seed, "dtype": self.machine.name, **inputs.settings}
-        made = history(what.stage, settings, **inputs.provenance, **warm_start.named(self.start))
+        made = history(what.stage, settings, **inputs.provenance, **warm_start.history_inputs(self.start))
         self.weights = Run(self.out, what.kind, header, made, options.force, what.model, what.train)
 
     def run(self, build: Callable[[], Task]) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class TrainingStage:
         samples that could not be read, if there were any.
         """
         o, skipped = self.options, self.inputs.skipped
-        with joined(self.machine.device, self.train.timeout) as group:
+        with process_group(self.machine.device, self.train.timeout) as group:
             metrics: dict[str, Any] = train(
                 build, self.train, self.weights, self.machine, o.seed, o.fresh, self.start
             )  # fmt: skip

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from dalle_cli.data import loader
 from dalle_cli.data.augment import Augment, by_name
 from dalle_cli.data.datasets import Dataset
-from dalle_cli.data.order import Order
+from dalle_cli.data.order import Order, split
 from dalle_cli.data.pairs import Ints, Pairs
-from dalle_cli.data.split import split
 from dalle_cli.training.config import ImageTrainConfig, TrainConfig
 
 Batch = tuple[Tensor, ...]
@@ -29,7 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 class Task(Protocol):
     """What differs between models: data, loss, validation, and the image grid that shows the state of a run.
 
-    A task may also be one that `Splits`, `ReadsOwnPart`, `Counts` or `Costs`.
+    A task may also be one that `Splits`, `ReadsShard`, `Counts` or `Costs`.
     """
 
     @property

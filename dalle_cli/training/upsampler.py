@@ -93,9 +93,9 @@ class UpsamplerTask(DenoisingTask):
         c = self.config
         small, most = images.shape[-1] // c.factor, int(c.low_noise * c.n_timestep)
 
-        def make(picture: Pixels, row: int, epoch: int) -> tuple[Pixels, int, NDArray[np.float32]]:
+        def make(image: Pixels, row: int, epoch: int) -> tuple[Pixels, int, NDArray[np.float32]]:
             rng = np.random.default_rng([self.seed, row, epoch, _DEGRADE])
-            low = self.degrade(np.ascontiguousarray(picture.transpose(1, 2, 0)), small, rng).transpose(2, 0, 1)
+            low = self.degrade(np.ascontiguousarray(image.transpose(1, 2, 0)), small, rng).transpose(2, 0, 1)
             if not most:
                 return low, -1, np.zeros(0, np.float32)
             return low, int(rng.integers(-1, most)), rng.standard_normal(low.shape, dtype=np.float32)

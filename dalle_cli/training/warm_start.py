@@ -17,7 +17,7 @@ CHECKPOINT = "checkpoint"
 AVERAGE = "ema/"  # prefix of the tensors to take from a checkpoint
 
 
-def opened(model: str | None, kind: str, stage: str) -> Artifact | None:
+def open_weights(model: str | None, kind: str, stage: str) -> Artifact | None:
     """Open weights of this kind, by name, path or bundle, or a checkpoint of this stage; None for no model.
 
     Raises:
@@ -34,12 +34,14 @@ def opened(model: str | None, kind: str, stage: str) -> Artifact | None:
     return found
 
 
-def named(found: Artifact | None) -> dict[str, Artifact]:
-    """The entry for the inputs that a history records."""
+def history_inputs(found: Artifact | None) -> dict[str, Artifact]:
+    """The initial weights as an input for the history: {"init": weights}, or empty without them."""
     return {} if found is None else {"init": found}
 
 
-def sizes(found: Artifact | None, known: Mapping[str, Any], recipe: object, model: type[Any]) -> dict[str, Any]:
+def model_settings(
+    found: Artifact | None, known: Mapping[str, Any], recipe: object, model: type[Any]
+) -> dict[str, Any]:
     """The sizes of a model that the inputs (`known`) and the initial weights decide, if there are any.
 
     The recipe still sets a field of `model` with the metadata `warm_start`: "free", which the weights do not depend on,
@@ -77,13 +79,13 @@ def check_inputs(found: Artifact | None, header: Mapping[str, Any]) -> None:
             )
 
 
-def gives(found: Artifact | None, part: str, width: object) -> bool:
+def has_part(found: Artifact | None, part: str, width: object) -> bool:
     """Whether weights hold one of LATER_PARTS for a model with a sketch of this width."""
     model = {} if found is None else found.require("model", dict)
     return bool(model.get("sketch")) and (part != "sketch." or model.get("sketch_width") == width)
 
 
-def begin(model: nn.Module, found: Artifact) -> None:
+def initialize_from(model: nn.Module, found: Artifact) -> None:
     """Initialize a model from weights, or from the moving average of a checkpoint.
 
     A sketch that the weights lack, or have with another width, keeps its random initialization.
@@ -96,7 +98,7 @@ def begin(model: nn.Module, found: Artifact) -> None:
         tensors = {name.removeprefix(AVERAGE): t for name, t in tensors.items() if name.startswith(AVERAGE)}
     width = getattr(getattr(model, "config", None), "sketch_width", None)
     for part in LATER_PARTS:
-        if not gives(found, part, width):
+        if not has_part(found, part, width):
             tensors = {name: t for name, t in tensors.items() if not name.startswith(part)}
             tensors |= {name: t for name, t in model.state_dict().items() if name.startswith(part)}
     own = {name: tuple(t.shape) for name, t in model.state_dict().items()}

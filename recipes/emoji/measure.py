@@ -234,7 +234,7 @@ def some_of(entries: Sequence[Entry], part: str, weights: Any, limit: int | None
     Raises:
         DalleError: none.
     """
-    from dalle_cli.data.split import held_out
+    from dalle_cli.data.order import held_out
     from dalle_cli.evaluation.heldout import validation_share
     from dalle_cli.evaluation.image_sets import spread
 

@@ -267,9 +267,9 @@ def surplus(emojis: list[EmojiImage], toned: int) -> list[str]:
 # Writing
 
 
-def describe(emoji: EmojiImage, labels: dict[str, dict[str, Emoji]]) -> Row:
+def describe(image: EmojiImage, labels: dict[str, dict[str, Emoji]]) -> Row:
     """The JSON member of an image."""
-    style, code = emoji.style, emoji.code
+    style, code = image.style, image.code
     emoji = next(iter(labels.values()))[code]
     return {
         "caption": [text for lang, table in labels.items() for text in captions(table[code], style, lang)],

@@ -19,12 +19,13 @@ from PIL import Image
 
 from dalle_cli.artifacts import digest_bytes
 from dalle_cli.data.augment import center
-from dalle_cli.data.loader import Pictures
+from dalle_cli.data.loader import ImageSource
 from dalle_cli.devices import arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.evaluation.blur import gaussian_blur
 from dalle_cli.evaluation.cache import FeaturePass
-from dalle_cli.evaluation.features import ClipFeatures, Features, load_features, title
+from dalle_cli.evaluation.feature_batch import Features
+from dalle_cli.evaluation.features import ClipFeatures, load_features, title
 from dalle_cli.evaluation.image_metrics import Comparison, score
 from dalle_cli.evaluation.image_sets import GENERATED, ImageSet, open_image_set
 from dalle_cli.evaluation.options import EvaluateOptions
@@ -56,9 +57,9 @@ Row = dict[str, Cell]  # scores of pictures that were given one dose
 
 @dataclass(frozen=True)
 class Harmed:
-    """Pictures of S x S that are blurred or made noisy as they are read; dose 0 leaves them as they are."""
+    """Images of S x S that are blurred or made noisy as they are read; dose 0 leaves them as they are."""
 
-    pictures: Pictures
+    pictures: ImageSource
     size: int
     kind: str
     dose: float

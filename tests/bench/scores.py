@@ -41,7 +41,7 @@ WORKERS = 2  # and threads that read pictures, as it has them unless told otherw
 
 
 class Made:
-    """Pictures of 8 x 8 random colors, each made when it is read, by its number."""
+    """Images of 8 x 8 random colors, each made when it is read, by its number."""
 
     def __init__(self, n: int, size: int, seed: int) -> None:
         self.ids = [f"{i:06d}" for i in range(n)]

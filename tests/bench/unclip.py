@@ -17,9 +17,8 @@ from bench.peers import count
 from bench.prior import N_BATCHES, trainer_of
 from bench.timing import Subject
 from dalle_cli.artifacts import open_artifact, write_artifact
-from dalle_cli.data.conditions import Conditions
 from dalle_cli.data.datasets import Dataset
-from dalle_cli.data.pairs import Pairs
+from dalle_cli.data.pairs import Conditions, Pairs
 from dalle_cli.devices import arithmetic
 from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPriorConfig

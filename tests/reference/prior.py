@@ -73,7 +73,7 @@ def embed(tokens, length, codes, weights, sizes):
     return stream[:-1]
 
 
-def turned(x, place, sizes):
+def apply_rotary(x, place, sizes):
     """Pairs (i, i + D/2) as complex numbers, turned by the row (first half of the pairs) or the column."""
     n_prefix, grid, n_pairs = sizes["n_text"] + 1, sizes["grid"], len(x) // 2
     row = column = place
@@ -103,12 +103,12 @@ def attention(stream, kind, weights, name, sizes):
             def query(p, part=part, h=h):
                 x = qkv[p][:width][part]
                 if sizes["block"] == "modern":
-                    x = turned(unit(x), p, sizes) * weights[name + ".qk_scale"][h]
+                    x = apply_rotary(unit(x), p, sizes) * weights[name + ".qk_scale"][h]
                 return x
 
             def key(p, part=part):
                 x = qkv[p][width : 2 * width][part]
-                return turned(unit(x), p, sizes) if sizes["block"] == "modern" else x
+                return apply_rotary(unit(x), p, sizes) if sizes["block"] == "modern" else x
 
             scores = torch.stack([query(i) @ key(k) for k in keys]) / math.sqrt(d)
             weight = torch.exp(scores - scores.max())
