@@ -109,12 +109,13 @@ def apply_rotary(qkv: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if FAST:
         return fused.apply_rotary(qkv, rotary)
     cos, sin = rotary.to(qkv.dtype)
-    q, k, v = qkv.unflatten(-1, (3, -1, rotary.shape[-1])).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.view(*qkv.shape[:2], 3, -1, rotary.shape[-1]).permute(2, 0, 3, 1, 4)
 
     def rotate(x: Tensor) -> Tensor:
         x = F.rms_norm(x, x.shape[-1:], eps=fused.EPSILON)
         a, b = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-b, a], dim=-1) * sin
+        y: Tensor = x * cos + torch.cat([-b, a], dim=-1) * sin
+        return y
 
     return rotate(q), rotate(k), v
 

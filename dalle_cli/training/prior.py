@@ -245,7 +245,7 @@ class PriorTask(PairTask):
             found = [parts["image_nats"].item() * here, parts["text_nats"].item() * n_tokens, n_tokens, 0.0, 0.0]
             if model.sketch is not None:
                 true, all_see = model.sketch.of(codes), torch.ones_like(lengths, dtype=torch.bool)
-                found[3] = model.loss(tokens, lengths, codes, told=(true, all_see))[1]["image_nats"].item() * here
+                found[3] = model.loss(tokens, lengths, codes, sketches=(true, all_see))[1]["image_nats"].item() * here
                 times = torch.randint(N_TIMESTEP, (here,), generator=generator).to(device)
                 noise = torch.randn(true.shape, generator=generator).to(true)
                 found[4] = sketch_losses(model, tokens, lengths, true, times, noise).sum().item()

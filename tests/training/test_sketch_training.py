@@ -70,7 +70,7 @@ def test_sketches_are_of_their_captions_and_codes_of_their_sketches(chain, train
     assert far(true) < 0.8 * far(true.roll(7, 0))
     sees = torch.ones(len(tokens), dtype=torch.bool)
     own, other, none = (
-        prior.loss(tokens, lengths, grids, told=told)[1]["image_nats"].item()
+        prior.loss(tokens, lengths, grids, sketches=told)[1]["image_nats"].item()
         for told in ((true, sees), (true.roll(7, 0), sees), None)
     )
     assert own < none < other
