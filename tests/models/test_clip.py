@@ -416,7 +416,7 @@ def test_sizes_that_do_not_fit_are_refused(change: dict[str, object], words: str
 
 def test_pictures_and_captions_that_do_not_fit_are_refused() -> None:
     model = make()
-    with pytest.raises(DalleError, match="square pictures, found 8 x 16"):
+    with pytest.raises(DalleError, match="square images, found 8 x 16"):
         model.encode_image(torch.zeros(1, 3, 16, 8))
     with pytest.raises(DalleError, match="at most 9 tokens, found 10"):
         model.encode_text(torch.zeros(1, 10, dtype=torch.long), torch.ones(1))
