@@ -1,7 +1,7 @@
 """Which positions of the stream attend to which, for the token prior (Ramesh et al. 2021, app. B.1, fig. 11).
 
 The stream is a start-of-text embedding, T caption positions, then the codes of a W x W grid in raster order, except the
-last code, which nothing reads. L = 1 + T + W*W - 1 positions; B batch, N heads, D head width.
+last code, to which nothing attends. L = 1 + T + W*W - 1 positions; B batch, N heads, D head width.
 """
 
 from dataclasses import dataclass
@@ -33,17 +33,17 @@ def layer_kinds(n_layer: int, attention: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Pattern:
-    """What the positions of one layer see; the caption, start included, is seen whole by every code, in one softmax.
+    """The attention mask of one layer. Every code attends to the whole caption, start included, in the same softmax.
 
-    Code j sees, of the codes k <= j, itself included:
+    Code j attends to these codes k <= j:
 
     - "full": all;
-    - "row": itself and the previous W in raster order, across the row's boundary, so back to the one right above;
+    - "row": itself and the W codes before it in raster order, back to the code right above;
     - "column": those of its own column;
-    - "conv": a `kernel` x `kernel` window around j. The key dr rows up and dc columns aside is the raster index
-      j - dr*W + dc, whatever j's column: stepping past a row's end goes on in the neighboring row ("wraparound
-      behavior, similar to the row attention"), as if the rows were written on one long line. It neither stops at the
-      row's edge nor clamps to it nor comes back on the other side of the same row.
+    - "conv": a `kernel` x `kernel` window around j. The key dr rows up and dc columns to the right is the raster index
+      j - dr*W + dc, for any column of j: past the end of a row the window continues in the neighboring row ("wraparound
+      behavior, similar to the row attention").
+      It does not stop at the edge of the row, nor wrap within the row.
     """
 
     kind: str
@@ -53,13 +53,13 @@ class Pattern:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Distances j - k that the convolution sees, rising; all >= 0."""
+        """Distances j - k >= 0 within the convolution's window, ascending."""
         reach = self.kernel // 2
         window = {dr * self.grid - dc for dr in range(reach + 1) for dc in range(-reach, reach + 1)}
         return tuple(sorted(distance for distance in window if distance >= 0))
 
     def codes_mask(self, device: torch.device) -> Tensor:
-        """Whether code j (first axis) sees code k: (W*W, W*W) bool."""
+        """Whether code j (first axis) attends to code k: (W*W, W*W) bool."""
         query = torch.arange(self.grid**2, device=device)[:, None]
         distance = query - query.T
         causal = distance >= 0
@@ -72,7 +72,7 @@ class Pattern:
         return causal
 
     def mask(self, device: torch.device) -> Tensor:
-        """Whether a position of the stream sees another: (L, L) bool, one shared tensor per pattern and device."""
+        """The mask of the stream: (L, L) bool, one shared tensor per pattern and device."""
         return _stream_mask(self, device)
 
     def bias(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -81,7 +81,7 @@ class Pattern:
 
     @property
     def distances(self) -> tuple[int, ...]:
-        """Distances j - k that codes see, rising."""
+        """Distances j - k to which codes attend, ascending."""
         if self.kind == "conv":
             return self.offsets
         stop, step = {"row": (self.grid + 1, 1), "column": (self.grid**2, self.grid)}.get(self.kind, (self.grid**2, 1))
@@ -95,7 +95,7 @@ class Pattern:
 
     @property
     def n_slots(self) -> int:
-        """Codes whose keys a cache has to hold: no more than later codes can still see."""
+        """Number of codes whose keys a cache holds: no more than later codes attend to."""
         n_codes = max(self.grid**2 - 1, 1)
         if self.kind == "row":
             return min(self.grid + 1, n_codes)
@@ -105,22 +105,22 @@ class Pattern:
 
     @property
     def block_size(self) -> int:
-        """Slots of a cache that lie together: a column, some of all codes, or all slots."""
+        """Slots in one block of a cache: a column, BLOCK codes, or all slots."""
         if self.kind == "column":
             return self.grid
         return min(self.n_slots, BLOCK) if self.kind == "full" else self.n_slots
 
     def slot(self, position: int) -> tuple[int, int]:
-        """Where a cache keeps code `position`, as block and slot: in a ring, in its column, or in raster order."""
+        """Block and slot of code `position` in a cache: in its column, in raster order, or in a ring buffer."""
         if self.kind == "column":
             row, column = divmod(position, self.grid)
             return column, row
         return divmod(position, self.block_size) if self.kind == "full" else (0, position % self.n_slots)
 
     def visible(self, position: int) -> tuple[range, int]:
-        """The blocks that code `position` sees, itself already stored, and how many of their slots from the first on.
+        """The blocks to which code `position` attends, once stored, and the number of their slots that it uses.
 
-        Of these "conv" hides some by `ring_bias`.
+        For "conv", `ring_bias` masks some of these slots.
         """
         block, slot = self.slot(position)
         if self.kind == "column":
@@ -128,22 +128,21 @@ class Pattern:
         return range(block + 1), min(position + 1, self.n_slots)
 
     def allowed(self, device: torch.device) -> Tensor:
-        """Whether a code sees what was stored so many codes before it, by age: (n_slots,) bool; of "column" all."""
+        """Whether a code attends to the code stored `age` codes earlier: (n_slots,) bool; all for "column"."""
         ages = torch.arange(self.n_slots, device=device)
         return torch.isin(ages, torch.tensor(self.offsets, device=device)) if self.kind == "conv" else ages >= 0
 
     def ring_bias(self, like: Tensor) -> Tensor | None:
-        """What "conv" adds to its ring's scores, by position modulo the ring's size: (n_slots, n_slots) 0 or -inf."""
+        """The bias on a ring buffer's scores for "conv", by position modulo n_slots: (n_slots, n_slots), 0 or -inf."""
         if self.kind != "conv":
             return None
-        place = torch.arange(self.n_slots, device=like.device)
-        seen = self.allowed(like.device)[(place[:, None] - place) % self.n_slots]
-        return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen, float("-inf"))
+        slot = torch.arange(self.n_slots, device=like.device)
+        return as_bias(self.allowed(like.device)[(slot[:, None] - slot) % self.n_slots], like.dtype)
 
 
 @lru_cache(maxsize=16)
 def _stream_mask(pattern: Pattern, device: torch.device) -> Tensor:
-    # kept across calls, so it must not become an inference tensor, which training could not save for its backward
+    # cached across calls, so it must not be an inference tensor, which a backward pass cannot use
     with torch.inference_mode(False):
         n_prefix = pattern.n_text + 1
         length = pattern.n_text + pattern.grid**2

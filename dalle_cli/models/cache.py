@@ -1,4 +1,4 @@
-"""What is kept while codes are drawn one after another: the caption, read once, and keys and values of the codes.
+"""Key-value caches for sampling codes one after another.
 
 P prompts, K candidates of each (B = P*K, prompts first), N heads, D head width, R = P*N*K rows, T caption positions.
 """
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from dalle_cli.models.attention import Pattern
 
-FEW = 32  # rows R; products of fewer in float32 take less time on CPU than to convert them takes
+FEW = 32  # rows R; below this, float32 products on CPU take less time than a conversion to 16 bits
 
 
-def kept_in(dtype: torch.dtype, n_rows: int, on_cpu: bool) -> torch.dtype:
-    """What the keys and values of so many rows R are kept in where the arithmetic is in `dtype`."""
+def cache_dtype(dtype: torch.dtype, n_rows: int, on_cpu: bool) -> torch.dtype:
+    """The dtype in which a cache stores keys and values of R rows when products are in `dtype`."""
     return torch.float32 if on_cpu and n_rows < FEW and dtype.itemsize < 4 else dtype
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Captions that were read once: logits of the first code (P, V), and keys and values (P, N, 1 + T, D) by layer."""
+    """Prefilled captions: logits of the first code (P, V), and keys and values (P, N, 1 + T, D) by layer."""
 
     logits: Tensor
     keys: tuple[Tensor, ...]
@@ -47,11 +47,10 @@ class Prompt:
 
 
 class LayerCache:
-    """Keys and values of one layer while codes are drawn: the caption's, shared by its candidates, and the codes'.
+    """Keys and values of one layer: those of the caption, shared by its candidates, and those of the codes.
 
-    The buffers are allocated once and hold no more of the codes than the pattern can still see. They are cut into
-    blocks (n_blocks, R, slots, D), of which each code sees some whole, but for the end of the last: products over a
-    part of a buffer would copy it.
+    The buffers are allocated once, only as large as the pattern needs. They consist of blocks (n_blocks, R, slots, D);
+    a code attends to all slots of some blocks and the first slots of one, because a product over a slice would copy it.
     """
 
     def __init__(self, pattern: Pattern, text_keys: Tensor, text_values: Tensor, candidates: int) -> None:
@@ -60,7 +59,7 @@ class LayerCache:
         self.n_prompts, self.n_head, _, width = text_keys.shape
         self.candidates = candidates
         n_rows = self.n_prompts * self.n_head * candidates
-        self.dtype = kept_in(text_keys.dtype, n_rows, text_keys.is_cpu)
+        self.dtype = cache_dtype(text_keys.dtype, n_rows, text_keys.is_cpu)
         self.text_keys, self.text_values = (x.flatten(0, 1).to(self.dtype) for x in (text_keys, text_values))
         self.keys = self.text_keys.new_zeros(self.n_blocks, n_rows, self.block_size, width)
         self.values = torch.zeros_like(self.keys)
@@ -80,22 +79,22 @@ class LayerCache:
         """Store code `position` and attend from it, three times (B, N, 1, D) -> (B, N, 1, D)."""
         block, slot = self.pattern.slot(position)
         self.keys[block, :, slot], self.values[block, :, slot] = self._rows(k), self._rows(v)
-        blocks, n_seen = self.pattern.visible(position)
+        blocks, n_visible = self.pattern.visible(position)
         query = self._rows(q).to(self.dtype) * q.shape[-1] ** -0.5
         parts = [self._text_scores(query), *(torch.bmm(query[:, None], self.keys[b].mT)[:, 0] for b in blocks)]
-        scores = torch.cat(parts, dim=-1)[:, : parts[0].shape[-1] + n_seen]
+        scores = torch.cat(parts, dim=-1)[:, : parts[0].shape[-1] + n_visible]
         if self.bias is not None:
-            scores[:, parts[0].shape[-1] :] += self.bias[position % self.pattern.n_slots, :n_seen]
+            scores[:, parts[0].shape[-1] :] += self.bias[position % self.pattern.n_slots, :n_visible]
         weights = torch.softmax(scores, dim=-1)
-        text, *rest = torch.split(weights, [parts[0].shape[-1], *self._sizes(n_seen)], dim=-1)
+        text, *rest = torch.split(weights, [parts[0].shape[-1], *self._sizes(n_visible)], dim=-1)
         y = self._text_values(text)
         for b, part in zip(blocks, rest, strict=True):
             y = y + torch.bmm(part[:, None], self.values[b][:, : part.shape[-1]])[:, 0]
         return self._heads(y).to(q.dtype)
 
-    def _sizes(self, n_seen: int) -> list[int]:
-        """Slots seen of each block."""
-        return [min(self.block_size, n_seen - begin) for begin in range(0, n_seen, self.block_size)]
+    def _sizes(self, n_visible: int) -> list[int]:
+        """Visible slots of each block."""
+        return [min(self.block_size, n_visible - begin) for begin in range(0, n_visible, self.block_size)]
 
     def _text_scores(self, query: Tensor) -> Tensor:
         """One product for all candidates of a prompt: (R, D) -> (R, 1 + T)."""
@@ -108,11 +107,11 @@ class LayerCache:
         return y.view(len(weights), -1)
 
     def _rows(self, x: Tensor) -> Tensor:
-        """(P*K, N, 1, D) -> (P*N*K, D), so that a prompt's candidates lie together under each head."""
+        """(P*K, N, 1, D) -> (P*N*K, D), with the candidates of a prompt next to each other for each head."""
         return x.reshape(self.n_prompts, self.candidates, self.n_head, -1).transpose(1, 2).reshape(-1, x.shape[-1])
 
     def _heads(self, y: Tensor) -> Tensor:
-        """The way back: (P*N*K, D) -> (P*K, N, 1, D)."""
+        """Inverse of `_rows`: (P*N*K, D) -> (P*K, N, 1, D)."""
         y = y.view(self.n_prompts, self.n_head, self.candidates, -1).transpose(1, 2)
         return y.reshape(-1, self.n_head, 1, y.shape[-1])
 
@@ -120,7 +119,7 @@ class LayerCache:
 class StaticLayerCache(LayerCache):
     """The same with the position in a tensor: every step is one graph, for torch.compile and CUDA graphs.
 
-    What a code does not see is hidden by a bias, so "full" computes with all slots from the first code on.
+    Slots that a code does not attend to are masked, so "full" computes with all slots from the first code on.
     """
 
     def __init__(self, pattern: Pattern, text_keys: Tensor, text_values: Tensor, candidates: int) -> None:
@@ -129,7 +128,7 @@ class StaticLayerCache(LayerCache):
 
     @property
     def block_size(self) -> int:
-        """Slots of a block: what a code may ever see is one block."""
+        """Slots of a block; a code attends to one block."""
         return self.pattern.grid if self.pattern.kind == "column" else self.pattern.n_slots
 
     def attend(self, position: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
@@ -140,7 +139,7 @@ class StaticLayerCache(LayerCache):
             hidden = slots > slot
         else:
             block, slot = torch.zeros_like(position), position % self.block_size
-            back = (position - slots) % self.block_size  # how many codes before this one the slot's was stored
+            back = (position - slots) % self.block_size  # age of each slot's code
             hidden = (back > position) | ~self.allowed[back]
         where = (block[None], slice(None), slot[None])
         self.keys[where], self.values[where] = self._rows(k).to(self.dtype)[None], self._rows(v).to(self.dtype)[None]
@@ -162,61 +161,61 @@ class CacheLayer(Protocol):
 
 
 class Cache:
-    """State of P*K candidates being drawn: `logits` (P*K, V) of the first code, buffers by layer, the position."""
+    """Sampling state of P*K candidates: `logits` (P*K, V) of the first code, buffers by layer, and the position."""
 
     def __init__(
         self,
         prompt: Prompt,
         patterns: Sequence[Pattern],
         candidates: int,
-        places: Tensor,
+        positions: Tensor,
         static: bool = False,
         rotary: Tensor | None = None,
-        shown: tuple[int, int] | None = None,
+        hint_widths: tuple[int, int] | None = None,
     ) -> None:
-        """`places` (W*W, C) are the summed row and column embeddings, `rotary` (W*W - 1, 2, D) rotary angles.
+        """`positions` (W*W, C) are summed row and column embeddings, `rotary` (W*W - 1, 2, D) rotary angles.
 
-        `static` keeps the position in a tensor. `shown` are the widths of what places may see of sketches.
+        `static` stores the position in a tensor. `hint_widths` are the widths of the two parts of `Hint.of`.
         """
-        self.places, self.rotary = places, rotary
+        self.positions, self.rotary = positions, rotary
         rows = len(prompt.logits) * candidates
-        self.hints: tuple[Tensor, Tensor] | None = None  # of each position and row: read, and shown before the head
-        if shown is not None:
-            before, after = (places.new_zeros(len(places) - 1, rows, width) for width in shown)
+        self.hints: tuple[Tensor, Tensor] | None = None  # by position and row: input, and added before the head
+        if hint_widths is not None:
+            before, after = (positions.new_zeros(len(positions) - 1, rows, width) for width in hint_widths)
             self.hints = before, after
-        self.sees = torch.zeros(rows, 1, dtype=torch.bool, device=places.device)
-        self.position: Any = torch.zeros((), dtype=torch.int64, device=places.device) if static else 0
+        self.follows = torch.zeros(rows, 1, dtype=torch.bool, device=positions.device)
+        self.position: Any = torch.zeros((), dtype=torch.int64, device=positions.device) if static else 0
         self.logits = prompt.logits.repeat_interleave(candidates, 0)
         kind = StaticLayerCache if static else LayerCache
         layers = zip(patterns, prompt.keys, prompt.values, strict=True)
         self.layers: list[CacheLayer] = [kind(pattern, k, v, candidates) for pattern, k, v in layers]
         if static:
-            self._stay()
+            self._mark_static()
 
-    def _stay(self) -> None:
-        """Have the compiler know that all tensors stay where they are.
+    def _mark_static(self) -> None:
+        """Declare that the addresses of all tensors are fixed.
 
-        CUDA graphs would otherwise copy what they read at each step, and are not made at all of what they write.
+        CUDA graphs would otherwise copy all inputs at each step, and cannot write to the buffers.
         """
-        kept = [value for holder in (self, *self.layers) for value in vars(holder).values()]
-        for tensor in (*kept, *(self.hints or ())):
+        tensors = [value for holder in (self, *self.layers) for value in vars(holder).values()]
+        for tensor in (*tensors, *(self.hints or ())):
             if isinstance(tensor, Tensor):
                 torch._dynamo.mark_static_address(tensor)
 
-    def show(self, ahead: Tensor, seen: Tensor) -> None:
-        """Have the first K rows see (W*W - 1, K, C) and (W*W - 1, K, H), in the same buffers; others nothing."""
+    def show(self, ahead: Tensor, late: Tensor) -> None:
+        """Set the hints of the first K rows in place: (W*W - 1, K, C) and (W*W - 1, K, H); other rows have none."""
         assert self.hints is not None
         n = ahead.shape[1]
-        for table, own in zip(self.hints, (ahead, seen), strict=True):
+        for table, own in zip(self.hints, (ahead, late), strict=True):
             table[:, :n] = own
-        self.sees[:n] = True
+        self.follows[:n] = True
 
     def advance(self) -> None:
         """Go to the next position; a tensor is changed in place."""
         self.position += 1
 
     def restart(self) -> None:
-        """Begin again after the caption, in the same buffers."""
+        """Go back to the end of the caption, in the same buffers."""
         self.position *= 0
 
     def row(self, table: Tensor, offset: int = 0) -> Tensor:

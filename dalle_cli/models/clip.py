@@ -211,8 +211,8 @@ class VisionEmbeddings(nn.Module):
         nn.init.normal_(self.position_embedding.weight, std=width**-0.5)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised -> (B, 1 + P, C)."""
-        # autocast makes the patches bfloat16; the residual stream begins in the parameters' dtype
+        """(B, 3, S, S) normalized -> (B, 1 + P, C)."""
+        # autocast makes the patches bfloat16; the residual stream keeps the parameters' dtype
         patches = self.patch_embedding(images).to(self.class_embedding.dtype).flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(len(images), 1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
@@ -230,13 +230,13 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised -> (B, C)."""
+        """(B, 3, S, S) normalized -> (B, C)."""
         x = self.encoder(self.pre_layrnorm(self.embeddings(images)))
         return self.post_layernorm(x[:, 0])  # type: ignore[no-any-return]
 
 
 class CLIP(nn.Module):
-    """Image and text encoders, trained to agree on pairs."""
+    """Image and text encoders into one space."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
@@ -254,23 +254,23 @@ class CLIP(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_position_ids)  # type: ignore[no-untyped-call]
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Images to embeddings, not normalised: (B, 3, S, S) in [0, 1] -> (B, D) float32; resized where S differs.
+        """Images to embeddings, not normalized: (B, 3, S, S) in [0, 1] -> (B, D) float32; resized where S differs.
 
         Raises: DalleError where images are not square.
         """
         return _project(self.vision_model(self._pixels(images)), self.visual_projection)
 
     def encode_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Captions to embeddings, not normalised: (B, T) int64, (B,) int64 -> (B, D) float32.
+        """Captions to embeddings, not normalized: (B, T) int64, (B,) int64 -> (B, D) float32.
 
-        Pooled at the last token (position `lengths - 1`; an empty caption at position 0); what lies beyond is not seen.
+        Pooled at the last token (position `lengths - 1`; an empty caption at position 0); later positions are ignored.
         """
         states = self.text_states(tokens)
         last = (lengths.long() - 1).clamp(min=0)
         return _project(states[torch.arange(len(states), device=states.device), last], self.text_projection)
 
     def text_states(self, tokens: Tensor) -> Tensor:
-        """What each position knows of the caption so far, for models conditioned on it: (B, T) int64 -> (B, T, C).
+        """Hidden state of each position, for models conditioned on captions: (B, T) int64 -> (B, T, C).
 
         Raises: DalleError where T exceeds `n_text`.
         """
@@ -288,10 +288,10 @@ class CLIP(nn.Module):
 
         (B, 3, S, S) in [0, 1], (B, T) int64, (B,) int64 -> (). Rows with equal captions count as pairs of each other.
         `gather` returns the rows of all processes, (b, ...) -> (B, ...), when each holds a part of the batch: the loss
-        is then of the own rows against all columns, and its mean over the processes is the loss of the whole batch.
+        is then of this process's rows against all columns; its mean over processes is the loss of the full batch.
         """
         if self.training:
-            with torch.no_grad():  # clipping the parameter, not only its use, lets it come back
+            with torch.no_grad():  # clipping the parameter itself lets it decrease again
                 self.logit_scale.clamp_(max=MAX_LOG_SCALE)
         image, text = self.encode_image(images), self.encode_text(tokens, lengths)
         own = caption_hash(tokens, lengths)
@@ -320,7 +320,7 @@ class CLIP(nn.Module):
             return images @ F.normalize(_at_least_float32(text_embeddings), dim=-1).T
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """Resized and normalised: (B, 3, any, any) in [0, 1] -> (B, 3, S, S)."""
+        """Resized and normalized: (B, 3, any, any) in [0, 1] -> (B, 3, S, S)."""
         height, width = images.shape[-2:]
         size, weight = self.config.image_size, self.visual_projection.weight
         if height != width:
@@ -335,19 +335,13 @@ class CLIP(nn.Module):
 
 
 def caption_hash(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """A hash of each caption up to its end, a polynomial modulo 2^64: (B, T) int64, (B,) int64 -> (B,) int64."""
+    """A hash of each caption up to its end, a polynomial modulo 2^64: (B, T) int64, (B,) int64 -> (B,) int64.
+
+    A batch of a small data set repeats captions, which must not count as negatives of each other.
+    """
     powers = torch.full((tokens.shape[1],), HASH_BASE, device=tokens.device).cumprod(0)
     written = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     return ((tokens + 1) * powers * written).sum(1)
-
-
-def equal_captions(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Which rows hold the same caption: (B, T) int64, (B,) int64 -> (B, B) bool.
-
-    A batch of a small data set repeats captions; as negatives they would punish the right answer.
-    """
-    found = caption_hash(tokens, lengths)
-    return found[:, None] == found
 
 
 def softmax_loss(logits: Tensor, pairs: Tensor) -> Tensor:
@@ -368,6 +362,6 @@ def _project(x: Tensor, projection: nn.Linear) -> Tensor:
 
 
 def _drop_position_ids(_module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Older published files also hold the constant 0, 1, 2 ... ."""
+    """Older published files also store the constant position ids 0, 1, 2, ...; drop them."""
     for part in ("text_model", "vision_model"):
         state.pop(f"{prefix}{part}.embeddings.position_ids", None)

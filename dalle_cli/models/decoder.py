@@ -1,6 +1,6 @@
-"""Diffusion decoder: a CLIP image embedding, and a caption, to an image (Ramesh et al. 2022, sec. 2.1).
+"""Diffusion decoder: from a CLIP image embedding and a caption to an image (Ramesh et al. 2022, sec. 2.1).
 
-Shapes: B batch, S side in pixels, s that of a sketch, D width of an embedding z_i, T caption length, K context width, E
+Shapes: B batch, S side in pixels, s side of a sketch, D width of an embedding z_i, T caption length, K context width, E
 width of the timestep's embedding; pixels are in [-1, 1].
 """
 
@@ -16,7 +16,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.models.clip import Encoder
 from dalle_cli.models.unet import UNet, UNetConfig
 
-SKETCHED_BY = 4  # times the context's width: the hidden layer that a sketch is made of
+SKETCHED_BY = 4  # hidden width of the sketch's MLP, in units of context_width
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class DecoderConfig(UNetConfig):
     """
 
     n_embedding: int = 1024  # D
-    unit_variance: bool = True  # of the entries of z_i, which is scaled to that; else it is taken as it comes
+    unit_variance: bool = True  # scale z_i to entries of unit variance; else use it unchanged
     n_extra: int = 4  # tokens that z_i becomes
     context_width: int = 2048  # K
-    n_text: int = 256  # T; 0 for a decoder that reads no captions
+    n_text: int = 256  # T; 0 for a decoder without captions
     n_text_vocab: int = 16384
     text_layers: int = 24
     text_heads: int = 32
-    sketch: int = 0  # s: embedding and caption alone give an image of this side, which the U-Net sees; 0 = none do
+    sketch: int = 0  # s: side of an image predicted from embedding and caption, an input of the U-Net; 0 = none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,21 +51,21 @@ class DecoderConfig(UNetConfig):
 
 
 class Conditioning(NamedTuple):
-    """What conditions a U-Net beside the timestep: (B, E), (B, n_extra + T, K), (B, 3, s, s)."""
+    """The U-Net's inputs besides x_t and the timestep: (B, E), (B, n_extra + T, K), (B, 3, s, s)."""
 
     added: Tensor
     context: Tensor
     sketch: Tensor | None = None
 
     def first(self, n: int) -> "Conditioning":
-        """That of the first n rows."""
+        """The first n rows."""
         return Conditioning(*(None if part is None else part[:n] for part in self))  # type: ignore[arg-type]
 
 
 class TextEncoder(nn.Module):
-    """A transformer over captions, every position seeing all (GLIDE, sec. 4); past a caption's end are learned pads.
+    """A transformer over captions, without a causal mask (GLIDE, sec. 4); learned pads follow a caption's end.
 
-    A caption of no tokens is all pads: that is the null caption.
+    The null caption has length 0: pads alone.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -93,7 +93,7 @@ class TextEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z_i is added to the timestep's embedding, and becomes tokens beside the caption's; either may be null."""
+    """z_i is added to the timestep's embedding and becomes extra context tokens; z_i and caption may each be null."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -114,9 +114,9 @@ class Decoder(nn.Module):
         return nn.Sequential(nn.Linear(n_in, hidden), nn.SiLU(), last, nn.Unflatten(1, (3, config.sketch, -1)))
 
     def condition(self, embeddings: Tensor, given: Tensor, tokens: Tensor, lengths: Tensor) -> Conditioning:
-        """What conditions the U-Net: (B, D) z_i, (B,) bool whether it counts or is null, captions (B, T), (B,) int64.
+        """Conditioning from (B, D) z_i, (B,) bool that is false where z_i is null, (B, T) and (B,) int64 captions.
 
-        A caption of length 0 is null. A decoder that reads no captions does not look at them.
+        A caption of length 0 is null. A decoder without captions ignores them.
 
         Raises: DalleError for embeddings or captions of another size.
         """
@@ -127,18 +127,18 @@ class Decoder(nn.Module):
             embeddings = F.normalize(embeddings, dim=1) * math.sqrt(c.n_embedding)
         z = torch.where(given[:, None], embeddings.to(self.null_embedding.dtype), self.null_embedding)
         added, context = self.embedding_time(z), self.embedding_tokens(z).unflatten(1, (c.n_extra, -1))
-        parts = [z]
+        inputs = [z]
         if self.text is not None and self.text_time is not None:
             states = self.text(tokens, lengths)
-            # GLIDE adds what its last position knows to the timestep's embedding, too
+            # GLIDE also adds its last position to the timestep's embedding
             added, context = added + self.text_time(states[:, -1]), torch.cat([context, states], dim=1)
-            parts.append(states[:, -1])
-        return Conditioning(added, context, self.sketch(torch.cat(parts, dim=1)) if self.sketch else None)
+            inputs.append(states[:, -1])
+        return Conditioning(added, context, self.sketch(torch.cat(inputs, dim=1)) if self.sketch else None)
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """(B, 3, S, S) at timesteps (B,) -> (B, 3 or 6, S, S): the prediction, and the place of its variance."""
+        """(B, 3, S, S) at timesteps (B,) -> (B, 3 or 6, S, S): the prediction, then its variance parameter."""
         if conditioning.sketch is not None:
-            # the sketch has a loss of its own: what it is does not depend on what the U-Net makes of it
+            # the sketch is trained by its own loss alone
             beside = F.interpolate(conditioning.sketch.detach(), x.shape[2:], mode="bilinear")
             x = torch.cat([x, beside.to(x.dtype)], dim=1)
         return self.unet(x, t, conditioning.added, conditioning.context)  # type: ignore[no-any-return]
@@ -146,5 +146,5 @@ class Decoder(nn.Module):
     def denoise(
         self, x: Tensor, t: Tensor, embeddings: Tensor, given: Tensor, tokens: Tensor, lengths: Tensor
     ) -> Tensor:
-        """`forward`, conditioned by what `condition` returned."""
+        """`condition`, then `forward`."""
         return self(x, t, self.condition(embeddings, given, tokens, lengths))  # type: ignore[no-any-return]

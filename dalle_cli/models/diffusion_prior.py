@@ -1,13 +1,12 @@
-"""Diffusion prior: a causal transformer that tells a CLIP image embedding from a noised one (Ramesh et al. 2022).
+"""Diffusion prior: a causal transformer that predicts a CLIP image embedding from a noised one (Ramesh et al. 2022).
 
 B batch, P captions, T caption positions (`n_text`), D embedding width, C width, L = T + 4 positions of the stream.
 
 In order (sec. 2.2): caption tokens, the caption's CLIP embedding z_t, the timestep, the noised z_i, and a learned query
-whose output is the prediction: z_i itself, standardized by `principal`. As no position sees what lies ahead, a caption
-and its z_t are read once for all timesteps.
+whose output is the prediction: z_i itself, standardized by `principal`. Attention is causal, so the
+keys and values of a caption and its z_t serve all timesteps.
 """
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -20,9 +19,9 @@ from dalle_cli.models.cache import Prompt
 from dalle_cli.models.embeddings import Captions, EmbeddingTransformer, Principal, residual_blocks
 from dalle_cli.models.kernels import causal_attention_after_prefix
 from dalle_cli.models.prior import PriorConfig
+from dalle_cli.models.unet import sinusoids
 
-OWN = 3  # positions behind caption and z_t: timestep, noised z_i, query
-LONGEST_WAVE = 10_000.0  # of the timestep's features
+OWN = 3  # positions after caption and z_t: timestep, noised z_i, query
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,9 @@ class DiffusionPriorConfig:
 
 
 class DiffusionPrior(EmbeddingTransformer):
-    """From caption, z_t, timestep and a noised z_i to z_i."""
+    """Predict z_i from a caption, its z_t, the timestep and a noised z_i."""
+
+    config: DiffusionPriorConfig
 
     def __init__(self, config: DiffusionPriorConfig) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ class DiffusionPrior(EmbeddingTransformer):
         self.initialize()
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor, lengths: Tensor, z_t: Tensor) -> Tensor:
-        """The z_i that a noised one is made of, standardized: (B, D), (B,), (B, T), (B,), (B, D) -> (B, D).
+        """Predict the standardized z_i without noise: (B, D), (B,), (B, T), (B,), (B, D) -> (B, D).
 
         Timesteps may be fractions.
 
@@ -120,13 +121,12 @@ class DiffusionPrior(EmbeddingTransformer):
         everywhere = sum(sizes[:-1]) + 3 * width**2  # of the last block, queries, keys and values
         once = sizes[-1] - 3 * width**2 + 3 * width * self.config.n_embedding + 2 * width**2
         attended = (self.config.n_layer - 1) * length * (length + 1) // 2 + length
-        flops: float = 6.0 * (everywhere * length + once + 2 * width * attended)
-        return flops
+        return 6.0 * (everywhere * length + once + 2 * width * attended)
 
     def _own(self, x: Tensor, t: Tensor) -> Tensor:
         """Timestep, noised z_i and query, without their positions: (B, D), (B,) -> (B, 3, C)."""
         weight = self.time_in.weight
-        features = timestep_features(t, self.config.n_embd).to(weight.dtype)
+        features = sinusoids(t, self.config.n_embd).to(weight.dtype)
         time = self.time_out(F.silu(self.time_in(features)))
         image = self.image_in(x.to(weight.dtype))
         return torch.stack([time, image, self.query.to(time.dtype).expand_as(time)], dim=1)
@@ -136,15 +136,3 @@ class DiffusionPrior(EmbeddingTransformer):
         with torch.autocast(stream.device.type, enabled=False):
             y: Tensor = self.out(self.norm(stream[:, -1].to(self.out.weight.dtype)))
         return y
-
-
-def timestep_features(t: Tensor, width: int) -> Tensor:
-    """Cosines, then sines of a timestep, of wavelengths from 2 pi to 10,000 times that: (B,) -> (B, C).
-
-    As in Vaswani et al. 2017, sec. 3.5, in the order of the authors' code for diffusion; in 32 bits or more.
-    """
-    t = t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t.float()
-    half = width // 2
-    waves = torch.exp(-math.log(LONGEST_WAVE) / half * torch.arange(half, dtype=t.dtype, device=t.device))
-    angle = t[:, None] * waves
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)

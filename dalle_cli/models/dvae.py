@@ -6,6 +6,7 @@ S = H * reduction.
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from dalle_cli.models.kernels import float32_linear
 from dalle_cli.models.quantizers import FiniteScalarQuantizer, GumbelQuantizer, Quantized, VectorQuantizer
 
 LOGIT_LAPLACE_EPS = 0.1
-# Scales below the rounding of 8-bit pixels mean nothing, and on flat white backgrounds they would shrink for ever.
+# A scale below the rounding of 8-bit pixels has no meaning; on flat white backgrounds it would shrink without end.
 MIN_LOG_SCALE = -6.0
 CHOICES = {
     "quantizer": ("gumbel", "vq", "fsq"),
@@ -46,7 +47,7 @@ class DVAEConfig:
     commitment: float = 0.25
     fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
     likelihood: str = "logit_laplace"
-    local_codes: bool = False  # residual block only: a code depends on the pixels of its own place and on no others
+    local_codes: bool = False  # residual block only: a code depends only on the pixels of its own cell
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fsq_levels", tuple(self.fsq_levels))  # TOML and JSON have lists
@@ -128,7 +129,7 @@ class BottleneckBlock(StackedBlock):
         """Transform; (B, n_in, H, W) -> (B, n_out, H, W)."""
         h = self.conv_1(F.relu(x))
         for layer in (self.conv_2, self.conv_3, self.conv_4):
-            h = layer(F.relu(h, inplace=True))  # a convolution's result is nobody else's
+            h = layer(F.relu(h, inplace=True))  # safe: nothing else uses a convolution's result
         return torch.add(self.id_path(x), h, alpha=self.post_gain)
 
 
@@ -151,85 +152,77 @@ class ResidualBlock(StackedBlock):
 
 
 def group_norm(width: int, local: bool = False) -> nn.Module:
-    """Normalise groups of 16 channels, or of the largest power of two below that divides the width; local: nothing."""
+    """Normalize groups of 16 channels, or of the largest power of two below that divides the width; local: nothing."""
     return nn.Identity() if local else nn.GroupNorm(width // math.gcd(width, 16), width)
 
 
-def stack(layers: dict[str, nn.Module]) -> nn.Sequential:
+def stack(layers: Mapping[str, nn.Module]) -> nn.Sequential:
     """Chain named layers; the names are those of the published checkpoints."""
     return nn.Sequential(OrderedDict(layers))
 
 
+def bottleneck_group(
+    config: DVAEConfig, n_in: int, n_out: int, kernels: tuple[int, int, int, int], resize: dict[str, nn.Module]
+) -> nn.Sequential:
+    """Build the blocks of one resolution, then a layer that changes the resolution."""
+    n_layers = config.n_groups * config.n_blk_per_group
+    widths = [n_in] + [n_out] * config.n_blk_per_group
+    blocks = {f"block_{j + 1}": BottleneckBlock(w, n_out, n_layers, kernels) for j, w in enumerate(widths[:-1])}
+    return stack({**blocks, **resize})
+
+
 def bottleneck_encoder(config: DVAEConfig, n_features: int) -> nn.Sequential:
     """Build the paper's encoder, widths n_hid x 1, 2, 4, 8; squeezed pixels (B, 3, S, S) -> (B, D, H, W)."""
-    n_layers = config.n_groups * config.n_blk_per_group
-    width = config.n_hid
-    layers: dict[str, nn.Module] = {"input": conv(3, width, 7)}
-    for i in range(config.n_groups):
-        blocks: dict[str, nn.Module] = {}
-        for j in range(config.n_blk_per_group):
-            blocks[f"block_{j + 1}"] = BottleneckBlock(width, config.n_hid * 2**i, n_layers, (3, 3, 3, 1))
-            width = config.n_hid * 2**i
-        if i < config.n_groups - 1:
-            blocks["pool"] = nn.MaxPool2d(2)
-        layers[f"group_{i + 1}"] = stack(blocks)
-    return stack({**layers, "relu": nn.ReLU(), "output": conv(width, n_features, 1, kind=Float32Conv2d)})
+    widths = [config.n_hid * 2**i for i in range(config.n_groups)]
+    layers: dict[str, nn.Module] = {"input": conv(3, config.n_hid, 7)}
+    for i, (n_in, n_out) in enumerate(zip([config.n_hid, *widths], widths, strict=False)):
+        resize: dict[str, nn.Module] = {"pool": nn.MaxPool2d(2)} if n_out < widths[-1] else {}
+        layers[f"group_{i + 1}"] = bottleneck_group(config, n_in, n_out, (3, 3, 3, 1), resize)
+    return stack({**layers, "relu": nn.ReLU(), "output": conv(widths[-1], n_features, 1, kind=Float32Conv2d)})
 
 
 def bottleneck_decoder(config: DVAEConfig, n_features: int) -> nn.Sequential:
     """Build the paper's decoder, widths n_hid x 8, 4, 2, 1; vectors (B, D, H, W) -> (B, n_output, S, S)."""
-    n_layers = config.n_groups * config.n_blk_per_group
-    width = config.n_init
-    layers: dict[str, nn.Module] = {"input": conv(n_features, width, 1, kind=Float32Conv2d)}
-    for i in reversed(range(config.n_groups)):
-        blocks: dict[str, nn.Module] = {}
-        for j in range(config.n_blk_per_group):
-            blocks[f"block_{j + 1}"] = BottleneckBlock(width, config.n_hid * 2**i, n_layers, (1, 3, 3, 3))
-            width = config.n_hid * 2**i
-        if i > 0:
-            blocks["upsample"] = nn.Upsample(scale_factor=2, mode="nearest")
-        layers[f"group_{config.n_groups - i}"] = stack(blocks)
-    return stack({**layers, "relu": nn.ReLU(), "output": conv(width, config.n_output, 1)})
+    widths = [config.n_hid * 2**i for i in reversed(range(config.n_groups))]
+    layers: dict[str, nn.Module] = {"input": conv(n_features, config.n_init, 1, kind=Float32Conv2d)}
+    for i, (n_in, n_out) in enumerate(zip([config.n_init, *widths], widths, strict=False)):
+        resize: dict[str, nn.Module] = {"upsample": nn.Upsample(scale_factor=2)} if n_out > widths[-1] else {}
+        layers[f"group_{i + 1}"] = bottleneck_group(config, n_in, n_out, (1, 3, 3, 3), resize)
+    return stack({**layers, "relu": nn.ReLU(), "output": conv(widths[-1], config.n_output, 1)})
+
+
+def residual_group(config: DVAEConfig, width: int, local: bool = False) -> nn.Sequential:
+    """Build the light blocks of one resolution."""
+    n_layers = (config.n_groups - 1) * config.n_blk_per_group
+    return stack({f"block_{j + 1}": ResidualBlock(width, n_layers, local) for j in range(config.n_blk_per_group)})
 
 
 def residual_encoder(config: DVAEConfig, n_features: int) -> nn.Sequential:
     """Build the light encoder: 2x2 pixels to channels, then n_groups - 1 groups; (B, 3, S, S) -> (B, D, H, W)."""
-    n_layers = (config.n_groups - 1) * config.n_blk_per_group
-    width = config.n_hid
-    layers: dict[str, nn.Module] = {
-        "unshuffle": nn.PixelUnshuffle(2),
-        "input": conv(12, width, 1 if config.local_codes else 3),
-    }
+    width, local = config.n_hid, config.local_codes
+    layers: dict[str, nn.Module] = {"unshuffle": nn.PixelUnshuffle(2), "input": conv(12, width, 1 if local else 3)}
     for i in range(config.n_groups - 1):
         if i > 0:
             layers[f"down_{i}"] = conv(width, 2 * width, 2, stride=2)
             width *= 2
-        blocks = {
-            f"block_{j + 1}": ResidualBlock(width, n_layers, config.local_codes) for j in range(config.n_blk_per_group)
-        }
-        layers[f"group_{i + 1}"] = stack({**blocks})
+        layers[f"group_{i + 1}"] = residual_group(config, width, local)
     output = conv(width, n_features, 1, kind=Float32Conv2d)
-    return stack({**layers, "norm": group_norm(width, config.local_codes), "silu": nn.SiLU(), "output": output})
+    return stack({**layers, "norm": group_norm(width, local), "silu": nn.SiLU(), "output": output})
 
 
 def residual_decoder(config: DVAEConfig, n_features: int) -> nn.Sequential:
     """Build the light encoder's mirror, ending in channels to 2x2 pixels; (B, D, H, W) -> (B, n_output, S, S)."""
-    n_layers = (config.n_groups - 1) * config.n_blk_per_group
     width = config.n_hid * 2 ** (config.n_groups - 2)
-    layers: dict[str, nn.Module] = {
-        "input": conv(n_features, config.n_init, 1, kind=Float32Conv2d),
-        "widen": conv(config.n_init, width, 3),
-    }
+    layers: dict[str, nn.Module] = {"input": conv(n_features, config.n_init, 1, kind=Float32Conv2d)}
+    layers["widen"] = conv(config.n_init, width, 3)
     for i in range(config.n_groups - 1):
         if i > 0:
             width //= 2
             layers[f"up_{i}"] = stack({"conv": conv(2 * width, 4 * width, 1), "shuffle": nn.PixelShuffle(2)})
-        blocks = {f"block_{j + 1}": ResidualBlock(width, n_layers) for j in range(config.n_blk_per_group)}
-        layers[f"group_{i + 1}"] = stack({**blocks})
+        layers[f"group_{i + 1}"] = residual_group(config, width)
     output = conv(width, 4 * config.n_output, 3)
-    return stack(
-        {**layers, "norm": group_norm(width), "silu": nn.SiLU(), "output": output, "shuffle": nn.PixelShuffle(2)}
-    )
+    end = {"norm": group_norm(width), "silu": nn.SiLU(), "output": output, "shuffle": nn.PixelShuffle(2)}
+    return stack({**layers, **end})
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -253,9 +246,9 @@ def squeeze(images: Tensor) -> Tensor:
     return (1 - 2 * LOGIT_LAPLACE_EPS) * images + LOGIT_LAPLACE_EPS
 
 
-def peak_signal_to_noise(images: Tensor, shown: Tensor) -> Tensor:
+def peak_signal_to_noise(images: Tensor, decoded: Tensor) -> Tensor:
     """Mean over the images of each one's PSNR in dB (at most 100); (B, 3, S, S) in [0, 1], twice -> ()."""
-    return -10 * (images - shown).square().mean((1, 2, 3)).clamp_min(1e-10).log10().mean()
+    return -10 * (images - decoded).square().mean((1, 2, 3)).clamp_min(1e-10).log10().mean()
 
 
 def code_statistics(codes: Tensor, n_vocab: int) -> dict[str, Tensor]:
@@ -269,7 +262,7 @@ def code_statistics(codes: Tensor, n_vocab: int) -> dict[str, Tensor]:
 class DVAE(nn.Module):
     """Encoder, quantizer and decoder between pixels and a grid of codes.
 
-    Weights and activations are kept channels_last, which is the faster layout for its convolutions on CPU.
+    Weights and activations are channels_last, which is faster for convolutions on CPU.
     """
 
     def __init__(self, config: DVAEConfig) -> None:
@@ -318,23 +311,23 @@ class DVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Draw codes as pixels; (B, H, W) int64 -> (B, 3, S, S) float32 in [0, 1]."""
+        """Decode codes to pixels; (B, H, W) int64 -> (B, 3, S, S) float32 in [0, 1]."""
         if isinstance(self.quantizer, GumbelQuantizer):
             first = self.decoder[0]
             assert isinstance(first, nn.Conv2d)
             assert first.bias is not None
-            # a product with one-hot codes is a gather of the 1x1 convolution's columns
+            # a 1x1 convolution of one-hot codes is a gather of its columns
             h = (F.embedding(codes, first.weight.flatten(1).T) + first.bias).permute(0, 3, 1, 2)
         else:
             h = self.decoder[0](self.quantizer.vectors(codes))
-        return self.shown(full_precision(self.decoder[1:](h)))
+        return self.to_images(full_precision(self.decoder[1:](h)))
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Encode to codes and decode; (B, 3, S, S) in [0, 1] -> same."""
         return self.decode(self.encode(images))
 
-    def shown(self, output: Tensor) -> Tensor:
-        """Turn the decoder's output into an image (app. A.3); (B, n_output, S, S) -> (B, 3, S, S) in [0, 1]."""
+    def to_images(self, output: Tensor) -> Tensor:
+        """Convert the decoder's output to images (app. A.3); (B, n_output, S, S) -> (B, 3, S, S) in [0, 1]."""
         if self.config.likelihood == "logit_laplace":
             mean = output[:, :3].sigmoid()
             return ((mean - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)).clamp(0, 1)
@@ -355,7 +348,7 @@ class DVAE(nn.Module):
         KL and reconstruction are sums over an image divided by its number of pixel values and averaged over the
         batch, so that beta acts per code as beta * H * W / (3 * S * S). Without a generator no Gumbel noise is drawn.
         Metrics are detached: recon, kl (nats per code; ln V for vq and fsq, which add nothing to the loss), codebook,
-        psnr (dB, of the image shown from the quantizer's own output), codes_used, perplexity, code_counts (V,).
+        psnr (dB, of the images decoded from the relaxed codes), codes_used, perplexity, code_counts (V,).
         """
         images = full_precision(images)
         quantized: Quantized = self.quantizer(self.features(images), temperature, generator)
@@ -366,7 +359,7 @@ class DVAE(nn.Module):
         if self.config.quantizer == "gumbel":
             total = total + beta * per_value * quantized.kl
         with torch.no_grad():
-            psnr = peak_signal_to_noise(images, self.shown(output))
+            psnr = peak_signal_to_noise(images, self.to_images(output))
         metrics = {"recon": recon.detach(), "kl": quantized.kl.detach(), "psnr": psnr}
         metrics["codebook"] = quantized.codebook.detach()
         return total, metrics | code_statistics(quantized.codes, self.config.n_vocab)

@@ -4,8 +4,8 @@ B batch, P captions, K candidates of each, T caption positions (`n_text`), D emb
 each, C width, L = T + 1 + M positions of the stream.
 
 In order: caption tokens, the caption's CLIP embedding z_t, the quantized dot product z_i . z_t, then the buckets of the
-components by falling eigenvalue, but for the last, which nothing reads. The dot product's position predicts the first
-bucket, each bucket's the next.
+components by falling eigenvalue, without the last. The dot product's position predicts the first bucket, and each
+bucket's position the next one.
 """
 
 import math
@@ -37,9 +37,9 @@ class AutoregressivePriorConfig:
     n_text_vocab: int = 49408
     n_text: int = 77
     n_embedding: int = 1024  # width of CLIP's embeddings
-    n_component: int = 319  # principal components that are drawn; the others are as in the mean
-    n_bucket: int = 1024  # of each component, between its extremes in training
-    n_dot: int = 64  # of the dot product, each with as many images in training; the paper does not tell
+    n_component: int = 319  # principal components that are sampled; the others keep their mean
+    n_bucket: int = 1024  # of each component, between its extremes in the training data
+    n_dot: int = 64  # of the dot product, each with equally many training images; not given in the paper
     block: str = "paper"  # or "modern", as of the token prior
     dropout: float = field(default=0.0, metadata={"warm_start": "free"})
 
@@ -69,9 +69,10 @@ class AutoregressivePriorConfig:
 
 
 class AutoregressivePrior(EmbeddingTransformer):
-    """From caption, z_t and dot product to buckets, one after another."""
+    """Predict each bucket from the caption, z_t, the dot product and the buckets before it."""
 
-    low: Tensor  # (M,) the least coordinate of each component in training
+    config: AutoregressivePriorConfig
+    low: Tensor  # (M,) the smallest coordinate of each component in the training data
     high: Tensor  # (M,) the largest
     edges: Tensor  # (n_dot - 1,) between the buckets of the dot product, rising
 
@@ -97,8 +98,7 @@ class AutoregressivePrior(EmbeddingTransformer):
     def quantize(self, z: Tensor) -> Tensor:
         """The bucket of each component, those beyond the training range in the outermost: (B, D) -> (B, M) int64."""
         share = (self.principal.project(z, self.config.n_component) - self.low) / self._range
-        buckets: Tensor = (share * self.config.n_bucket).floor().clamp(0, self.config.n_bucket - 1).long()
-        return buckets
+        return (share * self.config.n_bucket).floor().clamp(0, self.config.n_bucket - 1).long()
 
     def dequantize(self, buckets: Tensor) -> Tensor:
         """The embedding of the buckets' middles, to length 1: (B, M) int64 -> (B, D)."""
@@ -127,34 +127,34 @@ class AutoregressivePrior(EmbeddingTransformer):
         return head_loss(self.head, x.flatten(0, 1), buckets.flatten()) / buckets.numel(), {}
 
     def _read(self, tokens: Tensor, lengths: Tensor, z_t: Tensor, dots: Tensor, buckets: Tensor) -> Tensor:
-        """What stands before the head: (B, M, C)."""
+        """Hidden states before the head: (B, M, C)."""
         captions = self.captions(tokens, lengths, z_t)
         own = torch.cat([self._dot(dots, lengths)[:, None], self.bucket(buckets[:, :-1])], dim=1)
         y: Tensor = self.norm(self.transform(captions, own)[:, captions.shape[1] :])
         return y
 
     def _dot(self, dots: Tensor, lengths: Tensor) -> Tensor:
-        """Embeddings of dot products, which a null caption has none of: (B,), (B,) -> (B, C)."""
+        """Embed quantized dot products; a null caption has an embedding of its own: (B,), (B,) -> (B, C)."""
         y: Tensor = self.dot(torch.where(lengths > 0, dots, self.config.n_dot))
         return y
 
     def cache(self, prompt: Prompt, candidates: int = 1) -> Cache:
-        """Buffers to draw `candidates` embeddings for each caption of a prompt, as the token prior draws codes."""
-        side = math.isqrt(self.config.n_component) + 1  # of a grid with room for dot product and buckets
+        """Buffers to sample `candidates` embeddings for each caption of a prompt."""
+        side = math.isqrt(self.config.n_component) + 1  # of a square grid that holds dot product and buckets
         pattern = Pattern("full", self.config.n_text, side)
-        places = self.position.weight[self.config.n_text + 1 :]
-        return Cache(prompt, [pattern] * self.config.n_layer, candidates, places)
+        positions = self.position.weight[self.config.n_text + 1 :]
+        return Cache(prompt, [pattern] * self.config.n_layer, candidates, positions)
 
     def start(self, dots: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
-        """Take the dot products, and give the logits of the first bucket: (P*K,), (P*K,) int64 -> (P*K, V)."""
+        """Logits of the first bucket after the dot products: (P*K,), (P*K,) int64 -> (P*K, V)."""
         return self._advance(self._dot(dots, lengths), cache)
 
     def step(self, buckets: Tensor, cache: Cache) -> Tensor:
-        """Take the buckets before the cache's position, and give the logits of the next: (P*K,) -> (P*K, V)."""
+        """Logits of the next bucket after those at the cache's position: (P*K,) -> (P*K, V)."""
         return self._advance(self.bucket(buckets), cache)
 
     def _advance(self, own: Tensor, cache: Cache) -> Tensor:
-        x = self.dropout((own + cache.row(cache.places))[:, None])
+        x = self.dropout((own + cache.row(cache.positions))[:, None])
         here = cache.row(self.rotary(x.device).transpose(0, 1), self.config.n_text + 1).transpose(0, 1)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block(x, partial(layer.attend, cache.position), here)
@@ -163,20 +163,20 @@ class AutoregressivePrior(EmbeddingTransformer):
 
     @torch.no_grad()
     def measure(self, z: Tensor) -> None:
-        """Widen the range of each component to hold embeddings (n, D); call with the first of them after `forget`."""
+        """Widen the range of each component to include embeddings (n, D); call `forget` before the first."""
         coordinates = self.principal.project(z, self.config.n_component)
         self.low.copy_(torch.minimum(self.low, coordinates.amin(0)))
         self.high.copy_(torch.maximum(self.high, coordinates.amax(0)))
 
     @torch.no_grad()
     def forget(self) -> None:
-        """Ranges that hold nothing yet."""
+        """Reset the ranges to empty."""
         self.low.fill_(math.inf)
         self.high.fill_(-math.inf)
 
     @torch.no_grad()
     def measure_dots(self, dots: Tensor) -> None:
-        """Let each bucket of the dot product hold as many of these: (n,)."""
+        """Set the edges so that each bucket holds equally many of these dot products (n,)."""
         shares = torch.arange(1, self.config.n_dot, dtype=torch.float64) / self.config.n_dot
         self.edges.copy_(torch.quantile(dots.double(), shares))
 
@@ -186,5 +186,4 @@ class AutoregressivePrior(EmbeddingTransformer):
         inner = sum(p.numel() for block in self.blocks for p in block.parameters() if p.ndim == 2)
         heads = width * (self.config.n_component * self.config.n_bucket + self.config.n_embedding)
         attended = self.config.n_layer * length * (length + 1) // 2
-        flops: float = 6.0 * (inner * length + heads + 2 * width * attended)
-        return flops
+        return 6.0 * (inner * length + heads + 2 * width * attended)

@@ -1,7 +1,7 @@
-"""What both priors over CLIP embeddings stand on: principal components, and attention that looks back (2022, sec. 2.2).
+"""Parts that both priors over CLIP embeddings share: principal components and a causal transformer (2022, sec. 2.2).
 
-N embeddings, B batch, D their width, K principal components, C width of a transformer, S positions of a prefix, L of
-what follows it, H heads, E width of a head. Embeddings are of length 1, so that a dot product is a cosine.
+B batch, T caption positions, L positions in all, D embedding width, C width of the transformer, E width of a head, P
+captions. Embeddings have length 1, so a dot product is a cosine.
 """
 
 import math
@@ -18,13 +18,13 @@ from dalle_cli.models.cache import Prompt
 from dalle_cli.models.kernels import causal_attention
 from dalle_cli.models.prior import BLOCKS, PriorConfig, init_transformer, prefill
 
-OFF_SCALE = 1.25  # times that entries may be larger or smaller than of unit variance
+OFF_SCALE = 1.25  # largest accepted ratio of the entries' standard deviation to 1, either way
 
 
 class Principal(nn.Module):
     """Mean, principal components and spectrum of embeddings, and the scale that gives their entries unit variance.
 
-    Kept as buffers, so that weights carry what they were trained with.
+    They are buffers, so they are stored with the weights.
     """
 
     mean: Tensor  # (D,)
@@ -41,7 +41,7 @@ class Principal(nn.Module):
 
     @torch.no_grad()
     def fit(self, chunks: Iterable[Tensor], scale: float = 0.0) -> None:
-        """Take the statistics of embeddings that come in chunks (n, D), in float64; `scale` 0 measures it.
+        """Compute the statistics, in float64, of embeddings in chunks (n, D); with `scale` 0 also the scale.
 
         Raises: DalleError where there are none, or none that differ.
         """
@@ -49,7 +49,7 @@ class Principal(nn.Module):
         values, vectors = torch.linalg.eigh(covariance)
         spectrum, components = values.flip(0).clamp(min=0), vectors.mT.flip(0)
         largest = components.abs().argmax(dim=1, keepdim=True)
-        components = components * components.gather(1, largest).sign()  # eigenvectors know no sign: make it the same
+        components = components * components.gather(1, largest).sign()  # an eigenvector's sign is arbitrary: fix it
         variance = float(spectrum.mean())
         if not variance > 0:
             raise DalleError("expected embeddings that differ, found all alike; check what they were made from")
@@ -59,11 +59,11 @@ class Principal(nn.Module):
         self.scale.fill_(scale or variance**-0.5)
 
     def standardize(self, z: Tensor) -> Tensor:
-        """Without the mean, and of unit variance: (B, D) -> (B, D)."""
+        """Subtract the mean and scale to unit variance: (B, D) -> (B, D)."""
         return (z - self.mean) * self.scale
 
     def restore(self, x: Tensor) -> Tensor:
-        """The way back, to length 1: (B, D) -> (B, D)."""
+        """Invert `standardize` and normalize to length 1: (B, D) -> (B, D)."""
         return F.normalize(x / self.scale + self.mean, dim=-1)
 
     def project(self, z: Tensor, n: int) -> Tensor:
@@ -72,25 +72,24 @@ class Principal(nn.Module):
             return (z - self.mean) @ self.components[:n].mT
 
     def rebuild(self, coordinates: Tensor) -> Tensor:
-        """The embedding of the first n coordinates, to length 1: (B, n) -> (B, D)."""
+        """The embedding with these first n coordinates, normalized to length 1: (B, n) -> (B, D)."""
         with torch.autocast(coordinates.device.type, enabled=False):
             return F.normalize(coordinates @ self.components[: coordinates.shape[-1]] + self.mean, dim=-1)
 
     def n_holding(self, share: float) -> int:
-        """How few components hold this share of the variance."""
+        """The smallest number of components that explains this share of the variance."""
         held = self.spectrum.double().cumsum(0) / self.spectrum.double().sum()
         return min(int((held < share).sum()) + 1, len(held))
 
     def spread(self, z: Tensor) -> float:
-        """Root mean square of standardized entries, which should be 1."""
+        """Root mean square of the standardized entries, ideally 1."""
         return float(self.standardize(z).square().mean().sqrt())
 
 
 class Captions(nn.Module):
-    """The head of both streams: caption tokens, or a pad of their own beyond its end, then the caption's z_t.
+    """The first positions of both priors: caption tokens, a learned pad for each unused position, then z_t.
 
-    A caption of length 0 is null: pads alone, and a learned vector in place of z_t. So what training drops and what
-    guidance takes for null is the same.
+    A caption of length 0 is the null caption of training and guidance: pads, and a learned vector for z_t.
     """
 
     def __init__(self, n_vocab: int, n_text: int, n_embedding: int, width: int) -> None:
@@ -145,11 +144,12 @@ class EmbeddingTransformer(nn.Module):
 
     def transform(self, captions: Tensor, own: Tensor) -> Tensor:
         """All blocks over both parts: (B, T + 1, C), (B, L - T - 1, C) -> (B, L, C), or the last positions alone."""
-        x: Tensor = self.dropout(torch.cat([captions, own], dim=1) + self.position.weight)
+        x = self.dropout(torch.cat([captions, own], dim=1) + self.position.weight)
         rotary = self.rotary(x.device)
         for block, last in zip(self.blocks, self.lasts, strict=True):
             x = block(x, causal_attention, rotary, last)
-        return x
+        y: Tensor = x
+        return y
 
     def prefill(self, tokens: Tensor, lengths: Tensor, z_t: Tensor) -> Prompt:
         """Compute the captions' keys and values once: (P, T), (P,), (P, D) -> Prompt, without logits.
@@ -164,14 +164,14 @@ class EmbeddingTransformer(nn.Module):
 
 
 def off_scale(spread: float) -> bool:
-    """Whether entries are so far from unit variance that noise of unit variance does not fit them."""
+    """Whether the entries are too far from unit variance for noise of unit variance."""
     return not 1 / OFF_SCALE <= spread <= OFF_SCALE
 
 
 def covariance_of(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D), both float64, of rows that come in chunks (n, D) and are never all held.
+    """Mean (D,) and covariance (D, D), both float64, of rows that come in chunks (n, D); only one chunk is in memory.
 
-    Sums are of differences from the first chunk's mean, which is near enough to the mean that no digits are lost.
+    The first chunk's mean is subtracted from all rows before they are summed, which keeps the precision.
 
     Raises: DalleError where there is no row.
     """

@@ -1,8 +1,8 @@
 """Inception-v3 as the Frechet inception distance uses it (Szegedy et al. 2015, arXiv 1512.00567, and pytorch-fid).
 
 Modules have the names of pytorch-fid's checkpoint, so that it loads unchanged. It differs from the network of the paper
-as the TensorFlow graph of 2015 does, which all published figures go back to: average pools exclude padding from the
-mean, the last block pools by maximum, and there are 1008 classes.
+as the TensorFlow graph of 2015 does, from which all published scores come: average pools exclude padding from the
+mean, the last block uses max pooling, and there are 1008 classes.
 
 Shapes: B batch, C channels, H W, S image side in pixels; pixels are in [0, 1].
 """
@@ -123,7 +123,7 @@ def _block_e(n_in: int, max_pool: bool) -> InceptionBlock:
 
 
 class InceptionV3(nn.Module):
-    """The whole network; `width` chooses the layer that features are taken from."""
+    """The network; `width` chooses the layer whose features are used."""
 
     def __init__(self, width: int = 2048) -> None:
         super().__init__()

@@ -114,8 +114,8 @@ def apply_rotary(qkv: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     def rotate(x: Tensor) -> Tensor:
         x = F.rms_norm(x, x.shape[-1:], eps=fused.EPSILON)
         a, b = x.chunk(2, dim=-1)
-        rotated: Tensor = x * cos + torch.cat([-b, a], dim=-1) * sin
-        return rotated
+        y: Tensor = x * cos + torch.cat([-b, a], dim=-1) * sin
+        return y
 
     return rotate(q), rotate(k), v
 

@@ -33,14 +33,14 @@ from dalle_cli.models.kernels import (
 )
 from dalle_cli.models.sketch import Hint, Sketch
 
-Sketches = tuple[Tensor, Tensor]  # sketches (B, 3, s, s), and who sees them (B,) bool
+Sketches = tuple[Tensor, Tensor]  # images (B, 3, s, s), and which rows follow them (B,) bool
 
 
 @dataclass(frozen=True)
 class PriorConfig:
     """Sizes of the prior; the defaults are the paper's, 12 billion parameters.
 
-    Raises: DalleError where the numbers do not fit each other.
+    Raises: DalleError where sizes do not fit together.
     """
 
     n_layer: int = 64
@@ -53,9 +53,9 @@ class PriorConfig:
     attention: str = "sparse"  # or "full"
     block: str = "paper"  # or "modern"
     conv_kernel: int = 11  # side of the last layer's window; odd
-    # of the embeddings and of what each half block adds
+    # of the embeddings and each residual branch
     dropout: float = field(default=0.0, metadata={"warm_start": "free"})
-    text_weight: float = 1 / 8  # share of the caption in the loss; the image has the rest
+    text_weight: float = 1 / 8  # weight of the text loss; the image loss has the rest
     # s: side of a small image, sampled for the caption first, that the codes follow; 0 = none
     sketch: int = field(default=0, metadata={"warm_start": "added"})
     sketch_width: int = field(default=384, metadata={"warm_start": "added"})  # of its layers
@@ -88,13 +88,13 @@ class PriorConfig:
 
 
 class Attend(Protocol):
-    """Attention proper, between the projections: three times (B, N, L, D) -> (B, N, L, D)."""
+    """Attention between the projections: three times (B, N, L, D) -> (B, N, L, D)."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, /) -> Tensor: ...
 
 
 class PriorBlock(StackedBlock):
-    """The paper's pre-norm residual block; who sees whom is the caller's: the stream, or one position over a cache."""
+    """The paper's pre-norm residual block; the caller passes attention, over the stream or over a cache."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class PriorBlock(StackedBlock):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, attend: Attend, rotary: Tensor | None = None, last: int | None = None) -> Tensor:
-        """(B, L, C) -> (B, L, C), or (B, last, C) of the last positions alone, for which the others only have keys."""
+        """(B, L, C) -> (B, L, C), or (B, last, C) for the last positions only, which attend to all."""
         q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         if last is not None:
             q, x = q[:, :, -last:], x[:, -last:]
@@ -125,7 +125,7 @@ class ModernBlock(StackedBlock):
         self.n_head = config.n_head
         width, hidden = config.n_embd, 32 * max(1, round(config.n_embd / 12))  # three matrices as large as two of 4 C
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.qk_scale = nn.Parameter(torch.ones(config.n_head))  # of attention, whose queries and keys have length 1
+        self.qk_scale = nn.Parameter(torch.ones(config.n_head))  # scales the scores of normalized queries and keys
         self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
@@ -186,8 +186,8 @@ class Prior(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits of every token and code: (B, T), (B,), (B, W, W) int64 -> (B, T, n_text_vocab), (B, W*W, V) float32.
 
-        Tokens at and beyond a caption's length are not read: the pad embedding of their position stands there.
-        The codes follow `sketches`, if there are any.
+        Positions from a caption's length on hold the pad embedding of their position instead of a token. `sketches` are
+        small images that the codes follow.
 
         Raises: DalleError where the shapes are not the model's.
         """
@@ -196,12 +196,12 @@ class Prior(nn.Module):
         return head_logits(self.text_head, x[:, :n_text]), head_logits(self.image_head, x[:, n_text:])
 
     def _read(self, tokens: Tensor, lengths: Tensor, codes: Tensor, sketches: Sketches | None = None) -> Tensor:
-        """What stands before the heads: (B, L, C)."""
+        """Hidden states before the heads: (B, L, C)."""
         grid = self.config.grid
         if codes.shape[1:] != (grid, grid):
             found = " x ".join(map(str, codes.shape[1:]))
             raise DalleError(f"expected codes of {grid} x {grid}, found {found}; use codes of the prior's own dVAE")
-        images = self.code(codes.flatten(1)[:, :-1]) + self._places()[:-1]
+        images = self.code(codes.flatten(1)[:, :-1]) + self._code_positions()[:-1]
         hints = None if sketches is None else self._hints(*sketches)
         if hints is not None:
             images = images + hints[0]
@@ -212,23 +212,23 @@ class Prior(nn.Module):
         y: Tensor = self.norm(x)
         if hints is not None and sketches is not None and self.hint is not None:
             first = self.config.n_text + 1
-            y = torch.cat([y[:, :first], self._followed(y[:, first:], hints[1], sketches[1][:, None, None])], dim=1)
+            y = torch.cat([y[:, :first], self._with_hints(y[:, first:], hints[1], sketches[1][:, None, None])], dim=1)
         return y
 
-    def _hints(self, sketch: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
-        """What each place but the last reads of sketches, and is shown of them before the head; for some it is nothing.
+    def _hints(self, sketch: Tensor, follows: Tensor) -> tuple[Tensor, Tensor]:
+        """Hints of sketches for each position but the last: at the input, 0 where a row follows none, and at the head.
 
-        Raises: DalleError where the model follows none.
+        Raises: DalleError where the model has no sketches.
         """
         if self.hint is None:
             raise DalleError("expected a prior that sketches, found one with sketch 0; train one with prior.sketch")
-        ahead, seen = self.hint.of(sketch)
-        return ahead * sees[:, None, None], seen
+        ahead, late = self.hint.of(sketch)
+        return ahead * follows[:, None, None], late
 
-    def _followed(self, state: Tensor, seen: Tensor, sees: Tensor) -> Tensor:
-        """What stands before the head, joined with what is seen where anything is."""
+    def _with_hints(self, state: Tensor, hints: Tensor, follows: Tensor) -> Tensor:
+        """Hidden states with the hints added, in the rows that follow a sketch."""
         assert self.hint is not None
-        return torch.where(sees, self.hint(state, seen), state)
+        return torch.where(follows, self.hint(state, hints), state)
 
     @property
     def n_positions(self) -> int:
@@ -236,7 +236,7 @@ class Prior(nn.Module):
         return self.config.n_text + self.config.grid**2
 
     def flops(self) -> float:
-        """Floating-point operations of forward and backward for one pair: matrices used, and pairs that attend."""
+        """Floating-point operations of forward and backward for one caption and image."""
         config = self.config
         inner = sum(p.numel() for block in self.blocks for p in block.parameters() if p.ndim == 2)
         heads = config.n_embd * (config.n_text * config.n_text_vocab + config.grid**2 * config.n_image_vocab)
@@ -255,8 +255,8 @@ class Prior(nn.Module):
         """Cross-entropy by count of caption tokens (pads are no targets) and of codes, weighted (sec. 2.2).
 
         Shapes as `forward`; returns the loss and, detached, `text_nats` a token and `image_nats` a code. `n_tokens` ()
-        is what the text loss is divided by if not by the batch's own tokens: for a part of a batch, its fair share.
-        `read`, shaped as codes, stands in for them where they are read: what is to be predicted stays `codes`.
+        replaces the batch's number of tokens as the divisor of the text loss, for one part of a batch. `read`, shaped
+        as codes, replaces the codes at the input; the targets remain `codes`.
         `sketches` as in `forward`.
         """
         x = self._read(tokens, lengths, codes if read is None else read, sketches)
@@ -270,7 +270,7 @@ class Prior(nn.Module):
         return weight * text + (1 - weight) * image, parts
 
     def prefill(self, tokens: Tensor, lengths: Tensor) -> Prompt:
-        """Read captions once, for any number of candidates: (P, T), (P,) int64 -> Prompt.
+        """Compute the captions' keys and values once: (P, T), (P,) int64 -> Prompt.
 
         Raises: DalleError where the captions' length is not the model's.
         """
@@ -279,24 +279,26 @@ class Prior(nn.Module):
         return Prompt(head_logits(self.image_head, self.norm(x[:, -1])), keys, values)
 
     def cache(self, prompt: Prompt, candidates: int = 1, static: bool = False) -> Cache:
-        """Buffers to draw `candidates` grids for each caption of a prompt; `static` for a compiled `step`."""
+        """Buffers to sample `candidates` grids for each caption of a prompt; `static` for a compiled `step`."""
         rotary = self._rotary(self.start)[:, 1 + self.config.n_text :].transpose(0, 1)
         modern = self.config.block == "modern"
-        wide = None if self.hint is None else (self.hint.ahead.out_features, self.hint.seen.out_features)
-        return Cache(prompt, self.patterns, candidates, self._places(), static, rotary if modern else None, wide)
+        hint_widths = None if self.hint is None else (self.hint.ahead.out_features, self.hint.seen.out_features)
+        return Cache(
+            prompt, self.patterns, candidates, self._code_positions(), static, rotary if modern else None, hint_widths
+        )
 
     @torch.inference_mode()
     def show(self, sketch: Tensor, cache: Cache) -> None:
-        """Have the first rows of a cache follow sketches, (K, 3, s, s); others see none.
+        """Let the first rows of a cache follow sketches (K, 3, s, s).
 
-        Raises: DalleError where the model follows none.
+        Raises: DalleError where the model has no sketches.
         """
-        sees = torch.ones(len(sketch), dtype=torch.bool, device=sketch.device)
-        cache.show(*(x.transpose(0, 1) for x in self._hints(sketch, sees)))
+        follows = torch.ones(len(sketch), dtype=torch.bool, device=sketch.device)
+        cache.show(*(x.transpose(0, 1) for x in self._hints(sketch, follows)))
 
     def step(self, codes: Tensor, cache: Cache) -> Tensor:
-        """Take the codes at the cache's position, advance it, and give the logits of the next: (P*K,) -> (P*K, V)."""
-        x = self.code(codes) + cache.row(cache.places)
+        """Logits of the next code after those at the cache's position, which advances: (P*K,) -> (P*K, V)."""
+        x = self.code(codes) + cache.row(cache.positions)
         hints = None if cache.hints is None else [cache.row(table)[0] for table in cache.hints]
         x = self.dropout((x if hints is None else x + hints[0])[:, None])
         rotary = None if cache.rotary is None else cache.row(cache.rotary).transpose(0, 1)
@@ -305,7 +307,7 @@ class Prior(nn.Module):
         cache.advance()
         y = self.norm(x[:, 0])
         if hints is not None:
-            y = self._followed(y, hints[1], cache.sees)
+            y = self._with_hints(y, hints[1], cache.follows)
         return head_logits(self.image_head, y)
 
     def written(self, lengths: Tensor) -> Tensor:
@@ -327,7 +329,7 @@ class Prior(nn.Module):
         config = self.config
         return rotary_angles(config.n_text + 1, config.grid, config.n_embd // config.n_head, x.device)
 
-    def _places(self) -> Tensor:
+    def _code_positions(self) -> Tensor:
         """Row and column embeddings, added, in raster order: (W*W, C)."""
         return (self.row.weight[:, None] + self.column.weight).flatten(0, 1)
 
@@ -368,13 +370,13 @@ def prefill(
 
 
 def drop_captions(lengths: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Make some captions null, that is of length 0, all pads, to train for guidance: (B,) int64 -> (B,) int64."""
+    """Replace random captions by the null caption, of length 0, for guidance: (B,) int64 -> (B,) int64."""
     dropped = torch.rand(lengths.shape, generator=generator, device=generator.device) < probability
     return lengths.masked_fill(dropped.to(lengths.device), 0)
 
 
 def disturb_codes(codes: Tensor, probability: float, n_vocab: int, generator: torch.Generator) -> Tensor:
-    """Put any code of the vocabulary in the place of some, each with the same chance: (B, W, W) int64 -> the same."""
+    """Replace random codes by uniformly random ones: (B, W, W) int64 -> the same."""
     device = generator.device
     chosen = torch.rand(codes.shape, generator=generator, device=device) < probability
     others = torch.randint(n_vocab, codes.shape, generator=generator, device=device)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DISTANCE_ROWS = 16_384  # rows of the (N, V) distance matrix that are held at once
+DISTANCE_ROWS = 16_384  # rows of the (N, V) distance matrix in memory at once
 USAGE_DECAY = 0.99
 DEAD_SHARE = 0.03  # a code is dead below this part of its fair share of the positions
 FSQ_EPS = 1e-3
@@ -32,10 +32,10 @@ def categorical_kl(logits: Tensor) -> Tensor:
 
 
 def gumbel_noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw standard Gumbel noise in the shape and on the device of `like`, from the generator alone."""
+    """Sample standard Gumbel noise in the shape and on the device of `like`, from the generator alone."""
     uniform = torch.rand(like.shape, dtype=like.dtype, device=generator.device, generator=generator)
     tiny = torch.finfo(like.dtype).tiny
-    # exponential_ would say the same in one step, and takes twice the time of these on CPU
+    # equal to one call of exponential_, which takes twice as long on CPU
     waits = uniform.clamp_min_(tiny).log_().neg_().clamp_min_(tiny)
     return waits.log_().neg_().to(like.device)
 
@@ -74,7 +74,7 @@ class VectorQuantizer(nn.Module):
     """
 
     usage: Tensor
-    trained_buffers = ("usage",)  # which training changes, so that processes have to average them
+    trained_buffers = ("usage",)  # changed by training, so processes average them
 
     def __init__(self, n_vocab: int, n_embd: int, commitment: float) -> None:
         super().__init__()
@@ -108,13 +108,13 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def revive(self, features: Tensor, generator: torch.Generator) -> int:
-        """Move dead codes onto drawn features (B, D, H, W), on a fresh model all codes, and return how many moved."""
+        """Move dead codes (in a new model, all) onto random features (B, D, H, W); returns how many moved."""
         dead = (self.usage < DEAD_SHARE / self.n_vocab).nonzero().flatten()
         rows = features.permute(0, 2, 3, 1).reshape(-1, self.n_features)
         order = torch.randperm(len(rows), generator=generator, device=generator.device).to(rows.device)
-        drawn = order[torch.arange(len(dead), device=rows.device) % len(rows)]
-        self.codebook[dead] = rows[drawn].to(self.codebook.dtype)
-        self.usage[dead] = 1 / self.n_vocab  # a fair share, so that a moved code has time to be found
+        chosen = order[torch.arange(len(dead), device=rows.device) % len(rows)]
+        self.codebook[dead] = rows[chosen].to(self.codebook.dtype)
+        self.usage[dead] = 1 / self.n_vocab  # a fair share, so that a moved code has time to be used
         return len(dead)
 
 

@@ -1,9 +1,8 @@
-"""A sketch: a small image of what a caption's words may stand for, drawn before the codes, which then follow it.
+"""Sketches: a diffusion model of s x s pixels, conditioned on a bag of words, whose images the token prior follows.
 
-Not in the papers, but the cascade of the second one (sec. 2.1) in small: a diffusion of s x s pixels that reads a
-caption as words in no order, and a token prior whose places see that image. It sees hundreds of times as many pairs a
-second as the prior does. B batch, T caption positions, s side of a sketch, W side of the code grid, C width of the
-prior.
+Not in the papers, but a small form of the cascade in the second one (sec. 2.1). The diffusion model trains on hundreds
+of times as many pairs per second as the prior. B batch, T caption positions, s side of a sketch, W side of the code
+grid, C width of the prior, H width of a hint.
 """
 
 import math
@@ -19,12 +18,12 @@ DROPOUT = 0.1
 N_LAYER = 4
 N_WAVES = 32  # of the timestep's features
 LONGEST_WAVE = 1000.0
-FOLLOWING = 256  # width of the layer that joins a sketch with what the prior would draw
-WINDOW = 3  # side of what a place sees of the sketch: its own cell and those around it
+FOLLOWING = 256  # width of the layer that adds hints to the prior's hidden states
+WINDOW = 3  # side of the window of a hint: its cell and the cells around it
 
 
 class Sketch(nn.Module):
-    """From words, a timestep and a noised image to that image; and from codes to what they are from afar."""
+    """Predict an image from words, a timestep and the noised image; also convert codes to such images."""
 
     colors: Tensor
 
@@ -39,11 +38,11 @@ class Sketch(nn.Module):
         self.layers = nn.ModuleList(SketchLayer(width) for _ in range(N_LAYER))
         self.picture_out = nn.Linear(width, 3 * side**2)
         self.dropout = nn.Dropout(DROPOUT)
-        self.register_buffer("colors", torch.zeros(n_codes, 3))  # of an image of each code alone, in [-1, 1]
+        self.register_buffer("colors", torch.zeros(n_codes, 3))  # mean color of each code, in [-1, 1]
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Words from N(0, 0.3), matrices from N(0, 1 / (3 inputs)), nothing from what ends a layer, no biases."""
+        """Words from N(0, 0.3), matrices from N(0, 1 / (3 inputs)); 0 for `outer` and biases."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or name.endswith("outer.weight"):
                 parameter.zero_()
@@ -54,13 +53,13 @@ class Sketch(nn.Module):
                 parameter.normal_(0, deviation, generator=generator)
 
     def of(self, codes: Tensor) -> Tensor:
-        """What codes look like from afar: (B, W, W) int64 -> (B, 3, s, s), each cell the mean of its codes' colors."""
+        """The sketch of codes: (B, W, W) int64 -> (B, 3, s, s), each cell the mean of its codes' colors."""
         return F.avg_pool2d(self.colors[codes].movedim(-1, 1), codes.shape[-1] // self.side)
 
     def read(self, tokens: Tensor, written: Tensor) -> Tensor:
-        """Captions (B, T) int64, and where they hold a token (B, T) bool -> (B, width); in training without some words.
+        """Embed captions (B, T) int64 with (B, T) bool where there is a token -> (B, width); training drops some words.
 
-        One without tokens is the null caption.
+        A caption without tokens is the null caption.
         """
         if self.training:
             written = written & (torch.rand(written.shape, device=written.device) >= WORDS_LEFT_OUT)
@@ -70,8 +69,8 @@ class Sketch(nn.Module):
         return y
 
     def forward(self, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
-        """Noised images without noise: (B, 3, s, s), timesteps (B,) out of 1000, words as `read` -> (B, 3, s, s)."""
-        exact = torch.promote_types(x.dtype, torch.float32)  # bfloat16 knows no 999.5
+        """Predict x_start from x_t: (B, 3, s, s), timesteps (B,) out of 1000, words as `read` -> (B, 3, s, s)."""
+        exact = torch.promote_types(x.dtype, torch.float32)  # bfloat16 cannot represent 999.5
         waves = torch.exp(torch.arange(N_WAVES, device=x.device, dtype=exact) * (-math.log(LONGEST_WAVE) / N_WAVES))
         rotary = t[:, None].to(waves.dtype) * waves * (math.pi / 2)
         y = self.picture_in(x.flatten(1)) + self.time(torch.cat([rotary.sin(), rotary.cos()], dim=-1)) + words
@@ -82,7 +81,7 @@ class Sketch(nn.Module):
 
 
 class SketchLayer(StackedBlock):
-    """Norm, and two matrices about a SiLU."""
+    """Norm and an MLP with SiLU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -97,10 +96,10 @@ class SketchLayer(StackedBlock):
 
 
 class Hint(nn.Module):
-    """What the codes' places see of a sketch: the cell that the next code lies in and those around it.
+    """Hints for each position from a sketch: the cell of the next code and the cells around it.
 
-    It is added to what a place reads, and joined with what stands before the head, where it begins as nothing. W*W - 1
-    places have one: the first code is drawn without.
+    A hint is added to the input, and to the hidden state before the head, there through an MLP that starts at 0.
+    W*W - 1 positions have one; the first code is sampled without.
     """
 
     def __init__(self, width: int, side: int, grid: int) -> None:
@@ -108,13 +107,13 @@ class Hint(nn.Module):
         cells, self.grid, self.ratio = 3 * WINDOW**2, grid, grid // side
         self.ahead = nn.Linear(cells, width, bias=False)
         self.seen = nn.Linear(cells, FOLLOWING, bias=False)
-        self.corner = nn.Parameter(torch.empty(self.ratio, self.ratio, FOLLOWING))  # which of a cell's places it is
+        self.corner = nn.Parameter(torch.empty(self.ratio, self.ratio, FOLLOWING))  # position within a cell
         self.state = nn.Linear(width, FOLLOWING)
         self.outer = nn.Linear(FOLLOWING, width)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Matrices from N(0, 0.1) and N(0, 0.2) for what is seen, N(0, 1 / (3 inputs)) else; no biases, no effect."""
+        """`ahead` from N(0, 0.1), `seen` from N(0, 0.2), `state` from N(0, 1 / (3 inputs)); 0 elsewhere: no effect."""
         self.ahead.weight.normal_(0, 0.1, generator=generator)
         self.seen.weight.normal_(0, 0.2, generator=generator)
         self.state.weight.normal_(0, (3 * self.state.in_features) ** -0.5, generator=generator)
@@ -122,7 +121,7 @@ class Hint(nn.Module):
             parameter.zero_()
 
     def of(self, sketch: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, s, s) -> what each place but the last reads (B, W*W - 1, C), and is shown before the head (.., H)."""
+        """(B, 3, s, s) -> hints for the input (B, W*W - 1, C) and before the head (B, W*W - 1, H)."""
         side = sketch.shape[-1]
         cells = F.unfold(sketch.to(self.ahead.weight.dtype), WINDOW, padding=WINDOW // 2).mT
         cells = cells.reshape(len(sketch), side, side, -1)
@@ -130,7 +129,7 @@ class Hint(nn.Module):
         ahead = self.ahead(cells).repeat_interleave(self.ratio, 1).repeat_interleave(self.ratio, 2)
         return ahead.flatten(1, 2)[:, 1:], seen.reshape(len(sketch), self.grid**2, -1)[:, 1:]
 
-    def forward(self, state: Tensor, seen: Tensor) -> Tensor:
-        """What stands before the head, with what is seen: (..., C), (..., H) -> (..., C)."""
-        y: Tensor = state + self.outer(F.silu(self.state(state) + seen))
+    def forward(self, state: Tensor, hints: Tensor) -> Tensor:
+        """Hidden states with hints added: (..., C), (..., H) -> (..., C)."""
+        y: Tensor = state + self.outer(F.silu(self.state(state) + hints))
         return y

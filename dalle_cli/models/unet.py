@@ -34,10 +34,10 @@ class UNetConfig:
     depth: int = 3  # residual blocks at each size
     attention: tuple[int, ...] = (32, 16, 8)  # sides at which blocks attend
     head_width: int = 64
-    groups: int = 32  # of channels that are normalized together
+    groups: int = 32  # of channels, for group norm
     dropout: float = field(default=0.1, metadata={"warm_start": "free"})
-    scale_shift: bool = True  # the timestep scales and shifts; else it shifts alone
-    resample_blocks: bool = True  # sizes change within residual blocks; else by a convolution between them
+    scale_shift: bool = True  # the timestep scales and shifts (AdaGN); else only shifts
+    resample_blocks: bool = True  # resize within residual blocks; else by a convolution between them
     schedule: str = "cosine"
     n_timestep: int = 1000
     prediction: str = "epsilon"
@@ -71,7 +71,7 @@ class UNetConfig:
             raise DalleError(f"expected head_width to divide the widths {self.widths}, found {found}; change it")
 
     def check_side(self, side: int) -> None:
-        """Raises: DalleError if images of this side cannot be halved as often as there are sizes."""
+        """Raises: DalleError if images of this side cannot be halved once between all sizes."""
         halved = 2 ** (len(self.multipliers) - 1)
         if side % halved:
             raise DalleError(f"expected images whose side {halved} divides, found {side}; take fewer multipliers")
@@ -83,7 +83,7 @@ class UNetConfig:
 
     @property
     def sides(self) -> list[int]:
-        """Sides of the image, from the full size on."""
+        """Image side at each size, the full size first."""
         return [self.image_size >> level for level in range(len(self.multipliers))]
 
     @property
@@ -98,7 +98,10 @@ class UNetConfig:
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
-    """Cosines and sines of a timestep, whole or not: (B,) -> (B, width), 32 bits or more."""
+    """Features of timesteps, which may be fractions (Vaswani et al. 2017, sec. 3.5): (B,) -> (B, width).
+
+    Cosines, then sines, of wavelengths from 2 pi to MAX_PERIOD times that, in 32 bits or more.
+    """
     half = width // 2
     t = t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t.float()
     rates = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, device=t.device, dtype=t.dtype))
@@ -107,7 +110,7 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """The embedding of a timestep, or of a noise level, that all blocks add."""
+    """Embedding of a timestep or a noise level, an input of all blocks."""
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
@@ -122,7 +125,7 @@ class TimeEmbedding(nn.Module):
 
 
 class UNetAttention(nn.Module):
-    """All places of an image attend to the context's tokens and to each other, in one softmax; residual."""
+    """Self-attention over pixels and cross-attention to context tokens, in one softmax; residual."""
 
     def __init__(self, width: int, head_width: int, groups: int, context: int) -> None:
         """`context` is K; 0 where there is none."""
@@ -141,8 +144,8 @@ class UNetAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """(B, C, H, W), (B, T, K) -> (B, C, H, W)."""
-        places = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
-        q, k, v = self._heads(self.qkv(places), 3)
+        pixels = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
+        q, k, v = self._heads(self.qkv(pixels), 3)
         if self.context_kv is not None:
             assert context is not None
             more_k, more_v = self._heads(self.context_kv(context), 2)
@@ -153,14 +156,14 @@ class UNetAttention(nn.Module):
 
 
 def _resized(x: Tensor, change: str) -> Tensor:
-    """Half as large by averages of four, or twice as large by copies."""
+    """Halve the size by average pooling, or double it by nearest neighbor."""
     if change == "down":
         return F.avg_pool2d(x, 2)
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class UNetBlock(StackedBlock):
-    """Two convolutions beside a shortcut, with the timestep added between them; then attention, if there is any."""
+    """Residual block of two convolutions with the timestep added in between, then optional attention."""
 
     def __init__(
         self, config: UNetConfig, n_in: int, n_out: int, context: int = 0, attends: bool = False, change: str = ""
@@ -176,7 +179,7 @@ class UNetBlock(StackedBlock):
         self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
         self.shortcut = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         self.attention = UNetAttention(n_out, config.head_width, config.groups, context) if attends else None
-        nn.init.zeros_(self.conv2.weight)  # each block begins as its shortcut
+        nn.init.zeros_(self.conv2.weight)  # each block starts as its shortcut
         assert self.conv2.bias is not None
         nn.init.zeros_(self.conv2.bias)
 
@@ -186,12 +189,12 @@ class UNetBlock(StackedBlock):
         if self.change:
             h, x = _resized(h, self.change), _resized(x, self.change)
         h = self.conv1(h)
-        shift_scale = self.time(F.silu(time))[:, :, None, None]
+        shift = self.time(F.silu(time))[:, :, None, None]
         if self.scale_shift:
-            scale, shift = shift_scale.chunk(2, dim=1)
+            scale, shift = shift.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
-            h = self.norm2(h + shift_scale)
+            h = self.norm2(h + shift)
         h = self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
         return h if self.attention is None else self.attention(h, context)  # type: ignore[no-any-return]
 
@@ -210,23 +213,23 @@ class Resample(StackedBlock):
 
 
 class UNet(nn.Module):
-    """Blocks down to the smallest size and up again, each on the way up given what one on the way down made.
+    """Blocks down to the smallest size and up again, with a skip connection from each down block.
 
-    Weights and activations are kept channels_last, which is the faster layout for its convolutions.
+    Weights and activations are channels_last, which is faster for convolutions.
     """
 
     def __init__(self, config: UNetConfig, in_channels: int = 3, context: int = 0) -> None:
-        """`context` is K; 0 where blocks attend to the image alone, or not at all."""
+        """`context` is K; 0 without cross-attention."""
         super().__init__()
         self.config = config
         self.time_embedding = TimeEmbedding(config.width, config.time_width)
         self.conv_in = nn.Conv2d(in_channels, config.width, 3, padding=1)
         attends = [side in config.attention for side in config.sides]
-        self.down, made = self._way_down(attends, context)
+        self.down, skips = self._build_down(attends, context)
         last = config.widths[-1]
-        anywhere = bool(config.attention)  # then at the smallest size, too
+        anywhere = bool(config.attention)  # attention anywhere: at the smallest size, too
         self.middle = nn.ModuleList(UNetBlock(config, last, last, context, attend) for attend in (anywhere, False))
-        self.up = self._way_up(attends, context, made)
+        self.up = self._build_up(attends, context, skips)
         self.norm_out = nn.GroupNorm(config.groups, config.widths[0], eps=EPS)
         self.conv_out = nn.Conv2d(config.widths[0], config.out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
@@ -238,44 +241,44 @@ class UNet(nn.Module):
         c = self.config
         return UNetBlock(c, width, width, change=change) if c.resample_blocks else Resample(width, change)
 
-    def _way_down(self, attends: list[bool], context: int) -> tuple[nn.ModuleList, list[int]]:
-        """The blocks, and the channels of what each makes, those of the first convolution before."""
+    def _build_down(self, attends: list[bool], context: int) -> tuple[nn.ModuleList, list[int]]:
+        """The down blocks, and the channels of all skip connections."""
         c, blocks, width = self.config, nn.ModuleList(), self.config.width
-        made = [width]
+        skips = [width]
         for level, wide in enumerate(c.widths):
             for _ in range(c.depth):
                 blocks.append(UNetBlock(c, width, wide, context, attends[level]))
                 width = wide
-                made.append(width)
+                skips.append(width)
             if level + 1 < len(c.widths):
                 blocks.append(self._resample(width, "down"))
-                made.append(width)
-        return blocks, made
+                skips.append(width)
+        return blocks, skips
 
-    def _way_up(self, attends: list[bool], context: int, made: list[int]) -> nn.ModuleList:
-        c, blocks, width, made = self.config, nn.ModuleList(), self.config.widths[-1], made[:]
+    def _build_up(self, attends: list[bool], context: int, skips: list[int]) -> nn.ModuleList:
+        c, blocks, width, skips = self.config, nn.ModuleList(), self.config.widths[-1], skips[:]
         for level in reversed(range(len(c.widths))):
             for _ in range(c.depth + 1):
-                blocks.append(UNetBlock(c, width + made.pop(), c.widths[level], context, attends[level]))
+                blocks.append(UNetBlock(c, width + skips.pop(), c.widths[level], context, attends[level]))
                 width = c.widths[level]
             if level:
                 blocks.append(self._resample(width, "up"))
         return blocks
 
     def forward(self, x: Tensor, t: Tensor, added: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """(B, C, H, W), (B,) timesteps, (B, E) beside the timestep's embedding, (B, T, K) -> (B, 3 or 6, H, W)."""
+        """(B, C, H, W), (B,) timesteps, (B, E) added to the timestep's embedding, (B, T, K) -> (B, 3 or 6, H, W)."""
         time = self.time_embedding(t)
         if added is not None:
             time = time + added
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
-        made = [x]
+        skips = [x]
         for block in self.down:
             x = block(x, time, context)
-            made.append(x)
+            skips.append(x)
         for block in self.middle:
             x = block(x, time, context)
         for block in self.up:
-            x = block(x if getattr(block, "change", "") else torch.cat([x, made.pop()], dim=1), time, context)
-        with torch.autocast(x.device.type, enabled=False):  # the noise needs more digits than bfloat16 has
+            x = block(x if getattr(block, "change", "") else torch.cat([x, skips.pop()], dim=1), time, context)
+        with torch.autocast(x.device.type, enabled=False):  # the prediction needs more digits than bfloat16 has
             y: Tensor = self.conv_out(F.silu(self.norm_out(x.to(self.conv_out.weight.dtype))))
         return y

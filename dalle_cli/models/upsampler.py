@@ -49,12 +49,12 @@ def resize(x: Tensor, factor: int) -> Tensor:
 
 
 def enlarge(low: Tensor, factor: int) -> Tensor:
-    """A small image as it is laid beside the noised large one: (B, 3, s, s) -> (B, 3, f s, f s) in [-1, 1]."""
+    """The small image, enlarged for the network's input: (B, 3, s, s) -> (B, 3, f s, f s) in [-1, 1]."""
     return resize(low, factor).clamp(-1, 1)
 
 
 class Upsampler(nn.Module):
-    """A U-Net that sees the small image, enlarged, beside the noised large one."""
+    """A U-Net over the noised large image, with the enlarged small image as further channels."""
 
     def __init__(self, config: UpsamplerConfig) -> None:
         super().__init__()

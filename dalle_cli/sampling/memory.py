@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dalle_cli.models.cache import kept_in
+from dalle_cli.models.cache import cache_dtype
 from dalle_cli.models.prior import Prior
 
 CAP = 256  # candidates at once: more are hardly faster, and progress would come in large steps
@@ -24,7 +24,7 @@ def fitting_batch(prior: Prior, n_candidates: int, guided: bool, own_captions: b
     free = int(free_memory(device) * SHARE)
     fits = free // candidate_bytes(prior, guided, own_captions, dtype)
     rows = (2 if guided else 1) * prior.config.n_head * fits
-    if (kept := kept_in(dtype, rows, device.type == "cpu")) != dtype:
+    if (kept := cache_dtype(dtype, rows, device.type == "cpu")) != dtype:
         fits = free // candidate_bytes(prior, guided, own_captions, kept)
     return max(1, min(fits, CAP, n_candidates))
 

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from dalle_cli.diffusion.losses import losses
 from dalle_cli.errors import DalleError
-from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig, timestep_features
+from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
+from dalle_cli.models.unet import sinusoids
 from dalle_cli.sampling.embeddings import prior_process
 from reference import embedding_priors as reference
 
@@ -202,14 +203,14 @@ def test_loss_is_the_process_own():
 
 
 def test_features_of_timesteps():
-    features = timestep_features(torch.tensor([0.0, 3.5], dtype=torch.double), 6)
+    features = sinusoids(torch.tensor([0.0, 3.5], dtype=torch.double), 6)
     assert features[0].tolist() == [1, 1, 1, 0, 0, 0]
     for i in range(3):
         angle = torch.tensor(3.5 / 10_000 ** (i / 3), dtype=torch.double)
         torch.testing.assert_close(features[1, i], angle.cos())
         torch.testing.assert_close(features[1, 3 + i], angle.sin())
-    assert timestep_features(torch.tensor([999]), 6).dtype == torch.float32
-    assert timestep_features(torch.tensor([999.5], dtype=torch.bfloat16), 6).dtype == torch.float32
+    assert sinusoids(torch.tensor([999]), 6).dtype == torch.float32
+    assert sinusoids(torch.tensor([999.5], dtype=torch.bfloat16), 6).dtype == torch.float32
 
 
 def test_size_of_the_papers():

@@ -127,8 +127,8 @@ def test_logit_laplace_scale_stops_at_the_rounding_of_pixels() -> None:
 def test_shown_inverts_squeeze() -> None:
     images = pictures()
     output = torch.cat([dvae.squeeze(images).logit(), torch.zeros_like(images)], 1)
-    torch.testing.assert_close(build().shown(output), images)
-    assert build(likelihood="mse").shown(torch.tensor([-3.0, 0.0, 3.0])).tolist() == [0, 0.5, 1]
+    torch.testing.assert_close(build().to_images(output), images)
+    assert build(likelihood="mse").to_images(torch.tensor([-3.0, 0.0, 3.0])).tolist() == [0, 0.5, 1]
 
 
 @pytest.mark.parametrize("likelihood", ["l1", "mse"])
@@ -220,7 +220,9 @@ def test_shapes(n_groups: int, grid: int, quantizer: str, block: str) -> None:
 def test_hard_codes_decode_as_the_training_path_does(quantizer: str, block: str) -> None:
     model, x = build(quantizer=quantizer, block=block), pictures()
     quantized = model.quantizer(model.features(x), 1e-6, None)
-    torch.testing.assert_close(model.shown(model.decoder(quantized.vectors)), model.reconstruct(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model.to_images(model.decoder(quantized.vectors)), model.reconstruct(x), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("block", ["bottleneck", "residual"])

@@ -1,7 +1,7 @@
-"""Sparse patterns as block masks of FlexAttention, for CUDA: blocks that no query sees are never computed.
+"""Sparse patterns as block masks of FlexAttention, for CUDA; blocks that are masked out are not computed.
 
 L positions of the stream, X = 1 + T of start and caption. FlexAttention has no backward pass on CPU, where
-`local_attention` does this work.
+`cpu_attention` does this work.
 """
 
 from functools import cache, lru_cache
@@ -13,14 +13,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 @cache
 def usable() -> bool:
-    """Whether FlexAttention can be compiled here: without Triton it would compute every product."""
+    """Whether FlexAttention can be compiled here: without Triton it would compute all blocks."""
     from torch.utils._triton import has_triton
 
     return has_triton()
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, distances: tuple[int, ...]) -> Tensor:
-    """Codes see the caption and the codes at some distances back in raster order: three times (B, N, L, D) -> same."""
+    """Codes attend to the caption and codes at some distances back in raster order: (B, N, L, D) thrice -> same."""
     mask = block_mask(n_prefix, q.shape[2], distances, q.device)
     y: Tensor = _compiled()(q, k, v, block_mask=mask)
     return y
@@ -28,15 +28,15 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, distances: t
 
 @lru_cache(maxsize=64)
 def block_mask(n_prefix: int, length: int, distances: tuple[int, ...], device: torch.device) -> BlockMask:
-    """Which blocks of the stream see which."""
+    """The block mask of the stream."""
     table = torch.zeros(length, dtype=torch.bool, device=device)
     table[torch.tensor([d for d in distances if d < length], device=device)] = True
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         near = table[(query - key).clamp(min=0)]
         return (key <= query) & ((key < n_prefix) | near)
 
-    return create_block_mask(sees, None, None, length, length, device=device.type)
+    return create_block_mask(visible, None, None, length, length, device=device.type)
 
 
 @cache

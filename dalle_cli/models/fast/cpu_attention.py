@@ -1,9 +1,9 @@
-"""Attention that costs what it attends to: text keys and a few rows or one column of codes, in one softmax.
+"""Attention on CPU: local attention to the text and a few rows or one column of codes, and dense batched products.
 
 B batch, N heads, D head width, X = 1 + T positions of start and caption, W side of the grid, L = X + W*W - 1.
 Equal to dense attention under the pattern's mask (2021, app. B.1), at O(L (X + W)) instead of O(L^2).
 
-Queries of one line of the grid, a row or a column, see the same keys: the caption's, and M of their own line and of the
+Queries of one line of the grid, a row or a column, share their keys: the caption's, and M of their own line and of the
 `back` lines before it. So each line is one small dense product over a window that was gathered for it, the caption is
 one product for all lines, and the backward pass, written out, folds the windows' gradients back into lines. R = B N.
 """
@@ -21,16 +21,16 @@ BLOCK = 256  # queries that `chunked_causal_attention` takes at a time
 
 
 def local_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int, distances: tuple[int, ...]) -> Tensor:
-    """Codes see the caption and the codes at some distances back in raster order: three times (B, N, L, D) -> same.
+    """Codes attend to the caption and to codes at some distances back in raster order: (B, N, L, D) thrice -> same.
 
-    `distances` are those j - k >= 0 that code j sees.
+    `distances` are the allowed j - k >= 0 of code j and key k.
     """
     y: Tensor = _LineAttention.apply(q, k, v, n_prefix, grid, distances, False)  # type: ignore[no-untyped-call]
     return y
 
 
 def column_attention(q: Tensor, k: Tensor, v: Tensor, n_prefix: int, grid: int) -> Tensor:
-    """Codes see the caption and their own column, so far: three times (B, N, L, D) -> same."""
+    """Codes attend to the caption and to their own column: three times (B, N, L, D) -> same."""
     y: Tensor = _LineAttention.apply(q, k, v, n_prefix, grid, tuple(range(grid)), True)  # type: ignore[no-untyped-call]
     return y
 
@@ -72,22 +72,22 @@ class _Causal(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
         bias = _tail_bias(q.shape[2], q.device, q.dtype)
-        y, kept = torch.empty_like(flat[0]), []
+        y, stored = torch.empty_like(flat[0]), []
         for start, end in _blocks(q.shape[2]):
             hidden = bias[BLOCK - (end - start) :, bias.shape[1] - end :]
             weights, part = _weigh(flat[0][:, start:end], flat[1][:, :end], flat[2][:, :end], hidden)
             y[:, start:end] = part
-            kept.append(weights)
-        ctx.save_for_backward(*flat, y, *kept)
+            stored.append(weights)
+        ctx.save_for_backward(*flat, y, *stored)
         return y.view(q.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, y, *kept = ctx.saved_tensors
+        q, k, v, y, *stored = ctx.saved_tensors
         flat = grad.reshape(y.shape)
         wide = torch.promote_types(k.dtype, torch.float32)  # what several blocks add up
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for (start, end), weights in zip(_blocks(grad.shape[2]), kept, strict=True):
+        for (start, end), weights in zip(_blocks(grad.shape[2]), stored, strict=True):
             block = slice(start, end)
             parts = _weigh_backward(flat[:, block], q[:, block], k[:, :end], v[:, :end], weights, y[:, block])
             dq[:, block] = parts[0]
@@ -104,7 +104,7 @@ class _LineAttention(torch.autograd.Function):
     """Attention of the codes line by line, and of the caption's positions among themselves.
 
     A code's scores lie in one row: first the caption's keys, which one product gives for all codes, then those of the
-    lines it sees, M of them, which one small product gives for each line.
+    lines in its window, M of them, which one small product gives for each line.
     """
 
     @staticmethod
@@ -118,7 +118,7 @@ class _LineAttention(torch.autograd.Function):
         lines = [_lines(x, n_prefix, grid, columns) for x in (q, k, v)]
         bias = _line_bias(grid, back, distances, q.device, q.dtype)
         scores = _scores(lines[0], text[1], lines[1], back, q.shape[-1] ** -0.5, bias)
-        for line in range(back):  # above the image there is nothing to see
+        for line in range(back):  # above the image there are no keys
             scores[:, line, :, n_prefix : n_prefix + (back - line) * grid] = float("-inf")
         weights = scores.softmax(-1).to(v.dtype)
         y = _averages(weights, text[2], lines[2], back)
@@ -138,8 +138,8 @@ class _LineAttention(torch.autograd.Function):
         grad_lines, scale = _lines(grad, n_prefix, grid, columns), grad.shape[-1] ** -0.5
         scores = _scores(grad_lines, text[2], lines[2], back, 1.0, None)
         scores = scores.sub_((grad_lines * y).sum(-1, keepdim=True)).mul_(weights)
-        to_keys = _spread(scores, lines[0], n_prefix, back, text_grads[1], scale)
-        to_values = _spread(weights, grad_lines, n_prefix, back, text_grads[2], 1.0)
+        to_keys = _scatter(scores, lines[0], n_prefix, back, text_grads[1], scale)
+        to_values = _scatter(weights, grad_lines, n_prefix, back, text_grads[2], 1.0)
         grads = []
         to_queries = _averages(scores, text[1], lines[1], back).mul_(scale)
         for of_text, of_lines in zip(text_grads, (to_queries, to_keys, to_values), strict=True):
@@ -170,7 +170,7 @@ def _averages(weights: Tensor, text: Tensor, lines: Tensor, back: int) -> Tensor
     return of_text.add_(torch.bmm(weights[..., n_text:].flatten(0, 1), windows).view(lines.shape))
 
 
-def _spread(weights: Tensor, q: Tensor, n_text: int, back: int, text: Tensor, scale: float) -> Tensor:
+def _scatter(weights: Tensor, q: Tensor, n_text: int, back: int, text: Tensor, scale: float) -> Tensor:
     """The transpose of `_averages`: adds what comes to the caption to `text`, gives what comes to the lines."""
     text.add_(torch.bmm(weights[..., :n_text].flatten(1, 2).mT, q.flatten(1, 2)), alpha=scale)
     to_windows = torch.bmm(weights[..., n_text:].flatten(0, 1).mT, q.flatten(0, 1))
@@ -226,9 +226,9 @@ def _windows(lines: Tensor, back: int) -> Tensor:
     grid = lines.shape[1]
     out = lines.new_empty(*lines.shape[:2], (back + 1) * grid, lines.shape[-1])
     for i in range(back + 1):
-        ago, place = back - i, out[:, :, i * grid : (i + 1) * grid]
-        place[:, ago:] = lines[:, : grid - ago]
-        place[:, :ago] = 0
+        ago, part = back - i, out[:, :, i * grid : (i + 1) * grid]
+        part[:, ago:] = lines[:, : grid - ago]
+        part[:, :ago] = 0
     return out
 
 
@@ -244,7 +244,7 @@ def _fold(windows: Tensor, back: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _line_bias(grid: int, back: int, distances: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """0 where a place of a line sees one of its window, -inf elsewhere: (W, M), but for what lies above the image."""
+    """0 where a code attends to a key of its window, -inf elsewhere: (W, M); ignores the image's upper edge."""
     with torch.inference_mode(False):
         queries = torch.arange(grid, device=device)[:, None] + back * grid
         ago = queries - torch.arange((back + 1) * grid, device=device)
@@ -253,6 +253,6 @@ def _line_bias(grid: int, back: int, distances: tuple[int, ...], device: torch.d
 
 @lru_cache(maxsize=64)
 def _tail_bias(length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What the last queries of a stream may not see: (BLOCK, BLOCK + length); its last columns serve shorter ones."""
+    """Causal bias of a stream's last queries: (BLOCK, BLOCK + length); shorter streams use its last columns."""
     with torch.inference_mode(False):
         return F.pad(causal_bias(BLOCK, device, dtype), (length, 0))
