@@ -83,7 +83,7 @@ class PriorPipeline:
 
     def settings(self, options: SamplingOptions) -> dict[str, Any]:
         """Every setting that the latents depend on."""
-        raise NotImplementedError
+        raise NotImplementedError  # each prior has its own
 
     def history(
         self, n: int, options: SamplingOptions, mask: InpaintingMask | None = None, past: Artifact | None = None,

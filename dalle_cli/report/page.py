@@ -18,7 +18,6 @@ GENERATOR = "dalle report"
 STYLES = ("page.css", "report.css")
 MOST_METRICS = 3  # of the validation, in the table of models
 MOST_LINES = 60  # of a text
-MOST_PARTS = 24  # of a network
 
 
 def page(found: Scan, title: str | None = None) -> str:

@@ -159,7 +159,7 @@ class PairTask:
 
     def batch(self, step: int) -> Batch:
         """The batch of one update."""
-        raise NotImplementedError
+        raise NotImplementedError  # each task has its own
 
     def drawn(self, order: Order, stream: int, step: int) -> tuple[Ints, Ints, np.random.Generator]:
         """The caption rows and latent rows of an update, and the generator that chose among several."""
