@@ -55,7 +55,8 @@ $(READY): pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,oracles]'
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps DALL-E torch-fidelity
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps DALL-E torch-fidelity \
+		rudalle taming-transformers crfm-helm omegaconf
 	touch $@
 
 # The packages that bench compares with, in an environment of their own.

@@ -1,0 +1,1 @@
+"""Published checkpoints to bundles: readers of their formats, and one name map per publication."""
