@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dalle_cli.artifacts import Artifact
-from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.devices import Arithmetic
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
@@ -38,7 +37,7 @@ class ImageDecoder:
         self.weights, self.machine = bundles.weights(model, "weights.decoder"), machine
         self.decoder = loading.decoder(self.weights, machine.device)
         n_text = self.decoder.config.n_text
-        self.tokenizer = tokenizers.load(bundles.tokenizer(self.weights)) if n_text else None
+        self.tokenizer = loading.tokenizer(self.weights) if n_text else None
         found = bundles.upsamplers(model)
         models = [loading.upsampler(weights, machine.device) for weights in found]
         order = upsampler_order([m.config for m in models], self.decoder.config.image_size)

@@ -9,7 +9,10 @@ from torch import nn
 from dalle_cli.artifacts import Artifact
 from dalle_cli.artifacts.weights import check_fit, load_into
 from dalle_cli.config import build
+from dalle_cli.data import tokenizer as tokenizers
+from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import bundles
 from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
@@ -65,6 +68,22 @@ def load_model(model: type[M], weights: Artifact, device: torch.device) -> M:
     made = model(config)
     load_into(made, weights)
     return made.to(device).eval().requires_grad_(False)
+
+
+def tokenizer(weights: Artifact) -> Tokenizer:
+    """The tokenizer that these weights were trained with, beside them.
+
+    Raises:
+        DalleError: there is none, or its tokens are not all in the vocabulary of the weights.
+    """
+    path, vocab = bundles.tokenizer(weights), weights.require("model", dict).get("n_text_vocab")
+    found = tokenizers.load(path)
+    if isinstance(vocab, int) and found.vocab_size > vocab:
+        raise DalleError(
+            f"expected a tokenizer of at most {vocab} tokens, as in {weights.path}, found {found.vocab_size}: {path}; "
+            "put the one of these weights there"
+        )
+    return found
 
 
 # (weights, device) -> the model

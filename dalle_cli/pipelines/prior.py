@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dalle_cli.artifacts import Artifact, history
-from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
@@ -62,7 +61,7 @@ def find_clip(weights: Artifact, model: str | None) -> Artifact:
 
 def encode_prompts(weights: Artifact, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Tokens (P, T) and lengths (P,) int64 of prompts, with the tokenizer of these weights."""
-    return token_tensors(tokenizers.load(bundles.tokenizer(weights)), texts, length, "prompts")
+    return token_tensors(loading.tokenizer(weights), texts, length, "prompts")
 
 
 class PriorPipeline:
