@@ -20,7 +20,6 @@ from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
-from dalle_cli.options import flag
 
 M = TypeVar("M", bound=nn.Module)
 CONFIGS: dict[type[nn.Module], type[Any]] = {
@@ -34,21 +33,6 @@ CONFIGS: dict[type[nn.Module], type[Any]] = {
 }
 # Sizes that repeat a part of a model. Each repetition has its own tensors, so no size exceeds the number of tensors.
 DEPTHS = ("n_layer", "n_blk_per_group", "vision_layers", "text_layers", "depth")
-
-
-def trained_value(weights: Artifact, name: str, value: float | None, default: float = 1.0) -> float:
-    """A sampling setting: the value given, else the one that training recorded in the weights, else the default.
-
-    Raises:
-        DalleError: what training recorded is not a number of at least 0.
-    """
-    if value is not None:
-        return value
-    train = weights.config.get("train")
-    found = train.get(name, default) if isinstance(train, dict) else default
-    if isinstance(found, bool) or not isinstance(found, int | float) or not found >= 0:
-        raise DalleError(f"expected train.{name} of at least 0 in {weights.path}, found {found!r}; give {flag(name)}")
-    return float(found)
 
 
 def load_model(model: type[M], weights: Artifact, device: torch.device) -> M:
