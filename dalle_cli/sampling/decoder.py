@@ -16,9 +16,13 @@ from dalle_cli.diffusion.samplers import SAMPLERS, ddim_invert, sample
 from dalle_cli.diffusion.schedules import Timesteps, make_schedule, select_timesteps
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder
+from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
 from dalle_cli.models.pixels import from_uint8, to_uint8
 from dalle_cli.models.unet import UNetConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge, resize
+
+DecoderNetwork = Decoder | PatchDecoder
+DenoiserConfig = UNetConfig | PatchDecoderConfig
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class SamplerConfig:
             raise DalleError(f"expected eta with the sampler ddim alone, found it with {self.sampler}; leave one out")
 
 
-def unet_process(config: UNetConfig) -> Process:
+def unet_process(config: DenoiserConfig) -> Process:
     """The diffusion process that a U-Net was trained with.
 
     Raises:
@@ -65,8 +69,8 @@ def to_images(x: Tensor) -> Tensor:
 
 
 def _denoiser(
-    decoder: Decoder, process: Process, embeddings: Tensor, tokens: Tensor, lengths: Tensor, present: Tensor | None,
-    guidance: float,
+    decoder: DecoderNetwork, process: Process, embeddings: Tensor, tokens: Tensor, lengths: Tensor,
+    present: Tensor | None, guidance: float,
 ) -> Denoiser:  # fmt: skip
     """A denoiser conditioned once for all timesteps; with guidance, a second half of the rows is null."""
     device, n = decoder.null_embedding.device, len(embeddings)
@@ -82,7 +86,7 @@ def _denoiser(
 
 @torch.inference_mode()
 def sample_images(
-    decoder: Decoder, embeddings: Tensor, tokens: Tensor, lengths: Tensor, config: SamplerConfig, noise: Noise,
+    decoder: DecoderNetwork, embeddings: Tensor, tokens: Tensor, lengths: Tensor, config: SamplerConfig, noise: Noise,
     present: Tensor | None = None, start: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Sample images of embeddings and captions: (B, D), (B, T) and (B,) int64 -> (B, 3, S, S) uint8.
@@ -98,7 +102,7 @@ def sample_images(
 
 @torch.inference_mode()
 def invert(
-    decoder: Decoder, images: Tensor, embeddings: Tensor, tokens: Tensor, lengths: Tensor, steps: int,
+    decoder: DecoderNetwork, images: Tensor, embeddings: Tensor, tokens: Tensor, lengths: Tensor, steps: int,
     iterations: int = 1, present: Tensor | None = None, guidance: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """DDIM inversion: the noise from which `sample_images`, by ddim in as many steps, samples images (2022, sec. 3).
