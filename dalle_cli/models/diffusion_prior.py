@@ -1,7 +1,7 @@
 """Diffusion prior: a causal transformer that predicts a CLIP image embedding from a noised one (Ramesh et al. 2022).
 
-B batch, P captions, T caption positions (`n_text`), D embedding width, C width, L = T + 4 positions of the stream (T + 3
-without time).
+B batch, P captions, T caption positions (`n_text`), D embedding width, C width, L = T + 4 positions of the stream, or
+T + 3 without time.
 
 In order (sec. 2.2): caption tokens, the caption's CLIP embedding z_t, the timestep, the noised z_i, and a learned query
 whose output is the prediction: z_i itself, standardized by `principal`. Attention is causal, so the
