@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dalle_cli.errors import DalleError
 from dalle_cli.importing.publication import From, Shapes, n_layers, renamed
+from dalle_cli.importing.unclip_prior import shape_of
 from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.upsampler import UpsamplerConfig
 
@@ -175,13 +176,6 @@ def _head_width(config: Mapping[str, Any]) -> int:
     if len(widths) != 1 or not isinstance(width := widths.pop(), int) or width < 1:
         raise DalleError(f"expected one attention_head_dim in a U-Net's config.json, found {found!r}; it is another")
     return width
-
-
-def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
-    """The shape of a tensor. Raises: DalleError if there is none."""
-    if name not in shapes:
-        raise DalleError(f"expected a tensor {name}, found none; the file is of another model")
-    return shapes[name]
 
 
 def _concatenated(*parts: Tensor) -> Tensor:
