@@ -18,9 +18,10 @@ from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
+from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
-from dalle_cli.options import flag
+from dalle_cli.sampling.decoder import DecoderNetwork
 
 M = TypeVar("M", bound=nn.Module)
 CONFIGS: dict[type[nn.Module], type[Any]] = {
@@ -30,25 +31,11 @@ CONFIGS: dict[type[nn.Module], type[Any]] = {
     DiffusionPrior: DiffusionPriorConfig,
     AutoregressivePrior: AutoregressivePriorConfig,
     Decoder: DecoderConfig,
+    PatchDecoder: PatchDecoderConfig,
     Upsampler: UpsamplerConfig,
 }
 # Sizes that repeat a part of a model. Each repetition has its own tensors, so no size exceeds the number of tensors.
 DEPTHS = ("n_layer", "n_blk_per_group", "vision_layers", "text_layers", "depth")
-
-
-def trained_value(weights: Artifact, name: str, value: float | None, default: float = 1.0) -> float:
-    """A sampling setting: the value given, else the one that training recorded in the weights, else the default.
-
-    Raises:
-        DalleError: what training recorded is not a number of at least 0.
-    """
-    if value is not None:
-        return value
-    train = weights.config.get("train")
-    found = train.get(name, default) if isinstance(train, dict) else default
-    if isinstance(found, bool) or not isinstance(found, int | float) or not found >= 0:
-        raise DalleError(f"expected train.{name} of at least 0 in {weights.path}, found {found!r}; give {flag(name)}")
-    return float(found)
 
 
 def load_model(model: type[M], weights: Artifact, device: torch.device) -> M:
@@ -90,8 +77,14 @@ def tokenizer(weights: Artifact) -> Tokenizer:
 dvae = partial(load_model, DVAE)
 prior = partial(load_model, Prior)
 clip = partial(load_model, CLIP)
-decoder = partial(load_model, Decoder)
 upsampler = partial(load_model, Upsampler)
+
+
+def decoder(weights: Artifact, device: torch.device) -> DecoderNetwork:
+    """The decoder of a weights file, of either network."""
+    if weights.require("model", dict).get("kind") == "patch":
+        return load_model(PatchDecoder, weights, device)
+    return load_model(Decoder, weights, device)
 
 
 def embedding_prior(weights: Artifact, device: torch.device) -> DiffusionPrior | AutoregressivePrior:
