@@ -1,6 +1,7 @@
 """What several test files share: the command line in this process, a tiny data set, and a tiny chain made once."""
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import os
@@ -16,9 +17,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: many tiny product
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 pytest.register_assert_rewrite("artifact_files", "comparisons", "process_pair")  # which assert on tests' behalf
+
+
+def declare_torchvision() -> None:
+    """Let the oracles import a torchvision that was built for CUDA, beside a torch without it.
+
+    Its operators cannot be loaded then, and its import fails at two of them unless they are declared. Tests call none.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return
+    try:
+        torch.ops.load_library(Path(spec.origin).with_name("_C.so"))
+    except OSError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+declare_torchvision()
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 COLORS = {"red": (220, 30, 30), "green": (30, 170, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40)}

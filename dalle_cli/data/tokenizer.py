@@ -1,7 +1,15 @@
-"""Byte-level BPE for captions, by the `tokenizers` library.
+"""Tokenizers of captions, by the `tokenizers` library: our own byte-level BPE, and those of published models.
 
-Shapes: N captions, T length. Text is lower-cased and normalized to NFC. The alphabet is the 256 bytes: no character is
-unknown, and decoding restores the text. There are no special tokens; the prior learns its own start and padding.
+Shapes: N captions, T length.
+
+Our own lower-cases text and normalizes it to NFC. Its alphabet is the 256 bytes: no character
+is unknown, and decoding restores the text. It has no special tokens; the prior learns its own start and padding.
+
+A published model's tokenizer says in three sections of its JSON file what surrounds the text, as the library has them:
+- `post_processor`: tokens that are written before and after each text, such as BOS and EOS;
+- `truncation`: a text that is too long loses tokens before those after it; without the section it loses its end;
+- `padding`: the token behind the end, 0 without the section.
+The lengths in the sections do not count: a model knows its own.
 """
 
 import hashlib
@@ -77,23 +85,38 @@ def load(path: str | Path) -> "Tokenizer":
         raise DalleError(f"{path}: {error}") from None
 
 
-def pad(rows: Sequence[Sequence[int]], length: int, vocab_size: int) -> tuple[Tokens, NDArray[np.uint16], int]:
-    """Pad lists of tokens with 0: -> (N, T) uint16 (int32 for a large vocabulary), (N,) uint16 lengths, how many cut.
+def pad(
+    rows: Sequence[Sequence[int]], length: int, vocab_size: int, *, fill: int = 0, last: Sequence[int] = ()
+) -> tuple[Tokens, NDArray[np.uint16], int]:
+    """Pad lists of tokens: -> (N, T) uint16 (int32 for a large vocabulary), (N,) uint16 lengths, how many were cut.
+
+    Rows are padded with `fill`. A row that is cut ends with the tokens `last`.
 
     Raises:
-        DalleError: a length that does not fit uint16.
+        DalleError: a length that does not fit uint16, or has no room for a token before `last`.
     """
-    if not 0 < length < 1 << 16:
-        raise DalleError(f"expected a length of captions from 1 to 65,535 tokens, found {length}; correct it")
-    tokens = np.zeros((len(rows), length), np.uint16 if vocab_size <= 1 << 16 else np.int32)
+    fewest = 1 + len(last)
+    if not fewest <= length < 1 << 16:
+        raise DalleError(f"expected a length of captions from {fewest} to 65,535 tokens, found {length}; correct it")
+    tokens = np.full((len(rows), length), fill, np.uint16 if vocab_size <= 1 << 16 else np.int32)
     lengths = np.zeros(len(rows), np.uint16)
     n_cut = 0
     for i, row in enumerate(rows):
         n = min(len(row), length)
         tokens[i, :n] = row[:n]
         lengths[i] = n
-        n_cut += len(row) > length
+        if len(row) > length:
+            n_cut += 1
+            tokens[i, length - len(last) :] = last
     return tokens, lengths, n_cut
+
+
+def _surrounding(library: Library) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer's post-processor writes before and after a text."""
+    one = Library(models.WordLevel({"x": 0}, unk_token="x")).encode("x")
+    made = library.post_process(one)
+    at = made.special_tokens_mask.index(0)
+    return made.ids[:at], made.ids[at + 1 :]
 
 
 class Tokenizer:
@@ -107,8 +130,12 @@ class Tokenizer:
         except Exception as error:  # the library raises a bare Exception
             reason = " ".join(str(error).split())
             raise DalleError(f"expected a tokenizer JSON, found {reason}; make one with train-tokenizer") from error
+        self._fill = int((self._library.padding or {}).get("pad_id", 0))
+        keeps_last = self._library.truncation is not None
         self._library.no_padding()
         self._library.no_truncation()
+        self._before, self._after = _surrounding(self._library)
+        self._last = self._after if keeps_last else []
 
     @property
     def vocab_size(self) -> int:
@@ -116,7 +143,7 @@ class Tokenizer:
         return int(self._library.get_vocab_size())
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Texts -> tokens of any length.
+        """Texts -> tokens of any length, with those that the tokenizer writes before and after each text.
 
         Raises:
             DalleError: a text is not valid Unicode, as from a command line in another encoding.
@@ -127,16 +154,19 @@ class Tokenizer:
                 encodings = self._library.encode_batch_fast(list(texts[i : i + _CHUNK]), add_special_tokens=False)
             except (UnicodeEncodeError, TypeError):
                 raise DalleError(_NOT_UNICODE) from None
-            out.extend(encoding.ids for encoding in encodings)
+            out.extend([*self._before, *encoding.ids, *self._after] for encoding in encodings)
         return out
 
     def encode_batch(self, texts: Sequence[str], length: int) -> tuple[Tokens, NDArray[np.uint16], int]:
-        """N texts -> tokens (N, T) uint16 or int32, padded with 0; lengths (N,) uint16; number cut to T."""
-        return pad(self.encode(texts), length, self.vocab_size)
+        """N texts -> tokens (N, T) uint16 or int32, padded; lengths (N,) uint16; number cut to T.
+
+        Lengths count all tokens that are written, BOS and EOS, too.
+        """
+        return pad(self.encode(texts), length, self.vocab_size, fill=self._fill, last=self._last)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Tokens -> text; bytes that are not UTF-8, as at the end of a cut caption, become U+FFFD."""
-        return str(self._library.decode([int(t) for t in tokens], skip_special_tokens=False))
+        """Tokens -> text without special tokens; bytes that are not UTF-8, as at a cut, become U+FFFD."""
+        return str(self._library.decode([int(t) for t in tokens], skip_special_tokens=True))
 
     def encode_dropout(self, text: str, p: float, rng: np.random.Generator, length: int = sys.maxsize) -> list[int]:
         """Text -> at most `length` tokens with BPE dropout (Provilkov et al. 2020, algorithm 1).
@@ -174,7 +204,7 @@ class Tokenizer:
         model: dict[str, Any] = content["model"]
         vocab: dict[str, int] = model.get("vocab", {})
         foreign = model.get("type") != "BPE" or model.get("end_of_word_suffix") or content.get("added_tokens")
-        if foreign or not set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocab):
+        if foreign or self._before or self._after or not set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocab):
             raise DalleError("expected a byte-level BPE for BPE dropout, found another tokenizer; set the dropout to 0")
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         ranks = {(vocab[a], vocab[b]): rank for rank, (a, b) in enumerate(pairs)}

@@ -16,6 +16,7 @@ from dalle_cli.diffusion.schedules import SIGMA_MAX, Schedule, Timesteps, select
 from dalle_cli.errors import DalleError
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "heun")
+VARIANCES = ("learned_range", "fixed_small", "fixed_large")
 
 
 def sample(
@@ -28,11 +29,12 @@ def sample(
     *,
     eta: float = 0.0,
     spacing: str | None = None,
+    variance: str | None = None,
 ) -> Tensor:
     """Sample in n steps with the sampler of this name: (B, ...) noise -> (B, ...) data.
 
-    `heun` calls the denoiser up to 2n - 1 times, the others n times. `eta` is for `ddim`. By default `heun` uses karras
-    timesteps and the others trailing ones.
+    `heun` calls the denoiser up to 2n - 1 times, the others n times. `eta` is for `ddim`, `variance` for
+    `ddpm`. By default `heun` uses karras timesteps and the others trailing ones.
 
     Raises:
         DalleError: an unknown sampler or spacing, or a number of steps or an eta out of range.
@@ -41,26 +43,34 @@ def sample(
         raise DalleError(f"expected a sampler among {', '.join(SAMPLERS)}, found {sampler!r}; take one of them")
     steps = select_timesteps(schedule, n, spacing or ("karras" if sampler == "heun" else "trailing"))
     if sampler == "ddpm":
-        return ddpm(denoise, x, steps, noise)
+        return ddpm(denoise, x, steps, noise, variance)
     if sampler == "ddim":
         return ddim(denoise, x, steps, eta, noise)
     return dpm_solver(denoise, x, steps) if sampler == "dpm++" else heun(denoise, x, steps)
 
 
 @torch.no_grad()
-def ddpm(denoise: Denoiser, x: Tensor, steps: Timesteps, noise: Noise, large: bool = False) -> Tensor:
+def ddpm(denoise: Denoiser, x: Tensor, steps: Timesteps, noise: Noise, variance: str | None = None) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) over any of the timesteps (Nichol & Dhariwal 2021, eq. 19).
 
-    The variance is the learned one (their eq. 15) if there is one, else the lower bound, or with `large` the upper.
+    The variance is the learned one, between its bounds (their eq. 15, `learned_range`), the lower bound (`fixed_small`)
+    or the upper (`fixed_large`); by default the learned one if the denoiser gives one, else the lower bound.
+
+    Raises:
+        DalleError: an unknown variance, or a learned one that the denoiser does not give.
     """
+    if variance not in (None, *VARIANCES):
+        raise DalleError(f"expected a variance among {', '.join(VARIANCES)}, found {variance!r}; take one of them")
     for i, t in enumerate(steps.timesteps):
         alpha_bar, alpha_bar_next = steps.alphas_cumprod[i : i + 2]
         x_start, _, interpolation = denoise(x, t)
+        if interpolation is None and variance == "learned_range":
+            raise DalleError("expected a model with a learned variance for learned_range, found another; leave it out")
         x = posterior_mean(x_start, x, alpha_bar, alpha_bar_next)
         if alpha_bar_next < 1:
             small, most = variance_bounds(alpha_bar, alpha_bar_next)
-            deviation: Tensor | float = math.sqrt(most if large else small)
-            if interpolation is not None:
+            deviation: Tensor | float = math.sqrt(most if variance == "fixed_large" else small)
+            if interpolation is not None and variance in (None, "learned_range"):
                 deviation = ((interpolation * math.log(most) + (1 - interpolation) * math.log(small)) / 2).exp()
             x = x + deviation * _noise(noise, i + 1, x)
     return x

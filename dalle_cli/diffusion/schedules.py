@@ -15,7 +15,7 @@ from torch import Tensor
 from dalle_cli.errors import DalleError
 
 SCHEDULES = ("cosine", "linear")
-SPACINGS = ("trailing", "linspace", "leading", "karras")
+SPACINGS = ("trailing", "linspace", "leading", "leading+1", "karras")
 MAX_BETA = 0.999  # Nichol & Dhariwal 2021, sec. 3.2: no singularity at the end
 SIGMA_MAX = 80.0  # Karras et al. 2022, table 1; a cosine schedule itself goes up to 20,000
 
@@ -142,7 +142,8 @@ def select_timesteps(schedule: Schedule, n: int, spacing: str = "trailing") -> T
     """Select n timesteps of a schedule, from noise to data.
 
     `trailing` includes the last timestep, `leading` the first, `linspace` both (Lin et al. 2023, table 2); all are
-    whole, and n is at most T. `karras` spaces sigmas as Karras et al. (2022), at fractional timesteps.
+    whole, and n is at most T. `leading+1` is `leading` one timestep later, as some published weights are sampled; n is
+    below T. `karras` spaces sigmas as Karras et al. (2022), at fractional timesteps.
 
     Raises:
         DalleError: an unknown spacing, or a number of steps out of range.
@@ -150,16 +151,20 @@ def select_timesteps(schedule: Schedule, n: int, spacing: str = "trailing") -> T
     if spacing not in SPACINGS:
         raise DalleError(f"expected a spacing among {', '.join(SPACINGS)}, found {spacing!r}; take one of them")
     total = len(schedule)
-    if n < 1 or (n > total and spacing != "karras"):
-        raise DalleError(f"expected 1 to {total} steps, as many as the model was trained with, found {n}; try 50")
+    offset = int(spacing == "leading+1")
+    if n < 1 or (n > total - offset and spacing != "karras"):
+        raise DalleError(
+            f"expected 1 to {total - offset} steps, as many as the model was trained with, found {n}; try 50"
+        )
     if spacing == "karras":
         return karras(schedule, n)
-    if spacing == "leading":
-        chosen = [i * (total // n) for i in range(n)]
+    if spacing.startswith("leading"):
+        chosen = [i * (total // n) + offset for i in range(n)]
     elif spacing == "trailing" or n == 1:
         chosen = [round(total * (i + 1) / n) - 1 for i in range(n)]
     else:
-        chosen = [round((total - 1) * i / (n - 1)) for i in range(n)]
+        width = (total - 1) / (n - 1)  # divided first, as by others: halves then round as theirs do
+        chosen = [round(i * width) for i in range(n)]
     chosen.reverse()
     return Timesteps(tuple(chosen), (*(schedule.alpha_bar(t) for t in chosen), 1.0))
 

@@ -17,7 +17,7 @@ from dalle_cli.doctor.examination import Columns, Examination
 from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.models.pixels import from_uint8
 from dalle_cli.sampling.categorical import CategoricalOptions
-from dalle_cli.sampling.decoder import SamplerConfig, sample_images
+from dalle_cli.sampling.decoder import SamplerConfig, sample_images, to_images
 from dalle_cli.sampling.embeddings import PromptBatch, sample_autoregressive, sample_diffusion
 
 COLLAPSE = 0.05  # share of the vocabulary, or of the codes seen, below which a codebook has collapsed
@@ -249,7 +249,7 @@ def guided_levels(s: Examination) -> float:
     z_i, tokens, lengths = (s.columns[name] for name in ("z_i", "tokens", "lengths"))
     with s.request.machine.autocast():
         plain, guided = (
-            sample_images(s.model, z_i, tokens, lengths, SamplerConfig(steps, guidance=guidance), noise).double()
+            sample_images(s.model, z_i, tokens, lengths, SamplerConfig(steps, guidance=guidance), noise)
             for guidance in (1.0, GUIDANCE)
         )
-    return float((guided - plain).abs().mean())
+    return float((to_images(guided).double() - to_images(plain).double()).abs().mean())

@@ -34,6 +34,9 @@ LOSSES = ("softmax", "sigmoid")
 class CLIPConfig:
     """Sizes of a CLIP; the defaults are the published ViT-B/32.
 
+    `vision_layers` 0 is a text encoder alone. `vision_hidden` is the width inside the vision layers' MLPs; 0 is four
+    times `vision_width`.
+
     Raises: DalleError where sizes do not fit together.
     """
 
@@ -52,13 +55,15 @@ class CLIPConfig:
     loss: str = "softmax"
     pixel_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     pixel_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    vision_hidden: int = 0
 
     def __post_init__(self) -> None:
         for name in ("pixel_mean", "pixel_std"):  # TOML and JSON only know lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, size in vars(self).items():
-            if isinstance(size, int) and size < 1:
-                raise DalleError(f"expected clip.{name} of at least 1, found {size}; raise it")
+            least = 0 if name in ("vision_layers", "vision_hidden") else 1
+            if isinstance(size, int) and size < least:
+                raise DalleError(f"expected clip.{name} of at least {least}, found {size}; raise it")
         if self.image_size % self.patch_size:
             raise DalleError(
                 f"expected clip.image_size divisible by clip.patch_size, found {self.image_size} and "
@@ -107,12 +112,12 @@ class CLIPAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide between them."""
+    """Two linear layers, wider between them: four times as wide unless `hidden` says otherwise."""
 
-    def __init__(self, width: int, activation: str) -> None:
+    def __init__(self, width: int, activation: str, hidden: int = 0) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = nn.Linear(width, hidden or 4 * width)
+        self.fc2 = nn.Linear(hidden or 4 * width, width)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,12 +128,12 @@ class MLP(nn.Module):
 class CLIPLayer(StackedBlock):
     """Pre-norm transformer layer."""
 
-    def __init__(self, width: int, n_head: int, activation: str, causal: bool) -> None:
+    def __init__(self, width: int, n_head: int, activation: str, causal: bool, hidden: int = 0) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(width, eps=1e-5)
         self.self_attn = CLIPAttention(width, n_head, causal)
         self.layer_norm2 = nn.LayerNorm(width, eps=1e-5)
-        self.mlp = MLP(width, activation)
+        self.mlp = MLP(width, activation, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -139,9 +144,11 @@ class CLIPLayer(StackedBlock):
 class Encoder(nn.Module):
     """A stack of layers."""
 
-    def __init__(self, n_layer: int, width: int, n_head: int, activation: str, causal: bool) -> None:
+    def __init__(
+        self, n_layer: int, width: int, n_head: int, activation: str, causal: bool, hidden: int = 0
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.layers = nn.ModuleList(CLIPLayer(width, n_head, activation, causal) for _ in range(n_layer))
+        self.layers = nn.ModuleList(CLIPLayer(width, n_head, activation, causal, hidden) for _ in range(n_layer))
         for layer in self.layers:
             assert isinstance(layer, CLIPLayer)
             self._init_layer(layer, width, n_layer)
@@ -226,7 +233,14 @@ class VisionTransformer(nn.Module):
         width = config.vision_width
         self.embeddings = VisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(width, eps=1e-5)  # sic: the published name
-        self.encoder = Encoder(config.vision_layers, width, config.vision_heads, config.activation, causal=False)
+        self.encoder = Encoder(
+            config.vision_layers,
+            width,
+            config.vision_heads,
+            config.activation,
+            causal=False,
+            hidden=config.vision_hidden,
+        )
         self.post_layernorm = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -236,28 +250,34 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Image and text encoders into one space."""
+    """Image and text encoders into one space; without vision layers, the text encoder alone."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
         self.text_model = TextTransformer(config)
-        self.vision_model = VisionTransformer(config)
-        self.visual_projection = nn.Linear(config.vision_width, config.n_proj, bias=False)
+        whole = config.vision_layers > 0
+        if whole:
+            self.vision_model = VisionTransformer(config)
+            self.visual_projection = nn.Linear(config.vision_width, config.n_proj, bias=False)
         self.text_projection = nn.Linear(config.text_width, config.n_proj, bias=False)
-        nn.init.normal_(self.visual_projection.weight, std=config.vision_width**-0.5)
+        if whole:
+            nn.init.normal_(self.visual_projection.weight, std=config.vision_width**-0.5)
         nn.init.normal_(self.text_projection.weight, std=config.text_width**-0.5)
         sigmoid = config.loss == "sigmoid"
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0 if sigmoid else 1 / 0.07)))
-        if sigmoid:
+        if whole:
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0 if sigmoid else 1 / 0.07)))
+        if whole and sigmoid:
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
         self.register_load_state_dict_pre_hook(_drop_position_ids)  # type: ignore[no-untyped-call]
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images to embeddings, not normalized: (B, 3, S, S) in [0, 1] -> (B, D) float32; resized where S differs.
 
-        Raises: DalleError where images are not square.
+        Raises: DalleError where images are not square, or there are no vision layers.
         """
+        if not self.config.vision_layers:
+            raise DalleError("expected a CLIP that reads images, found a text encoder alone; give a whole CLIP")
         return _project(self.vision_model(self._pixels(images)), self.visual_projection)
 
     def encode_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -265,8 +285,11 @@ class CLIP(nn.Module):
 
         Pooled at the last token (position `lengths - 1`; an empty caption at position 0); later positions are ignored.
         """
-        states = self.text_states(tokens)
-        last = (lengths.long() - 1).clamp(min=0)
+        return self.pool_text(self.text_states(tokens), lengths)
+
+    def pool_text(self, states: Tensor, lengths: Tensor) -> Tensor:
+        """Embeddings of captions by their hidden states, not normalized: (B, T, C), (B,) int64 -> (B, D) float32."""
+        last = (lengths.long() - 1).clamp(min=0)  # where a tokenizer writes one, the position of EOS
         return _project(states[torch.arange(len(states), device=states.device), last], self.text_projection)
 
     def text_states(self, tokens: Tensor) -> Tensor:

@@ -13,10 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_cli.artifacts import Artifact
-from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.devices import Arithmetic
-from dalle_cli.hub import bundles
 from dalle_cli.models.pixels import from_uint8
 from dalle_cli.pipelines import loading
 
@@ -38,9 +36,9 @@ class ClipScorer:
         """The tokenizer that the CLIP was trained with.
 
         Raises:
-            DalleError: it is not beside the weights.
+            DalleError: it is not beside the weights, or has more tokens than they know.
         """
-        return tokenizers.load(bundles.tokenizer(self.weights))
+        return loading.tokenizer(self.weights)
 
     @property
     def header(self) -> dict[str, Any]:
@@ -59,10 +57,20 @@ class ClipScorer:
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """N captions -> (N, D) float32 on the device, not normalized."""
-        tokens, lengths, _ = self.tokenizer.encode_batch(list(texts), self.clip.config.n_text)
-        columns = (torch.from_numpy(x.astype(np.int64)).to(self.machine.device) for x in (tokens, lengths))
+        tokens, lengths = self._tokens(texts)
         with torch.inference_mode(), self.machine.autocast():
-            return self.clip.encode_text(*columns).float()
+            return self.clip.encode_text(tokens, lengths).float()
+
+    def text_states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """What models are conditioned on: N captions -> states (N, T, C), lengths (N,) int64, z_t (N, D).
+
+        The states are those of the last layer after the final norm; rows beyond a length belong to no token. z_t is not
+        normalized. States and z_t are float32, all on the device. All captions are computed at once.
+        """
+        tokens, lengths = self._tokens(texts)
+        with torch.inference_mode(), self.machine.autocast():
+            states = self.clip.text_states(tokens)
+            return states.float(), lengths, self.clip.pool_text(states, lengths).float()
 
     def encode(self, images: Any) -> Any:
         """z_i of images: (B, 3, S, S) uint8 -> (B, D) float32 of length 1."""
@@ -79,6 +87,12 @@ class ClipScorer:
         rows = {text: row for row, text in enumerate(unique)}
         own = self.text_features(unique)[[rows[text] for text in texts]]
         return torch.cosine_similarity(self.image_features(self._pixels(images)), own).cpu().numpy()
+
+    def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens (N, T) and lengths (N,) int64 on the device."""
+        tokens, lengths, _ = self.tokenizer.encode_batch(list(texts), self.clip.config.n_text)
+        first, second = (torch.from_numpy(x.astype(np.int64)).to(self.machine.device) for x in (tokens, lengths))
+        return first, second
 
     def _pixels(self, images: Any) -> Tensor:
         return from_uint8(torch.from_numpy(np.array(images)).to(self.machine.device))

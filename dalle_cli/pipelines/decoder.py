@@ -3,7 +3,7 @@
 Shapes: B batch, D embedding width, T caption length, S side of the images in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dalle_cli.artifacts import Artifact
-from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.devices import Arithmetic
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
@@ -20,7 +19,8 @@ from dalle_cli.models.upsampler import Upsampler
 from dalle_cli.options import DecoderOptions
 from dalle_cli.pipelines import loading
 from dalle_cli.pipelines.prompts import token_tensors
-from dalle_cli.sampling.decoder import SamplerConfig, invert, sample_images, upsample, upsampler_order
+from dalle_cli.sampling.decoder import SamplerConfig, invert, sample_images, to_images, upsample, upsampler_order
+from dalle_cli.sampling.defaults import sampling_defaults
 
 STEPS, SAMPLER, UPSAMPLER_STEPS = 20, "dpm++", 10
 LOW_NOISE = "--low-noise"
@@ -34,11 +34,12 @@ class ImageDecoder:
     def __init__(self, model: str | None, machine: Arithmetic, options: DecoderOptions | None = None, seed: int = 0):
         """Raises: DalleError for weights that are missing or do not follow each other, or a setting out of range."""
         options = options or DecoderOptions()
-        sampler_configs(options)  # refuse wrong ones before anything is loaded
         self.weights, self.machine = bundles.weights(model, "weights.decoder"), machine
+        self.defaults = sampling_defaults(self.weights)
+        decoder_config(options, self.defaults)  # refuse wrong ones before anything is loaded
         self.decoder = loading.decoder(self.weights, machine.device)
         n_text = self.decoder.config.n_text
-        self.tokenizer = tokenizers.load(bundles.tokenizer(self.weights)) if n_text else None
+        self.tokenizer = loading.tokenizer(self.weights) if n_text else None
         found = bundles.upsamplers(model)
         models = [loading.upsampler(weights, machine.device) for weights in found]
         order = upsampler_order([m.config for m in models], self.decoder.config.image_size)
@@ -52,17 +53,26 @@ class ImageDecoder:
             DalleError: an option out of range, or more `low_noise` than the upsamplers were trained with.
         """
         self.seed = seed
-        self.config, self.upsampler_config = sampler_configs(options)
-        self.low_noise = [self._low_noise(weights, upsampler, options) for weights, upsampler in self.upsamplers]
+        self.config = decoder_config(options, self.defaults)
+        return self.set_upsamplers(options)
+
+    def set_upsamplers(self, options: DecoderOptions) -> "ImageDecoder":
+        """Sample from the upsamplers alone with these options from now on; raises as `set`."""
+        found = [sampling_defaults(weights) for weights, _ in self.upsamplers]
+        self.upsampler_configs = [upsampler_config(options, defaults) for defaults in found]
+        self.low_noise = [
+            self._low_noise(weights, upsampler, options, defaults.get("low_noise", 0.0))
+            for (weights, upsampler), defaults in zip(self.upsamplers, found, strict=True)
+        ]
         if options.low_noise and not any(self.low_noise):
             raise DalleError(f"expected upsamplers trained with low_noise for {LOW_NOISE}, found none; leave it out")
         return self
 
     @staticmethod
-    def _low_noise(weights: Artifact, upsampler: Upsampler, options: DecoderOptions) -> float:
-        """The noise on an upsampler's input: the option, else the default in the weights; 0 if not trained with any."""
+    def _low_noise(weights: Artifact, upsampler: Upsampler, options: DecoderOptions, default: float) -> float:
+        """The noise on an upsampler's input: the option, else the default; 0 if not trained with any."""
         most = upsampler.config.low_noise
-        low_noise = loading.trained_value(weights, "low_noise", options.low_noise if most else None, 0.0)
+        low_noise = options.low_noise if most and options.low_noise is not None else default
         if not 0 <= low_noise <= most:
             found = f"found {low_noise}"
             raise DalleError(f"expected {LOW_NOISE} in [0, {most}], as {weights.path} was trained with, {found}")
@@ -82,7 +92,8 @@ class ImageDecoder:
             "seed": self.seed, "dtype": self.machine.name,
         }  # fmt: skip
         if self.upsamplers:
-            settings["upsampler_steps"] = self.upsampler_config.steps
+            steps = [config.steps for config in self.upsampler_configs]
+            settings["upsampler_steps"] = steps[0] if len(set(steps)) == 1 else steps
         if any(self.low_noise):
             settings["low_noise"] = self.low_noise
         return settings
@@ -111,10 +122,12 @@ class ImageDecoder:
         with self.machine.autocast():
             noise = row_noise(self.seed, numbers, "decoder")
             images = sample_images(self.decoder, rows, tokens, lengths, self.config, noise, start=start)
-            for (_, upsampler), low_noise in zip(self.upsamplers, self.low_noise, strict=True):
+            for (_, upsampler), config, low_noise in zip(
+                self.upsamplers, self.upsampler_configs, self.low_noise, strict=True
+            ):
                 noise = row_noise(self.seed, numbers, f"upsampler {upsampler.config.image_size}")
-                images = upsample(upsampler, images, self.upsampler_config, noise, low_noise)
-        return images.cpu().numpy()
+                images = upsample(upsampler, images, config, noise, low_noise)
+        return to_images(images).cpu().numpy()
 
     def invert(self, images: Any, embeddings: Any, iterations: int) -> Tensor:
         """DDIM inversion (sec. 3): the noise from which the decoder samples the images again, without captions.
@@ -123,9 +136,8 @@ class ImageDecoder:
         """
         tokens, lengths = self._tokens([""] * len(images))
         rows, pixels = torch.from_numpy(np.asarray(embeddings).astype(np.float32)), torch.from_numpy(images)
-        c = self.config
         with self.machine.autocast():
-            noise = invert(self.decoder, pixels, rows, tokens, lengths, c.steps, iterations, guidance=c.guidance)
+            noise = invert(self.decoder, pixels, rows, tokens, lengths, self.config, iterations)
         return noise.cpu()
 
     def _tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -137,15 +149,32 @@ class ImageDecoder:
         return tokens, lengths * torch.tensor([bool(text) for text in texts])
 
 
-def sampler_configs(options: DecoderOptions) -> tuple[SamplerConfig, SamplerConfig]:
-    """The sampler settings of the decoder and of the upsamplers.
+def decoder_config(options: DecoderOptions, defaults: Mapping[str, Any]) -> SamplerConfig:
+    """How a decoder is sampled: by the options given, else as its weights say, else by the defaults.
 
     Raises:
         DalleError: an unknown sampler, or eta with another one than ddim.
     """
-    sampler, eta = options.decoder_sampler or SAMPLER, options.eta or 0.0
-    guidance = 1.0 if options.decoder_guidance is None else options.decoder_guidance
-    return (
-        SamplerConfig(options.decoder_steps or STEPS, sampler, guidance, eta),
-        SamplerConfig(options.upsampler_steps or UPSAMPLER_STEPS, sampler, 1.0, eta),
-    )
+    given = {
+        "steps": options.decoder_steps, "sampler": options.decoder_sampler, "guidance": options.decoder_guidance,
+        "eta": options.eta,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    values = {"steps": STEPS, "sampler": SAMPLER, **defaults, **given}
+    return SamplerConfig(**(values if values["sampler"] == "ddim" or "eta" in given else _without_eta(values)))
+
+
+def upsampler_config(options: DecoderOptions, defaults: Mapping[str, Any]) -> SamplerConfig:
+    """How an upsampler is sampled: as its weights say, but for the number of steps; else as the decoder is.
+
+    Raises:
+        DalleError: an unknown sampler.
+    """
+    values = {"steps": UPSAMPLER_STEPS, "sampler": options.decoder_sampler or SAMPLER, "eta": options.eta or 0.0}
+    values |= {name: value for name, value in defaults.items() if name != "low_noise"}
+    values |= {} if options.upsampler_steps is None else {"steps": options.upsampler_steps}
+    return SamplerConfig(**(values if values["sampler"] == "ddim" else _without_eta(values)))
+
+
+def _without_eta(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "eta"}

@@ -22,7 +22,7 @@ from dalle_cli.hub import bundles
 from dalle_cli.options import DecoderOptions, EditOptions
 from dalle_cli.pipelines import loading
 from dalle_cli.pipelines.clip import ClipScorer
-from dalle_cli.pipelines.decoder import ImageDecoder, sampler_configs
+from dalle_cli.pipelines.decoder import ImageDecoder
 from dalle_cli.pipelines.output import check_outputs, terminal_preview, write_grid, write_labelled
 from dalle_cli.pipelines.prior import find_clip
 from dalle_cli.pipelines.prompts import Progress, Quiet, batched
@@ -84,7 +84,7 @@ class Editor:
             n_timestep = self.decoder.decoder.config.n_timestep
             self.decoder.config = replace(self.decoder.config, steps=min(STEPS, n_timestep))
         # eta is for the decoder; upsamplers keep their usual sampler
-        self.decoder.upsampler_config = sampler_configs(DecoderOptions(upsampler_steps=options.upsampler_steps))[1]
+        self.decoder.set_upsamplers(DecoderOptions(upsampler_steps=options.upsampler_steps))
         self.clip = ClipScorer(find_clip(self.decoder.weights, model), machine)
 
     def vary(self, source: SourceImage, n: int = 8) -> Edited:

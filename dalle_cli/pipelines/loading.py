@@ -9,7 +9,10 @@ from torch import nn
 from dalle_cli.artifacts import Artifact
 from dalle_cli.artifacts.weights import check_fit, load_into
 from dalle_cli.config import build
+from dalle_cli.data import tokenizer as tokenizers
+from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.errors import DalleError
+from dalle_cli.hub import bundles
 from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
@@ -17,7 +20,6 @@ from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
-from dalle_cli.options import flag
 
 M = TypeVar("M", bound=nn.Module)
 CONFIGS: dict[type[nn.Module], type[Any]] = {
@@ -31,21 +33,6 @@ CONFIGS: dict[type[nn.Module], type[Any]] = {
 }
 # Sizes that repeat a part of a model. Each repetition has its own tensors, so no size exceeds the number of tensors.
 DEPTHS = ("n_layer", "n_blk_per_group", "vision_layers", "text_layers", "depth")
-
-
-def trained_value(weights: Artifact, name: str, value: float | None, default: float = 1.0) -> float:
-    """A sampling setting: the value given, else the one that training recorded in the weights, else the default.
-
-    Raises:
-        DalleError: what training recorded is not a number of at least 0.
-    """
-    if value is not None:
-        return value
-    train = weights.config.get("train")
-    found = train.get(name, default) if isinstance(train, dict) else default
-    if isinstance(found, bool) or not isinstance(found, int | float) or not found >= 0:
-        raise DalleError(f"expected train.{name} of at least 0 in {weights.path}, found {found!r}; give {flag(name)}")
-    return float(found)
 
 
 def load_model(model: type[M], weights: Artifact, device: torch.device) -> M:
@@ -65,6 +52,22 @@ def load_model(model: type[M], weights: Artifact, device: torch.device) -> M:
     made = model(config)
     load_into(made, weights)
     return made.to(device).eval().requires_grad_(False)
+
+
+def tokenizer(weights: Artifact) -> Tokenizer:
+    """The tokenizer that these weights were trained with, beside them.
+
+    Raises:
+        DalleError: there is none, or its tokens are not all in the vocabulary of the weights.
+    """
+    path, vocab = bundles.tokenizer(weights), weights.require("model", dict).get("n_text_vocab")
+    found = tokenizers.load(path)
+    if isinstance(vocab, int) and found.vocab_size > vocab:
+        raise DalleError(
+            f"expected a tokenizer of at most {vocab} tokens, as in {weights.path}, found {found.vocab_size}: {path}; "
+            "put the one of these weights there"
+        )
+    return found
 
 
 # (weights, device) -> the model

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dalle_cli.artifacts import Artifact, history
-from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
@@ -26,11 +25,13 @@ from dalle_cli.pipelines.prompts import Candidate, SamplerInputs, token_tensors
 from dalle_cli.sampling import memory
 from dalle_cli.sampling.autoregressive import sample_batches
 from dalle_cli.sampling.categorical import CategoricalOptions
+from dalle_cli.sampling.defaults import sampling_defaults
 from dalle_cli.sampling.embeddings import PromptBatch, sample_autoregressive, sample_diffusion
 
 BATCH, STEPS = 64, 64  # candidates at once where the batch size is `auto`; steps of the paper's diffusion prior
 PRIORS = {"codes": "weights.prior.codes", "embeddings": "weights.prior.embeddings"}  # the first if both exist
 OF_DIFFUSION = ("sampler", "steps")
+OF_WEIGHTS = ("spacing", "clip", "variance", "best_of")  # settings of a diffusion prior that only its weights decide
 
 
 def open_prior(weights: Artifact, machine: Arithmetic, model: str | None = None) -> "TokenPrior | EmbeddingPrior":
@@ -62,7 +63,7 @@ def find_clip(weights: Artifact, model: str | None) -> Artifact:
 
 def encode_prompts(weights: Artifact, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Tokens (P, T) and lengths (P,) int64 of prompts, with the tokenizer of these weights."""
-    return token_tensors(tokenizers.load(bundles.tokenizer(weights)), texts, length, "prompts")
+    return token_tensors(loading.tokenizer(weights), texts, length, "prompts")
 
 
 class PriorPipeline:
@@ -75,6 +76,7 @@ class PriorPipeline:
     def __init__(self, weights: Artifact, machine: Arithmetic):
         self.weights, self.machine = weights, machine
         self.encoder = weights.require("encoder", str)  # digest of the dVAE or CLIP whose latents it was trained on
+        self.defaults = sampling_defaults(weights)
 
     @property
     def inputs(self) -> dict[str, Artifact | str]:
@@ -84,6 +86,11 @@ class PriorPipeline:
     def settings(self, options: SamplingOptions) -> dict[str, Any]:
         """Every setting that the latents depend on."""
         raise NotImplementedError  # each prior has its own
+
+    def _settings(self, options: SamplingOptions, **defaults: Any) -> dict[str, Any]:
+        """The settings with these defaults: the options given, else what the weights say, else the default."""
+        own = {name: self.defaults.get(name, default) for name, default in defaults.items()}
+        return {**own, "seed": 0, **given(options)}
 
     def history(
         self, n: int, options: SamplingOptions, mask: InpaintingMask | None = None, past: Artifact | None = None,
@@ -127,10 +134,8 @@ class TokenPrior(PriorPipeline):
             raise DalleError(
                 f"expected a prior with a sketch for --sketch-guidance, found none in {self.weights.path}; leave it out"
             )
-        settings: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, **given(options)}
-        for name in ("guidance", "temperature", *(("sketch_guidance",) if self.config.sketch else ())):
-            settings[name] = loading.trained_value(self.weights, name, getattr(options, name))
-        return settings
+        sketch = {"sketch_guidance": 1.0} if self.config.sketch else {}
+        return self._settings(options, temperature=1.0, top_k=0, top_p=1.0, guidance=1.0, **sketch)
 
     def batch_size(self, rows: Sequence[Candidate], settings: dict[str, Any], batch_size: int) -> int:
         """The batch size given; for `auto`, as many candidates as fit into half of the free memory."""
@@ -207,8 +212,7 @@ class EmbeddingPrior(PriorPipeline):
                 known = ", ".join(map(flag, own))
                 found = f"for a prior of kind {self.config.kind!r}, found {flag(name)}"
                 raise DalleError(f"expected {known} {found}; leave it out")
-        guidance = loading.trained_value(self.weights, "guidance", options.guidance)
-        return {**own, "seed": 0, **given(options), "guidance": guidance}
+        return self._settings(options, guidance=1.0, **own)
 
     def batch_size(self, rows: Sequence[Candidate], settings: dict[str, Any], batch_size: int) -> int:
         """The batch size given, or 64 for `auto`."""
@@ -238,6 +242,7 @@ class EmbeddingPrior(PriorPipeline):
         if isinstance(self.model, DiffusionPrior):
             how |= {"sampler": settings["sampler"], "steps": settings["steps"]}
             how |= {"guidance_scale": settings["guidance"], "guidance_span": options.guidance_span}
+            how |= {name: self.defaults[name] for name in OF_WEIGHTS if name in self.defaults}
             batches = sample_diffusion(self.model, prompts, inputs.indices, settings["seed"], **how)
         else:
             how["options"] = categorical_options(settings, options)

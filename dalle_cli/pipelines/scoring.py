@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from dalle_cli.artifacts import Artifact, ShardWriter, history, open_artifact
 from dalle_cli.artifacts.container import SHARDS
-from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.augment import center
 from dalle_cli.data.datasets import open_dataset
 from dalle_cli.data.loader import sequential
@@ -89,7 +88,7 @@ class PriorScorer:
             dvae = bundles.weights(model, "weights.dvae")
             self.codec = Codec.of(dvae, self.encoder, self.weights.path, machine)
             self.inputs["dvae"] = dvae
-        self.tokenizer = tokenizers.load(bundles.tokenizer(self.weights))
+        self.tokenizer = loading.tokenizer(self.weights)
         self.prior = loading.prior(self.weights, machine.device)
 
     def check(self, codes: Artifact) -> None:

@@ -1,10 +1,11 @@
 """Sample images from CLIP embeddings: the diffusion decoder, then upsamplers (2022, sec. 2.1).
 
-Shapes: B batch, D width of an embedding, T caption length, S side in pixels. Images between models are uint8.
+Shapes: B batch, D width of an embedding, T caption length, S side in pixels. Images between models are float32.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from torch import Tensor
 from dalle_cli.diffusion.denoiser import Denoiser, Guidance, Threshold, denoiser
 from dalle_cli.diffusion.noise import Noise
 from dalle_cli.diffusion.process import Process
-from dalle_cli.diffusion.samplers import SAMPLERS, ddim_invert, sample
-from dalle_cli.diffusion.schedules import Timesteps, make_schedule, select_timesteps
+from dalle_cli.diffusion.samplers import SAMPLERS, VARIANCES, ddim_invert, sample
+from dalle_cli.diffusion.schedules import Schedule, Timesteps, make_schedule, select_timesteps
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder
 from dalle_cli.models.pixels import from_uint8, to_uint8
@@ -23,7 +24,7 @@ from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge, resi
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How a diffusion model is sampled: steps, sampler, classifier-free guidance (1 = off), and DDIM's eta.
+    """How a diffusion model is sampled.
 
     Raises:
         DalleError: a value out of range.
@@ -31,8 +32,11 @@ class SamplerConfig:
 
     steps: int = 20
     sampler: str = "dpm++"
-    guidance: float = 1.0
-    eta: float = 0.0
+    guidance: float = 1.0  # classifier-free; 1 = off
+    eta: float = 0.0  # of ddim
+    spacing: str | None = None  # of the timesteps; None = that of the sampler
+    clip: float = 1.0  # range of the predicted x_start; 0 = any
+    variance: str | None = None  # of ddpm; None = the learned one, else the smallest
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -42,6 +46,18 @@ class SamplerConfig:
             raise DalleError(f"expected 1 step or more, found {self.steps}; try 20")
         if self.eta and self.sampler != "ddim":
             raise DalleError(f"expected eta with the sampler ddim alone, found it with {self.sampler}; leave one out")
+        if self.variance not in (None, *VARIANCES):
+            raise DalleError(f"expected a variance among {', '.join(VARIANCES)}, found {self.variance!r}; leave it out")
+
+    @property
+    def threshold(self) -> Threshold | None:
+        """What clips x_start."""
+        return Threshold(self.clip) if self.clip else None
+
+    def sample(self, denoise: Denoiser, schedule: Schedule, x: Tensor, noise: Noise) -> Tensor:
+        """Sample with these settings: (B, ...) noise -> (B, ...) data."""
+        more: dict[str, Any] = {"eta": self.eta, "spacing": self.spacing, "variance": self.variance}
+        return sample(self.sampler, denoise, schedule, x, self.steps, noise, **more)
 
 
 def unet_process(config: UNetConfig) -> Process:
@@ -66,18 +82,18 @@ def to_images(x: Tensor) -> Tensor:
 
 def _denoiser(
     decoder: Decoder, process: Process, embeddings: Tensor, tokens: Tensor, lengths: Tensor, present: Tensor | None,
-    guidance: float,
+    config: SamplerConfig,
 ) -> Denoiser:  # fmt: skip
     """A denoiser conditioned once for all timesteps; with guidance, a second half of the rows is null."""
     device, n = decoder.null_embedding.device, len(embeddings)
     present = torch.ones(n, dtype=torch.bool, device=device) if present is None else present.to(device)
     rows = [embeddings.to(device), present, tokens.to(device), lengths.to(device)]
-    if guidance != 1:
+    if config.guidance != 1:
         nulls = [rows[0], torch.zeros_like(present), rows[2], torch.zeros_like(rows[3])]
         rows = [torch.cat(pair) for pair in zip(rows, nulls, strict=True)]
     conditioning = decoder.condition(*rows)
     network = lambda x, t: decoder(x, t, conditioning.first(len(x)))  # noqa: E731
-    return denoiser(network, process, Guidance(guidance), Threshold(1.0))
+    return denoiser(network, process, Guidance(config.guidance), config.threshold)
 
 
 @torch.inference_mode()
@@ -85,31 +101,32 @@ def sample_images(
     decoder: Decoder, embeddings: Tensor, tokens: Tensor, lengths: Tensor, config: SamplerConfig, noise: Noise,
     present: Tensor | None = None, start: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Sample images of embeddings and captions: (B, D), (B, T) and (B,) int64 -> (B, 3, S, S) uint8.
+    """Sample images of embeddings and captions: (B, D), (B, T) and (B,) int64 -> (B, 3, S, S) float32 in [-1, 1].
 
     A caption of length 0 is null, and so is an embedding that is not `present` (B,) bool. Guidance is relative to both
     being null. `start` (B, 3, S, S), from `invert`, replaces the initial noise.
     """
     process, side = unet_process(decoder.config), decoder.config.image_size
-    denoise = _denoiser(decoder, process, embeddings, tokens, lengths, present, config.guidance)
+    denoise = _denoiser(decoder, process, embeddings, tokens, lengths, present, config)
     x = (noise(0, (3, side, side)) if start is None else start).to(decoder.null_embedding.device)
-    return to_images(sample(config.sampler, denoise, process.schedule, x, config.steps, noise, eta=config.eta))
+    return config.sample(denoise, process.schedule, x, noise)
 
 
 @torch.inference_mode()
 def invert(
-    decoder: Decoder, images: Tensor, embeddings: Tensor, tokens: Tensor, lengths: Tensor, steps: int,
-    iterations: int = 1, present: Tensor | None = None, guidance: float = 1.0,
+    decoder: Decoder, images: Tensor, embeddings: Tensor, tokens: Tensor, lengths: Tensor, config: SamplerConfig,
+    iterations: int = 1, present: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """DDIM inversion: the noise from which `sample_images`, by ddim in as many steps, samples images (2022, sec. 3).
+    """DDIM inversion: the noise from which `sample_images`, by ddim with this config, samples images (2022, sec. 3).
 
-    (B, 3, S, S) uint8 -> (B, 3, S, S) float32. Guidance and threshold are those of sampling, because that trajectory is
-    the one to invert.
+    (B, 3, S, S) uint8 -> (B, 3, S, S) float32. Timesteps, guidance and threshold are those of sampling, because that
+    trajectory is the one to invert.
     """
     process = unet_process(decoder.config)
-    denoise = _denoiser(decoder, process, embeddings, tokens, lengths, present, guidance)
-    x, at = to_signed(images.to(decoder.null_embedding.device)), select_timesteps(process.schedule, steps)
-    if steps == 1:
+    denoise = _denoiser(decoder, process, embeddings, tokens, lengths, present, config)
+    x = to_signed(images.to(decoder.null_embedding.device))
+    at = select_timesteps(process.schedule, config.steps, config.spacing or "trailing")
+    if config.steps == 1:
         return ddim_invert(denoise, x, at, iterations)
     x = ddim_invert(denoise, x, Timesteps(at.timesteps[1:], at.alphas_cumprod[1:]), iterations)
     return _invert_first_step(denoise, x, at, iterations)
@@ -143,7 +160,7 @@ def enlarge_noised(process: Process, low: Tensor, factor: int, t: Tensor, noise:
 
 @torch.inference_mode()
 def upsample(upsampler: Upsampler, low: Tensor, config: SamplerConfig, noise: Noise, low_noise: float = 0.0) -> Tensor:
-    """Sample larger images of small ones of any size: (B, 3, s, s) uint8 -> (B, 3, f s, f s) uint8, unguided.
+    """Sample larger images of small ones of any size, unguided: (B, 3, s, s) -> (B, 3, f s, f s) float32 in [-1, 1].
 
     `low_noise` is how far the small images are noised, as a share of the timesteps; 0 is not at all. Noise hides their
     artifacts. The upsampler must have been trained with that much noise.
@@ -155,15 +172,15 @@ def upsample(upsampler: Upsampler, low: Tensor, config: SamplerConfig, noise: No
     if not 0 <= low_noise <= c.low_noise:
         found = f"found {low_noise}"
         raise DalleError(f"expected low_noise in [0, {c.low_noise}], as the upsampler was trained with, {found}")
-    process, x_low = unet_process(c), to_signed(low.to(device))
+    process, x_low = unet_process(c), low.to(device)
     low_t = torch.full((len(low),), int(low_noise * c.n_timestep) - 1, device=device)
     if low_noise:
         condition = enlarge_noised(process, x_low, c.factor, low_t, noise(-1, x_low.shape[1:]).to(device))
     else:
         condition = enlarge(x_low, c.factor)
-    denoise = denoiser(lambda x, t: upsampler(x, t, condition, low_t), process, threshold=Threshold(1.0))
+    denoise = denoiser(lambda x, t: upsampler(x, t, condition, low_t), process, threshold=config.threshold)
     x = noise(0, condition.shape[1:]).to(device)
-    return to_images(sample(config.sampler, denoise, process.schedule, x, config.steps, noise, eta=config.eta))
+    return config.sample(denoise, process.schedule, x, noise)
 
 
 def upsampler_order(configs: Sequence[UpsamplerConfig], size: int) -> list[int]:

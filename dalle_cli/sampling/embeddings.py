@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle_cli.diffusion import samplers, schedules
-from dalle_cli.diffusion.denoiser import denoiser, guidance_interval
+from dalle_cli.diffusion.denoiser import Threshold, denoiser, guidance_interval
 from dalle_cli.diffusion.noise import Noise, noise_for
 from dalle_cli.diffusion.process import Process
 from dalle_cli.errors import DalleError
@@ -59,14 +59,15 @@ def sample_diffusion(
     prior: DiffusionPrior, prompts: PromptBatch, indices: Sequence[int], seed: int, *,
     captions: Sequence[int] | None = None, sampler: str = "ddpm", steps: int = 64, guidance_scale: float = 1.0,
     guidance_span: tuple[float, float] = (0.0, 1.0), best_of: int = BEST_OF, batch_size: int = 64,
+    spacing: str | None = None, clip: float = 0.0, variance: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Sample one embedding for each candidate index, batch after batch: (B, D) of length 1 on the prior's device.
 
     `captions` are rows of `prompts`, one for each index; without it there is one caption, or one for each index. Each
     candidate is sampled `best_of` times, and the sample with the largest z_i . z_t is kept. `guidance_span` is the
-    guided interval of the trajectory, 0 being noise. `progress` gets the number of candidates sampled since its last
-    call.
+    guided interval of the trajectory, 0 being noise. `clip` is the range of the predicted z_i, 0 for any; `spacing` and
+    `variance` are those of the samplers. `progress` gets the number of candidates sampled since its last call.
 
     Raises:
         DalleError: a setting out of range.
@@ -75,6 +76,7 @@ def sample_diffusion(
         raise DalleError(f"expected 1 sample or more to choose from, found {best_of}; 2 is the paper's")
     process, n = prior_process(prior), prior.config.n_embedding
     guidance = guidance_interval(process.schedule, guidance_scale, *guidance_span)
+    threshold = Threshold(clip) if clip else None
     for batch in _batches(prior, prompts, indices, captions, batch_size, guidance_scale != 1):
         rows = len(batch.indices) * best_of
 
@@ -84,7 +86,8 @@ def sample_diffusion(
         with evaluating(prior):
             noise = _noise(seed, batch.indices, best_of)
             x = noise(0, (n,)).to(torch.promote_types(prior.query.dtype, torch.float32)).to(prior.query.device)
-            x = samplers.sample(sampler, denoiser(network, process, guidance), process.schedule, x, steps, noise)
+            denoise = denoiser(network, process, guidance, threshold)
+            x = samplers.sample(sampler, denoise, process.schedule, x, steps, noise, spacing=spacing, variance=variance)
             z = _best(prior.principal.restore(x).view(-1, best_of, n), batch.captions.z_t)
         if progress is not None:
             progress(len(z))

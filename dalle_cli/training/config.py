@@ -6,7 +6,7 @@ weights and checkpoints that lack it count as trained with the default.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from dalle_cli.data.augment import by_name
@@ -24,19 +24,30 @@ def setting(default: Any, *, affects: str = "updates", deterministic: Any = None
     """A field that needs more said than its default.
 
     `affects` says what the field changes: "updates"; "end", only what is written at the end, so that a run may resume
-    with another value; or "nothing". With the `deterministic` values a batch is its rows and nothing else.
+    with another value; "sampling", the same of the weights' sampling defaults, which the header holds in a table of
+    their own; or "nothing". With the `deterministic` values a batch is its rows and nothing else.
     """
     return field(default=default, metadata={"affects": affects, "deterministic": deterministic})
 
 
 def affecting(config: type, what: str) -> set[str]:
-    """The fields of a config that affect "updates", "end" or "nothing"."""
+    """The fields of a config that affect "updates", "end", "sampling" or "nothing"."""
     return {f.name for f in fields(config) if f.metadata.get("affects", "updates") == what}
 
 
 def with_defaults(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a config as older weights record them, with the fields that came later."""
     return {**{f.name: f.default for f in fields(config)}, **values}
+
+
+def header(config: "TrainConfig", inherited: Mapping[str, Any]) -> dict[str, Any]:
+    """What weights record of their training: the tables `train`, and `sampling` if it has entries.
+
+    `inherited` are the sampling defaults of the initial weights, which stay where the config has none of its own.
+    """
+    train, own = asdict(config), affecting(type(config), "sampling")
+    sampling = {**inherited, **{name: train.pop(name) for name in own}}
+    return {"train": train} | ({"sampling": sampling} if sampling else {})
 
 
 def deterministic(config: C, n: int) -> C:

@@ -50,7 +50,7 @@ class EmbeddingPriorTrain(TrainConfig):
     clip_norm: float = 1.0
     ema: float = 0.9999
     caption_dropout: float = setting(0.1, deterministic=0.0)  # sec. 2.2, for guidance
-    guidance: float = setting(1.0, affects="end")  # sampling default that the weights record; 1 = none
+    guidance: float = setting(1.0, affects="sampling")  # sampling default that the weights record; 1 = none
     scale: float = 0.0  # factor of z_i without its mean, for unit variance; 0 = as measured
     drawn_captions: int = 256  # held-out ones that an embedding is sampled for at each validation; 0 = none
     drawn_steps: int = 16  # of the diffusion prior's sampler there

@@ -65,14 +65,14 @@ class PriorTrain(TrainConfig):
     ema_every: int = 25
     bpe_dropout: float = setting(0.1, deterministic=0.0)
     caption_dropout: float = setting(0.0, deterministic=0.0)  # 0.1 trains for guidance
-    guidance: float = setting(1.0, affects="end")  # sampling default that the weights record; 1 = none
-    temperature: float = setting(1.0, affects="end")  # likewise
+    guidance: float = setting(1.0, affects="sampling")  # sampling default that the weights record; 1 = none
+    temperature: float = setting(1.0, affects="sampling")  # likewise
     code_noise: float = setting(0.0, deterministic=0.0)  # share of codes that are read as random ones
     sketch_batch: int = 256  # further pairs per update that the sketch, if any, learns from
     sketch_only: bool = setting(False, deterministic=False)  # train the sketch, and freeze the rest of the prior
     # freeze the sketch, and let the codes follow true sketches that it sampled again from up to this share of noise
     sketch_resampled: float = setting(0.0, deterministic=0.0)
-    sketch_guidance: float = setting(1.0, affects="end")  # sampling default of the sketch; 1 = none
+    sketch_guidance: float = setting(1.0, affects="sampling")  # sampling default of the sketch; 1 = none
     grid_prompts: int = setting(12, affects="nothing")  # held-out captions sampled at each validation; 0 = none
 
     def __post_init__(self) -> None:

@@ -64,9 +64,11 @@ class Run:
         if self.model_type and isinstance(model := config.get("model"), dict):
             config["model"] = with_defaults(self.model_type, model)
         if isinstance(train := config.get("train"), dict):
-            aside = affecting(self.train_type, "nothing")
-            train = with_defaults(self.train_type, train)
-            config["train"] = {name: value for name, value in train.items() if name not in aside}
+            sampling, aside = affecting(self.train_type, "sampling"), affecting(self.train_type, "nothing")
+            kept = with_defaults(self.train_type, train).items()
+            config["train"] = {name: value for name, value in kept if name not in aside | sampling}
+            defaults = {name: value for name, value in with_defaults(self.train_type, {}).items() if name in sampling}
+            config["sampling"] = {**defaults, **config.get("sampling", {})}
         return json.loads(json.dumps(config))  # type: ignore[no-any-return]  # tuples are lists in JSON
 
     def _same_so_far(self, artifact: Artifact, config: dict[str, Any], step: int) -> bool:
@@ -77,7 +79,8 @@ class Run:
         end = {name: mine[name] for name in ("steps", *affecting(self.train_type, "end")) if name in mine}
         theirs = {**recorded, **end, "steps": recorded["steps"]}
         now = {**recorded, **end}
-        return self._same(artifact, {**config, "train": now}) and same_until(step, theirs, now)
+        ends = {"train": now, "sampling": self.config.get("sampling", {})}
+        return self._same(artifact, {**config, **ends}) and same_until(step, theirs, now)
 
     def check(self) -> None:
         """Raises: DalleError if the output path holds something else than weights of this kind."""

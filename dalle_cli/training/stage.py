@@ -19,6 +19,7 @@ from dalle_cli.data.skips import SkipLog
 from dalle_cli.devices import arithmetic, rank
 from dalle_cli.paths import skip_list
 from dalle_cli.training import warm_start
+from dalle_cli.training.config import header as header_of
 from dalle_cli.training.distributed import process_group
 from dalle_cli.training.loop import train
 from dalle_cli.training.options import TrainingOptions
@@ -98,8 +99,9 @@ class TrainingStage:
         table = recipes.read(options.config, options.sets) if table is None else table
         self.start = warm_start.open_weights(options.init, what.kind, what.stage)
         sizes = warm_start.model_settings(self.start, inputs.sizes, table.get(what.section, {}), what.model)
-        self.model, self.train = recipes.section(table, what.section, what.model, sizes, train=what.train)
-        header = {"model": asdict(self.model), "train": asdict(self.train), **inputs.header}
+        self.model, train = recipes.section(table, what.section, what.model, sizes, train=what.train)
+        self.train, sampling = warm_start.sampling_settings(self.start, what.kind, table.get(what.section), train)
+        header = {"model": asdict(self.model), **header_of(self.train, sampling), **inputs.header}
         warm_start.check_inputs(self.start, header)
         self.machine = arithmetic(options.device, options.dtype)
         settings = {"seed": options.seed, "dtype": self.machine.name, **inputs.settings}

@@ -42,7 +42,7 @@ class UpsamplerTrain(DenoisingTrain):
     corruption: str = setting("blur", deterministic="none")  # of the small image; or "bsr", for the second, or "none"
     blur_sigma: float = 0.6  # pixels of the small image; from memory, not in the paper
     corruption_strength: float = 1.0  # share of the ranges of "bsr"
-    low_noise: float = setting(0.0, affects="end")  # sampling default that the weights record; 0 = none
+    low_noise: float = setting(0.0, affects="sampling")  # sampling default that the weights record; 0 = none
     grid_images: int = setting(4, affects="nothing")
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ class UpsamplerTask(DenoisingTask):
         for rows, images, (signed, *_) in self.held_out_batches(o.grid_images):
             low = to_images(signed)
             noise = row_noise(self.seed, rows, "upsampler")
-            larger = upsample(model, low, SamplerConfig(o.grid_steps), noise, o.low_noise)
+            larger = to_images(upsample(model, to_signed(low), SamplerConfig(o.grid_steps), noise, o.low_noise))
             shown = low.repeat_interleave(f, 2).repeat_interleave(f, 3)
             pixels = [*shown.numpy(), *larger.cpu().numpy(), *images.numpy()]
             return image_grid(pixels, columns=len(rows), title="held-out images: small, enlarged, and as they are")

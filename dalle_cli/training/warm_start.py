@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,8 @@ from dalle_cli.artifacts import Artifact
 from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
+from dalle_cli.sampling.defaults import check_sampling_defaults
+from dalle_cli.training.config import TrainConfig, affecting
 
 LATER_PARTS = ("sketch.", "hint.")
 CHECKPOINT = "checkpoint"
@@ -64,6 +66,22 @@ def model_settings(
     if own.get("sketch"):
         free.discard("sketch")
     return {**{name: value for name, value in own.items() if name not in free}, **known}
+
+
+def sampling_settings(
+    found: Artifact | None, kind: str, recipe: object, train: TrainConfig
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """Training settings with the sampling defaults of the initial weights where the recipe sets none, and all of these.
+
+    Raises:
+        DalleError: sampling defaults that weights of this kind do not have.
+    """
+    if found is None:
+        return train, {}
+    theirs = check_sampling_defaults(kind, found.config.get("sampling", {}), str(found.path))
+    named = recipe.get("train", {}) if isinstance(recipe, Mapping) else {}
+    own = affecting(type(train), "sampling") - set(named)
+    return replace(train, **{name: value for name, value in theirs.items() if name in own}), theirs
 
 
 def check_inputs(found: Artifact | None, header: Mapping[str, Any]) -> None:

@@ -144,7 +144,7 @@ def test_what_a_run_leaves(trained, unclip, name):
         assert weights.config["model"]["n_text"] == 24
         assert set(weights.history[-1]["inputs"]) == {"dataset", "embeddings", "captions"}
     else:
-        assert set(weights.config) == {"model", "train"}
+        assert set(weights.config) == {"model", "train", "sampling"}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -342,8 +342,8 @@ def planted(folder, unclip, chain, upsamplers=()):
         u = UpsamplerConfig(**sizes, image_size=high, low_size=low, low_noise=noise[0] if noise else 0.0)
         tensors = randomized(Upsampler(u), scale=0.2).state_dict()
         path = folder / f"up{high}.safetensors"
-        train = {"low_noise": noise[1]} if noise else {}
-        save_tensors(path, "weights.upsampler", tensors, {"model": asdict(u), "train": train}, [])
+        sampling = {"low_noise": noise[1]} if noise else {}
+        save_tensors(path, "weights.upsampler", tensors, {"model": asdict(u), "sampling": sampling}, [])
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Guidance and temperature that a prior's training wrote down: what is drawn with them where nothing else is said."""
+"""Sampling defaults that weights record: they are used where no option is given."""
 
 import shutil
 from pathlib import Path
@@ -18,9 +18,9 @@ MUCH = 300.0  # of a tiny prior, for which captions mean little
 
 
 def told(path: Path, out: Path, **settings) -> Path:
-    """The weights as training with these settings would have written them."""
+    """The weights with these sampling defaults."""
     found = open_artifact(path)
-    config = {**found.config, "train": {**found.config["train"], **settings}}
+    config = {**found.config, "sampling": {**found.config.get("sampling", {}), **settings}}
     save_tensors(out, found.kind, load_tensors(found), config, found.history, force=True)
     return out
 
@@ -87,18 +87,17 @@ def test_what_was_drawn_is_drawn_again_with_the_guidance_of_then(model, tmp_path
 def test_what_is_none_is_said(model, tmp_path, name, value):
     told(model / "prior.safetensors", model / "prior.safetensors", **{name: value})
     error = run_bad("sample", PROMPT, "-m", model, "-o", tmp_path / "a")
-    assert f"expected train.{name} of at least 0" in error
-    assert f"give --{name}" in error
+    assert f"expected a number of at least 0 for sampling.{name}" in error
 
 
 def test_training_writes_them_down_and_only_the_weights_follow(chain, tmp_path):
     out = copy_run(chain.prior, tmp_path)
-    said = open_artifact(out).config["train"]
+    said = open_artifact(out).config["sampling"]
     assert (said["guidance"], said["temperature"]) == (1, 1)
     settings = ("--set", "prior.train.guidance=4", "--set", "prior.train.temperature=0.5")
     result = run_cli(*training(chain, "prior", out, *settings))
     assert "resuming from update" in result.stderr
-    said = open_artifact(out).config["train"]
+    said = open_artifact(out).config["sampling"]
     assert (said["guidance"], said["temperature"]) == (4, 0.5)
     before, after = load_tensors(open_artifact(chain.prior)), load_tensors(open_artifact(out))
     assert all((before[name] == after[name]).all() for name in before)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
+from tokenizers import models, pre_tokenizers, processors
 
 from dalle_cli.data import tokenizer
 from dalle_cli.errors import DalleError
@@ -207,3 +208,46 @@ def test_dropout_refuses_other_kinds_of_tokenizers():
     foreign = tokenizer.Tokenizer(json.dumps(content).encode())
     with pytest.raises(DalleError, match="expected a byte-level BPE"):
         foreign.encode_dropout("dog", 0.1, _rng())
+
+
+def surrounded(truncation, pad=0, before="<s> ", after=" </s>"):
+    """A tokenizer of single letters with `<s>` 5 and `</s>` 6 around a text."""
+    library = Library(models.WordLevel({"a": 1, "b": 2, "c": 3, "?": 4, "<s>": 5, "</s>": 6}, unk_token="?"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.add_special_tokens(["<s>", "</s>"])
+    library.post_processor = processors.TemplateProcessing(
+        single=f"{before}$A{after}", special_tokens=[("<s>", 5), ("</s>", 6)]
+    )
+    if truncation:
+        library.enable_truncation(3)  # the number is not used
+    library.enable_padding(pad_id=pad, length=9)
+    return tokenizer.Tokenizer(library.to_str().encode())
+
+
+def test_what_surrounds_a_text_is_written_and_counted():
+    tokens, lengths, n_cut = surrounded(True, pad=4).encode_batch(["", "a b", "a b c a b"], 5)
+    assert tokens.tolist() == [[5, 6, 4, 4, 4], [5, 1, 2, 6, 4], [5, 1, 2, 3, 6]]  # EOS stays
+    assert (lengths.tolist(), n_cut) == ([2, 4, 5], 1)
+    assert surrounded(True).encode(["a b c a b"]) == [[5, 1, 2, 3, 1, 2, 6]]
+    one_sided = surrounded(True, before="")
+    assert one_sided.encode_batch(["a b c"], 3)[0].tolist() == [[1, 2, 6]]
+    assert one_sided.encode_batch(["a b c"], 4)[2] == 0
+
+
+def test_without_truncation_in_the_file_the_end_is_cut():
+    tokens, lengths, n_cut = surrounded(False).encode_batch(["a", "a b c a b"], 5)
+    assert tokens.tolist() == [[5, 1, 6, 0, 0], [5, 1, 2, 3, 1]]
+    assert (lengths.tolist(), n_cut) == ([3, 5], 1)
+
+
+def test_special_tokens_are_not_decoded_and_leave_no_dropout():
+    bpe = surrounded(True)
+    assert bpe.decode([5, 1, 2, 6]) == "a b"
+    with pytest.raises(DalleError, match="expected a byte-level BPE"):
+        bpe.encode_dropout("a", 0.1, _rng())
+    content = json.loads(tokenizer.train(CAPTIONS, 300).data)
+    content["post_processor"] = json.loads(bpe.data)["post_processor"]
+    with pytest.raises(DalleError, match="expected a byte-level BPE"):
+        tokenizer.Tokenizer(json.dumps(content).encode()).encode_dropout("dog", 0.1, _rng())
+    with pytest.raises(DalleError, match="from 2 to 65,535"):
+        bpe.encode_batch(["a"], 1)

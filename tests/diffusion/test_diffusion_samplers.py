@@ -17,6 +17,7 @@ from dalle_cli.diffusion.schedules import Timesteps, cosine, karras, linear, mak
 from dalle_cli.errors import DalleError
 from reference import diffusion as reference
 
+FIXED = ("fixed_small", "fixed_large")  # variances
 GAUSSIAN = reference.Gaussian([0.5, -1.0, 0.2, 2.0], [1.0, 0.3, 0.05, 2.0])
 MIXTURE = reference.Mixture([[1.0, 0.5], [-0.8, -0.2]], [0.3, 0.7], 0.25)
 SOLVERS = {"ddim": ddim, "dpm++": dpm_solver, "heun": heun}
@@ -135,15 +136,15 @@ def test_heun_calls_the_network_twice_a_step_but_for_the_last():
 # ---- ancestral sampling
 
 
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("variance", FIXED)
 @pytest.mark.parametrize("n", [10, 100])
-def test_ddpm_by_moments(n, large):
+def test_ddpm_by_moments(n, variance):
     """What n steps draw is Gaussian, with moments that follow exactly; more steps bring them to the data's."""
     process = Process(linear(1000), "epsilon")
     steps = select_timesteps(process.schedule, n)
     noise = generated(4000)
-    drawn = ddpm(denoiser(exact(GAUSSIAN, process), process), noise(0, (4,)).double(), steps, noise, large=large)
-    mean, deviation = GAUSSIAN.ancestral(steps.alphas_cumprod, large)
+    drawn = ddpm(denoiser(exact(GAUSSIAN, process), process), noise(0, (4,)).double(), steps, noise, variance)
+    mean, deviation = GAUSSIAN.ancestral(steps.alphas_cumprod, variance == "fixed_large")
     check_moments(drawn, mean, deviation)
     if n == 100:
         np.testing.assert_allclose(mean, GAUSSIAN.mean, atol=0.02)
@@ -204,14 +205,14 @@ def test_learned_variance_lies_between_the_fixed_ones():
         learned = denoiser(lambda x, t: torch.cat([network(x, t), torch.full_like(x, place)], 1), process)
         return ddpm(learned, x, steps, noise)
 
-    def fixed(large):
-        return ddpm(denoiser(exact(MIXTURE, plain), plain), x, steps, noise, large=large)
+    def fixed(variance):
+        return ddpm(denoiser(exact(MIXTURE, plain), plain), x, steps, noise, variance)
 
-    torch.testing.assert_close(drawn(-1.0), fixed(False), rtol=0, atol=1e-12)
-    torch.testing.assert_close(drawn(1.0), fixed(True), rtol=0, atol=1e-12)
+    torch.testing.assert_close(drawn(-1.0), fixed("fixed_small"), rtol=0, atol=1e-12)
+    torch.testing.assert_close(drawn(1.0), fixed("fixed_large"), rtol=0, atol=1e-12)
     one = Timesteps(steps.timesteps[:1], steps.alphas_cumprod[:2])
     middle = ddpm(lambda x, t: Denoised(0 * x, x, torch.full_like(x, 0.5)), x, one, noise)
-    ends = [ddpm(lambda x, t: Denoised(0 * x, x), x, one, noise, large=large) for large in (False, True)]
+    ends = [ddpm(lambda x, t: Denoised(0 * x, x), x, one, noise, variance) for variance in FIXED]
     none = ddpm(lambda x, t: Denoised(0 * x, x), x, one, lambda step, shape: torch.zeros(8, *shape))
     geometric = none + (noise(1, (2,)).sign() * ((ends[0] - none) * (ends[1] - none)).sqrt())
     torch.testing.assert_close(middle, geometric, rtol=0, atol=1e-12)

@@ -424,3 +424,27 @@ def test_pictures_and_captions_that_do_not_fit_are_refused() -> None:
 
 def test_config_takes_lists_as_json_gives_them() -> None:
     assert CLIPConfig(pixel_mean=[0.5, 0.5, 0.5]).pixel_mean == (0.5, 0.5, 0.5)  # type: ignore[arg-type]
+
+
+def test_a_text_encoder_alone() -> None:
+    model = make(vision_layers=0).eval()
+    whole = make().eval()
+    names = {name for name in whole.state_dict() if name.startswith("text_")}
+    assert set(model.state_dict()) == names
+    model.load_state_dict({name: whole.state_dict()[name] for name in names})
+    images, tokens, lengths = batch()
+    with torch.no_grad():
+        assert model.encode_text(tokens, lengths).equal(whole.encode_text(tokens, lengths))
+        states = model.text_states(tokens)
+        assert model.pool_text(states, lengths).equal(whole.encode_text(tokens, lengths))
+    with pytest.raises(DalleError, match="found a text encoder alone"):
+        model.encode_image(images)
+
+
+def test_vision_layers_may_be_wider_inside() -> None:
+    assert make(vision_hidden=96).state_dict().keys() == make().state_dict().keys()  # 4 x 24
+    wide = make(vision_hidden=40)
+    assert wide.vision_model.encoder.layers[0].mlp.fc1.weight.shape == (40, 24)  # type: ignore[union-attr]
+    assert wide.text_model.encoder.layers[0].mlp.fc1.weight.shape == (64, 16)  # type: ignore[union-attr]
+    with pytest.raises(DalleError, match=r"clip.vision_hidden of at least 0, found -1"):
+        dataclasses.replace(SMALL, vision_hidden=-1)

@@ -13,7 +13,15 @@ from dalle_cli.data.datasets import open_dataset
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge
-from dalle_cli.sampling.decoder import SamplerConfig, enlarge_noised, to_images, unet_process, upsample, upsampler_order
+from dalle_cli.sampling.decoder import (
+    SamplerConfig,
+    enlarge_noised,
+    to_images,
+    to_signed,
+    unet_process,
+    upsample,
+    upsampler_order,
+)
 from dalle_cli.training.loop import Trainer
 from dalle_cli.training.run import Run
 from dalle_cli.training.upsampler import UpsamplerTask, UpsamplerTrain
@@ -65,16 +73,16 @@ def test_enlarge():
 
 def test_pictures_of_any_size_whatever_the_batch():
     model = randomized(Upsampler(config()), scale=0.2).eval()
-    low = to_images(randn(3, 3, 6, 6) / 2)
+    low = (randn(3, 3, 6, 6) / 2).clamp(-1, 1)
     for sampler, eta in (("dpm++", 0.0), ("ddim", 1.0)):
         brush = SamplerConfig(3, sampler, eta=eta)
         whole = upsample(model, low, brush, row_noise(0, range(3), "upsampler"))
         assert whole.shape == (3, 3, 24, 24)
-        assert whole.dtype == torch.uint8
+        assert whole.dtype == torch.float32
         alone = upsample(model, low[1:2], brush, row_noise(0, [1], "upsampler"))
-        assert (alone[0].int() - whole[1].int()).abs().max() <= 1
+        torch.testing.assert_close(alone[0], whole[1], rtol=0, atol=1e-4)
         other = upsample(model, low[1:2].flip(2), brush, row_noise(0, [1], "upsampler"))
-        assert (other[0].int() - whole[1].int()).abs().max() > 3
+        assert (other[0] - whole[1]).abs().max() > 0.03
 
 
 def test_chains():
@@ -181,14 +189,14 @@ def test_the_enlarged_image_is_clamped_before_it_is_noised():
 
 def test_sampling_with_the_noise_that_was_trained():
     model = randomized(Upsampler(config(low_noise=0.5)), scale=0.2).eval()
-    low, seen = to_images(randn(2, 3, 4, 4) / 2), []
+    low, seen = (randn(2, 3, 4, 4) / 2).clamp(-1, 1), []
     model.register_forward_pre_hook(lambda _, given: seen.append(given[2:]))
     noise = row_noise(0, range(2), "upsampler")
     for share, level in ((0.0, -1), (0.25, 24), (0.5, 49)):
         upsample(model, low, SamplerConfig(2), noise, share)
         beside, levels = seen[-1]
         assert levels.tolist() == [level] * 2
-        expected = enlarge_noised(unet_process(model.config), low / 127.5 - 1, 4, levels, noise(-1, (3, 4, 4)))
+        expected = enlarge_noised(unet_process(model.config), low, 4, levels, noise(-1, (3, 4, 4)))
         torch.testing.assert_close(beside, expected, atol=1e-5, rtol=0)
     for share in (0.6, -0.1):
         with pytest.raises(DalleError, match=r"low_noise in \[0, 0.5\], as the upsampler was trained with"):
@@ -215,7 +223,8 @@ def test_a_small_one_learns_to_enlarge(tmp_path):
         trainer.update(next(batches))
     batches.close()
     low = np.random.default_rng(99).integers(0, 256, (6, 3, 4, 1), dtype=np.uint8).repeat(4, axis=3)
-    got = upsample(trainer.ema.model, torch.from_numpy(low), SamplerConfig(8), row_noise(0, range(6), "upsampler"))
-    small = got.numpy().reshape(6, 3, 4, 4, 4, 4).mean((3, 5))
+    noise = row_noise(0, range(6), "upsampler")
+    got = upsample(trainer.ema.model, to_signed(torch.from_numpy(low)), SamplerConfig(8), noise)
+    small = to_images(got).numpy().reshape(6, 3, 4, 4, 4, 4).mean((3, 5))
     assert np.abs(small - low).mean() < 25
     assert np.abs(small - low[::-1]).mean() > 50

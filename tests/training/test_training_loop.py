@@ -109,9 +109,10 @@ def test_a_setting_that_came_later_counts_as_its_default(tmp_path):
 def test_what_settings_affect():
     assert affecting(TrainConfig, "nothing") == {"tensorboard", "parallel", "timeout"}
     assert affecting(TrainConfig, "end") == {"save_dtype"}
-    assert affecting(PriorTrain, "end") == {"save_dtype", "guidance", "temperature", "sketch_guidance"}
-    assert affecting(EmbeddingPriorTrain, "end") == {"save_dtype", "guidance"}
-    assert affecting(UpsamplerTrain, "end") == {"save_dtype", "low_noise"}
+    assert affecting(TrainConfig, "sampling") == set()
+    assert affecting(PriorTrain, "sampling") == {"guidance", "temperature", "sketch_guidance"}
+    assert affecting(EmbeddingPriorTrain, "sampling") == {"guidance"}
+    assert affecting(UpsamplerTrain, "sampling") == {"low_noise"}
     assert affecting(DVAETrain, "end") == {"save_dtype"}  # its temperature is of training
 
 
