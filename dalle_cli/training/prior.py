@@ -220,7 +220,7 @@ class PriorTask(PairTask):
             found = f"found {len(batch[3])}"
             raise DalleError(f"expected sketch_batch a multiple of {parts}, the parts of a batch, {found}; change it")
         made = self._corrupted(batch, generator)
-        share = made[1].sum().clamp(min=1) / parts
+        share = self.model.predicted(made[1]).sum().clamp(min=1) / parts
         return [(*chunk, share) for chunk in zip(*(x.chunk(parts) for x in made), strict=True)]
 
     def units(self, batch: Batch) -> tuple[str, int]:
@@ -242,7 +242,7 @@ class PriorTask(PairTask):
         for numbers, captions, latents in self.held_out_rows(self.options.max_validation):
             tokens, lengths, codes = (column.to(device) for column in self._columns(captions, latents))
             _, parts = model.loss(tokens, lengths, codes)
-            n_tokens, here = float(lengths.sum()), len(numbers)
+            n_tokens, here = float(model.predicted(lengths).sum()), len(numbers)
             found = [parts["image_nats"].item() * here, parts["text_nats"].item() * n_tokens, n_tokens, 0.0, 0.0]
             if model.sketch is not None:
                 true, all_see = model.sketch.of(codes), torch.ones_like(lengths, dtype=torch.bool)
