@@ -20,10 +20,12 @@ from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
+from dalle_cli.models.vqgan import VQGAN, VQGANConfig
 
 M = TypeVar("M", bound=nn.Module)
 CONFIGS: dict[type[nn.Module], type[Any]] = {
     DVAE: DVAEConfig,
+    VQGAN: VQGANConfig,
     Prior: PriorConfig,
     CLIP: CLIPConfig,
     DiffusionPrior: DiffusionPriorConfig,
@@ -71,11 +73,17 @@ def tokenizer(weights: Artifact) -> Tokenizer:
 
 
 # (weights, device) -> the model
-dvae = partial(load_model, DVAE)
 prior = partial(load_model, Prior)
 clip = partial(load_model, CLIP)
 decoder = partial(load_model, Decoder)
 upsampler = partial(load_model, Upsampler)
+
+
+def dvae(weights: Artifact, device: torch.device) -> DVAE | VQGAN:
+    """The model between images and codes of a weights file, of either kind."""
+    if weights.require("model", dict).get("kind") == "vqgan":
+        return load_model(VQGAN, weights, device)
+    return load_model(DVAE, weights, device)
 
 
 def embedding_prior(weights: Artifact, device: torch.device) -> DiffusionPrior | AutoregressivePrior:

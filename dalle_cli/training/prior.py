@@ -23,6 +23,7 @@ from dalle_cli.hub import bundles
 from dalle_cli.models.dvae import DVAE
 from dalle_cli.models.pixels import to_uint8
 from dalle_cli.models.prior import Prior, PriorConfig, disturb_codes, drop_captions
+from dalle_cli.models.vqgan import VQGAN
 from dalle_cli.pipelines import loading
 from dalle_cli.sampling.autoregressive import sample_codes
 from dalle_cli.sampling.categorical import CategoricalOptions
@@ -42,7 +43,7 @@ RESAMPLING_STEPS = 15  # of DDIM
 
 
 @torch.inference_mode()
-def code_colors(dvae: DVAE) -> Tensor:
+def code_colors(dvae: DVAE | VQGAN) -> Tensor:
     """The mean color of an image of each code alone: (V, 3) float32 in [-1, 1]."""
     side = 4  # codes; a decoder looks no further than to its neighbors
     codes = torch.arange(dvae.config.n_vocab)[:, None, None].expand(-1, side, side)
