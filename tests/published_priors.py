@@ -43,7 +43,7 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            center = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            center = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
             scale = 0.05 if parameter.ndim < 2 else 1.0 if "emb" in name else parameter[0].numel() ** -0.5
             parameter.normal_(center, scale, generator=generator)
     return model.eval().requires_grad_(False)
