@@ -9,7 +9,7 @@ from torch import Tensor
 from dalle_cli.errors import DalleError
 from dalle_cli.importing import vqgan
 from dalle_cli.importing.publication import From, Importer, Part, Publication, Shapes, Source, n_layers, renamed
-from dalle_cli.importing.tokenizers import char_bpe, check_vocabulary
+from dalle_cli.importing.tokenizers import char_bpe
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.vqgan import VQGAN
 
@@ -90,10 +90,12 @@ def n_heads(config: bytes) -> int | None:
 def _plan(source: Source) -> Publication:
     stage_1, stage_2 = STAGES
     config = prior_config(source.tensors(stage_2).shapes, n_heads(source.data(CONFIG)))
-    tokenizer = check_vocabulary(char_bpe(source.data(VOCAB), source.data(MERGES)), config.n_text_vocab)
+    tokenizer = char_bpe(source.data(VOCAB), source.data(MERGES))
     pad = json.loads(tokenizer)["padding"]["pad_id"]
     codes = vqgan.vqgan_config(source.tensors(stage_1).shapes)
-    dvae = Part("dvae.safetensors", "weights.dvae", VQGAN, codes, (stage_1,), vqgan.vqgan_tensors, ignored=vqgan.IGNORED)
+    dvae = Part(
+        "dvae.safetensors", "weights.dvae", VQGAN, codes, (stage_1,), vqgan.vqgan_tensors, ignored=vqgan.IGNORED
+    )
     prior = Part(
         "prior.safetensors", "weights.prior.codes", Prior, config, (stage_2,),
         lambda shapes: prior_tensors(shapes, pad), SAMPLING, encoder=dvae.file, tokenizer="tokenizer.json",

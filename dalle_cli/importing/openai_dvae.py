@@ -52,6 +52,4 @@ def _plan(source: Source) -> Publication:
     )
 
 
-IMPORTER = Importer(
-    "OpenAI's dVAE", lambda source: set(FILES) <= source.files.keys(), lambda source: FILES, _plan
-)
+IMPORTER = Importer("OpenAI's dVAE", lambda source: set(FILES) <= source.files.keys(), lambda source: FILES, _plan)

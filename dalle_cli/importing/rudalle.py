@@ -8,7 +8,7 @@ from torch import Tensor
 from dalle_cli.errors import DalleError
 from dalle_cli.importing import vqgan
 from dalle_cli.importing.publication import From, Importer, Part, Publication, Shapes, Source, n_layers, renamed
-from dalle_cli.importing.tokenizers import check_vocabulary, youtokentome
+from dalle_cli.importing.tokenizers import youtokentome
 from dalle_cli.models.attention import Pattern
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.vqgan import VQGAN
@@ -102,7 +102,7 @@ def _plan(source: Source) -> Publication:
     config = prior_config(tensors.shapes)
     if MASK in tensors.shapes:
         check_window(tensors.read(MASK), config)
-    tokenizer = check_vocabulary(youtokentome(source.data(BPE_FILE), bos=False), config.n_text_vocab)
+    tokenizer = youtokentome(source.data(BPE_FILE), bos=False)
     codes = vqgan.vqgan_config(source.tensors(VQGAN_FILE).shapes)
     dvae = Part(
         "dvae.safetensors", "weights.dvae", VQGAN, codes, (VQGAN_FILE,), vqgan.vqgan_tensors, ignored=vqgan.IGNORED
