@@ -25,7 +25,7 @@ LICENSE = re.compile(r"(LICENSE|NOTICE)(\.md|\.txt)?")
 Stored = tuple[torch.dtype, Shape]
 
 
-class Progress(Protocol):
+class ByteProgress(Protocol):
     """`console.progress`, or nothing: called with what is done, how much there is, and the unit."""
 
     def __call__(self, label: str, total: int, done: int = 0, unit: str = "") -> AbstractContextManager[Any]: ...
@@ -146,37 +146,37 @@ def _stored_dtype(tensor: torch.Tensor, dtype: str | None) -> torch.dtype:
 
 def write(
     publications: Sequence[tuple[OpenedSource, Publication]],
-    out: Path,
+    folder: Path,
     dtype: str | None,
-    progress: Progress,
-    force: bool = False,
-) -> Path:
-    """Write publications, the main one last, as one bundle: all of it or nothing.
+    progress: ByteProgress,
+) -> None:
+    """Write publications, the main one last, as one bundle into a new folder.
 
     `dtype` is that of matrices, None as they are stored.
 
     Raises:
-        DalleError: a tensor is missing, unexpected or of another shape; something else lies at `out`; the disk is full.
+        DalleError: a tensor is missing, unexpected or of another shape, before anything is written; the disk is full.
     """
-    check_free(out, force)
     plans = [plan_part(source, made, part, dtype) for source, made in publications for part in made.parts]
     texts = {name: text for _, made in publications for name, text in made.texts.items()}
     for source, _ in publications:
         texts |= {name: source.data(name) for name in source.files if LICENSE.fullmatch(name) and name not in texts}
-    with temporary(out) as folder:
-        for name, text in texts.items():
-            (folder / name).write_bytes(text)
-        digests = {name: digest_bytes(text) for name, text in texts.items()}
-        with progress("import", sum(plan.n_bytes for plan in plans), unit="bytes") as advance:
-            for plan in plans:
-                digests[plan.part.file] = _write_part(plan, folder, dtype, digests, advance)
-        main = publications[-1][1]
-        artifacts = [open_artifact(folder / plan.part.file) for plan in plans]
-        for artifact in artifacts:
-            artifact.digest = digests[artifact.path.name]  # just computed
-        (folder / card.CARD).write_text(card.write(_card(publications), out.name, artifacts, None, main.license))
-        _replace(folder, out)
-    return out
+    n_bytes = sum(plan.n_bytes for plan in plans)
+    if (free := shutil.disk_usage(folder.parent).free) < n_bytes:
+        raise DalleError(f"expected {n_bytes:,} bytes of free disk for the bundle, found {free:,}; make room")
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_bytes(text)
+    digests = {name: digest_bytes(text) for name, text in texts.items()}
+    with progress("import", n_bytes, unit="bytes") as advance:
+        for plan in plans:
+            digests[plan.part.file] = _write_part(plan, folder, dtype, digests, advance)
+    main = publications[-1][1]
+    artifacts = [open_artifact(folder / plan.part.file) for plan in plans]
+    for artifact in artifacts:
+        artifact.digest = digests[artifact.path.name]  # just computed
+    text = card.write(_card(publications), main.name, artifacts, None, main.license)
+    (folder / card.CARD).write_text(text, encoding="utf-8")
 
 
 def _write_part(plan: PartPlan, folder: Path, dtype: str | None, digests: Mapping[str, str], advance: Any) -> str:
@@ -255,11 +255,14 @@ def temporary(out: Path) -> Iterator[Path]:
         lock.release()
 
 
-def _replace(folder: Path, out: Path) -> None:
+def replace(folder: Path, out: Path) -> None:
     """Rename the finished folder to `out`, in the place of what was checked to be an older bundle."""
-    old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(folder, out)
-    shutil.rmtree(old, ignore_errors=True)
+    old = folder.with_name("replaced")
+    try:
+        if out.exists():
+            os.replace(out, old)
+        os.replace(folder, out)
+    except OSError:
+        if old.exists():
+            os.replace(old, out)
+        raise

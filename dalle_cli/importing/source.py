@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tarfile
@@ -16,7 +17,10 @@ from dalle_cli.importing.publication import TensorFile
 from dalle_cli.importing.readers import open_tensors
 from dalle_cli.importing.region import Region
 
+log = logging.getLogger("dalle_cli")
+
 BLOCK = 1 << 24
+LARGE = 10_000_000  # bytes of a file whose fetching is worth a message
 MAX_FILES = 100_000
 MAX_RATIO = 100  # by which a gzip archive may grow: weights hardly shrink
 NAME = re.compile(r"(?!.*(^|/)\.)[^\\\0:]+")  # no hidden file, no "..", nothing absolute on any system
@@ -47,6 +51,10 @@ class OpenedSource:
             if name not in self.files:
                 found = ", ".join(sorted(self.files)[:4]) or "no files"
                 raise DalleError(f"expected {name} in {self.name}, found {found}; fetch that file, too")
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Those of the files that have to be fetched first."""
+        return []
 
     def data(self, name: str, most: int = 1 << 26) -> bytes:
         """A whole small file. Raises: DalleError if it is not there, or larger than `most` bytes."""
@@ -118,6 +126,41 @@ class TarSource(OpenedSource):
         return Region(self.path, f"{name} of {self.name}", start, size)
 
 
+class HubSource(OpenedSource):
+    """The files of a hub repository at one commit, each fetched when it is needed, and checked."""
+
+    def __init__(self, model: str):
+        """Raises: DalleError if there is no such repository, no access, or no connection and no copy."""
+        self.snapshot = transfer.snapshot(model)
+        sizes = self.snapshot.sizes
+        super().__init__(str(self.snapshot.repository), {name: sizes[name] for name in sizes if NAME.fullmatch(name)})
+        self.repository, self.revision = self.snapshot.repository.name, self.snapshot.commit
+        self.paths: dict[str, Path] = {}
+
+    def _path(self, name: str) -> Path:
+        if name not in self.paths:
+            self.paths[name] = transfer.get(self.snapshot, name)
+            transfer.remember(self.snapshot)
+        return self.paths[name]
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if not (self.snapshot.folder / name).is_file()]
+
+    def fetch(self, names: Sequence[str]) -> None:
+        super().fetch(names)
+        for name in names:
+            if self.files[name] > LARGE and self.missing([name]):
+                log.info("%s: fetching %s, %s", self.name, name, size_in_words(self.files[name]))
+            self._path(name)
+
+    def region(self, name: str) -> Region:
+        return Region(self._path(name), f"{name} of {self.name}")
+
+    def digest(self, name: str) -> str:
+        self.fetch([name])
+        return transfer.checked.get(self._path(name)) or super().digest(name)
+
+
 class CombinedSource(OpenedSource):
     """Several sources as one: of files with the same name, the first counts."""
 
@@ -130,6 +173,9 @@ class CombinedSource(OpenedSource):
         super().fetch(names)
         for source in dict.fromkeys(self.of[name] for name in names):
             source.fetch([name for name in names if self.of[name] is source])
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self.of and self.of[name].missing([name])]
 
     def region(self, name: str) -> Region:
         return self.of[name].region(name)
@@ -219,6 +265,14 @@ def _folder(path: Path) -> FileSource:
     return FileSource(str(path), paths)
 
 
+def size_in_words(n_bytes: int) -> str:
+    """Bytes as a person reads them: 4.1 GB."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes} bytes"
+
+
 def open_source(where: str, scratch: Path) -> OpenedSource:
     """A local file, folder or tar, or hf://owner/repo[@revision]; a tar.gz is unpacked into `scratch`.
 
@@ -226,7 +280,7 @@ def open_source(where: str, scratch: Path) -> OpenedSource:
         DalleError: there is no such thing, or it cannot be read.
     """
     if where.startswith(transfer.SCHEME):
-        raise DalleError(f"expected a file or a folder, found {where}")
+        return HubSource(where)
     path = Path(where)
     if path.is_dir():
         return _folder(path)

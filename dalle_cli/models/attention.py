@@ -192,10 +192,11 @@ def as_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def rotary_angles(n_prefix: int, grid: int, width: int, device: torch.device) -> Tensor:
+def rotary_angles(n_prefix: int, grid: int, width: int, device: torch.device, whole: bool = False) -> Tensor:
     """Cosines and sines of rotary angles (Su et al. 2021), (2, L, D) float64: half the pairs by row, half by column.
 
-    Caption position p has row and column p; the grid starts at row and column n_prefix.
+    Caption position p has row and column p; the grid starts at row and column n_prefix. `whole` includes the last place
+    of the grid, which the token prior's stream lacks.
     """
     n_pairs = width // 2
     with torch.inference_mode(False):
@@ -203,7 +204,7 @@ def rotary_angles(n_prefix: int, grid: int, width: int, device: torch.device) ->
         prefix = torch.arange(n_prefix)
         angles = []
         for axis, n in ((rows, n_pairs // 2), (columns, n_pairs - n_pairs // 2)):
-            line = torch.cat([prefix, axis + n_prefix])[:-1].double()
+            line = torch.cat([prefix, axis + n_prefix])[: None if whole else -1].double()
             angles.append(line[:, None] * SLOWEST ** (-torch.arange(n, dtype=torch.float64) / max(n, 1)))
         angle = torch.cat(angles, dim=-1).repeat(1, 2)
         rotary = torch.stack([angle.cos(), angle.sin()])

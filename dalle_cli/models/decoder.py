@@ -68,16 +68,15 @@ class TextEncoder(nn.Module):
     The null caption has length 0: pads alone.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, n_text: int, n_vocab: int, width: int, n_layer: int, n_head: int) -> None:
         super().__init__()
-        width = config.context_width
-        self.n_text = config.n_text
-        self.tokens = nn.Embedding(config.n_text_vocab, width)
-        self.positions = nn.Embedding(config.n_text, width)
-        self.pads = nn.Embedding(config.n_text, width)
+        self.n_text = n_text
+        self.tokens = nn.Embedding(n_vocab, width)
+        self.positions = nn.Embedding(n_text, width)
+        self.pads = nn.Embedding(n_text, width)
         for table in (self.tokens, self.positions, self.pads):
             nn.init.normal_(table.weight, std=0.02)
-        self.encoder = Encoder(config.text_layers, width, config.text_heads, "gelu", causal=False)
+        self.encoder = Encoder(n_layer, width, n_head, "gelu", causal=False)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -102,7 +101,8 @@ class Decoder(nn.Module):
         self.null_embedding = nn.Parameter(torch.randn(config.n_embedding))
         self.embedding_time = nn.Linear(config.n_embedding, config.time_width)
         self.embedding_tokens = nn.Linear(config.n_embedding, config.n_extra * config.context_width)
-        self.text = TextEncoder(config) if config.n_text else None
+        sizes = (config.n_text, config.n_text_vocab, config.context_width, config.text_layers, config.text_heads)
+        self.text = TextEncoder(*sizes) if config.n_text else None
         self.text_time = nn.Linear(config.context_width, config.time_width) if config.n_text else None
         self.sketch = self._sketching(config) if config.sketch else None
 

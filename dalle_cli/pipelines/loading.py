@@ -18,9 +18,11 @@ from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
+from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
 from dalle_cli.models.vqgan import VQGAN, VQGANConfig
+from dalle_cli.sampling.decoder import DecoderNetwork
 
 M = TypeVar("M", bound=nn.Module)
 CONFIGS: dict[type[nn.Module], type[Any]] = {
@@ -31,6 +33,7 @@ CONFIGS: dict[type[nn.Module], type[Any]] = {
     DiffusionPrior: DiffusionPriorConfig,
     AutoregressivePrior: AutoregressivePriorConfig,
     Decoder: DecoderConfig,
+    PatchDecoder: PatchDecoderConfig,
     Upsampler: UpsamplerConfig,
 }
 # Sizes that repeat a part of a model. Each repetition has its own tensors, so no size exceeds the number of tensors.
@@ -75,7 +78,6 @@ def tokenizer(weights: Artifact) -> Tokenizer:
 # (weights, device) -> the model
 prior = partial(load_model, Prior)
 clip = partial(load_model, CLIP)
-decoder = partial(load_model, Decoder)
 upsampler = partial(load_model, Upsampler)
 
 
@@ -84,6 +86,13 @@ def dvae(weights: Artifact, device: torch.device) -> DVAE | VQGAN:
     if weights.require("model", dict).get("kind") == "vqgan":
         return load_model(VQGAN, weights, device)
     return load_model(DVAE, weights, device)
+
+
+def decoder(weights: Artifact, device: torch.device) -> DecoderNetwork:
+    """The decoder of a weights file, of either network."""
+    if weights.require("model", dict).get("kind") == "patch":
+        return load_model(PatchDecoder, weights, device)
+    return load_model(Decoder, weights, device)
 
 
 def embedding_prior(weights: Artifact, device: torch.device) -> DiffusionPrior | AutoregressivePrior:

@@ -17,9 +17,13 @@ from dalle_cli.diffusion.samplers import SAMPLERS, VARIANCES, ddim_invert, sampl
 from dalle_cli.diffusion.schedules import Schedule, Timesteps, make_schedule, select_timesteps
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder
+from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
 from dalle_cli.models.pixels import from_uint8, to_uint8
 from dalle_cli.models.unet import UNetConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge, resize
+
+DecoderNetwork = Decoder | PatchDecoder
+DenoiserConfig = UNetConfig | PatchDecoderConfig
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class SamplerConfig:
         return sample(self.sampler, denoise, schedule, x, self.steps, noise, **more)
 
 
-def unet_process(config: UNetConfig) -> Process:
+def unet_process(config: DenoiserConfig) -> Process:
     """The diffusion process that a U-Net was trained with.
 
     Raises:
@@ -81,8 +85,8 @@ def to_images(x: Tensor) -> Tensor:
 
 
 def _denoiser(
-    decoder: Decoder, process: Process, embeddings: Tensor, tokens: Tensor, lengths: Tensor, present: Tensor | None,
-    config: SamplerConfig,
+    decoder: DecoderNetwork, process: Process, embeddings: Tensor, tokens: Tensor, lengths: Tensor,
+    present: Tensor | None, config: SamplerConfig,
 ) -> Denoiser:  # fmt: skip
     """A denoiser conditioned once for all timesteps; with guidance, a second half of the rows is null."""
     device, n = decoder.null_embedding.device, len(embeddings)
@@ -98,7 +102,7 @@ def _denoiser(
 
 @torch.inference_mode()
 def sample_images(
-    decoder: Decoder, embeddings: Tensor, tokens: Tensor, lengths: Tensor, config: SamplerConfig, noise: Noise,
+    decoder: DecoderNetwork, embeddings: Tensor, tokens: Tensor, lengths: Tensor, config: SamplerConfig, noise: Noise,
     present: Tensor | None = None, start: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Sample images of embeddings and captions: (B, D), (B, T) and (B,) int64 -> (B, 3, S, S) float32 in [-1, 1].
@@ -114,7 +118,7 @@ def sample_images(
 
 @torch.inference_mode()
 def invert(
-    decoder: Decoder, images: Tensor, embeddings: Tensor, tokens: Tensor, lengths: Tensor, config: SamplerConfig,
+    decoder: DecoderNetwork, images: Tensor, embeddings: Tensor, tokens: Tensor, lengths: Tensor, config: SamplerConfig,
     iterations: int = 1, present: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """DDIM inversion: the noise from which `sample_images`, by ddim with this config, samples images (2022, sec. 3).

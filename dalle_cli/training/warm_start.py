@@ -12,7 +12,7 @@ from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
 from dalle_cli.sampling.defaults import check_sampling_defaults
-from dalle_cli.training.config import TrainConfig, affecting
+from dalle_cli.training.config import C, affecting
 
 LATER_PARTS = ("sketch.", "hint.")
 CHECKPOINT = "checkpoint"
@@ -69,8 +69,8 @@ def model_settings(
 
 
 def sampling_settings(
-    found: Artifact | None, kind: str, recipe: object, train: TrainConfig
-) -> tuple[TrainConfig, dict[str, Any]]:
+    found: Artifact | None, kind: str, recipe: object, train: C
+) -> tuple[C, dict[str, Any]]:
     """Training settings with the sampling defaults of the initial weights where the recipe sets none, and all of these.
 
     Raises:
