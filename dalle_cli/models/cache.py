@@ -23,14 +23,10 @@ def cache_dtype(dtype: torch.dtype, n_rows: int, on_cpu: bool) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Prompt:
-<<<<<<< HEAD
-    """Prefilled captions: logits of the first code (P, V), and keys and values (P, N, S, D) by layer."""
-=======
-    """Prefilled captions: logits of the first code (P, V), and keys and values (P, N, 1 + T, D) by layer.
+    """Prefilled captions: logits of the first code (P, V), and keys and values (P, N, S, D) by layer.
 
-    `visible` (P, 1 + T) bool says which of these positions may be attended to; None is all.
+    `visible` (P, S) bool says which of these positions may be attended to; None is all.
     """
->>>>>>> karlo
 
     logits: Tensor
     keys: tuple[Tensor, ...]

@@ -374,44 +374,6 @@ class Prior(nn.Module):
         return (self.row.weight[:, None] + self.column.weight).flatten(0, 1)
 
 
-<<<<<<< HEAD
-=======
-@torch.no_grad()
-def init_transformer(
-    parameters: Iterable[tuple[str, Tensor]], n_layer: int, generator: torch.Generator | None = None
-) -> None:
-    """Weights from N(0, 0.02), where a residual branch ends divided by sqrt(2 n_layer); norms 1, biases 0."""
-    for name, parameter in parameters:
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif "norm" in name or name.endswith("qk_scale"):
-            parameter.fill_(1)
-        else:
-            residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
-            parameter.normal_(0, 0.02 / math.sqrt(2 * n_layer) if residual else 0.02, generator=generator)
-
-
-def prefill(
-    blocks: Iterable[nn.Module], x: Tensor, rotary: Tensor, lasts: Sequence[int | None], visible: Tensor | None = None
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Run blocks causally over a caption (P, S, C) and return the output with each block's keys and values.
-
-    `lasts` are the blocks' arguments `last`; positions that are not `visible` (P, S) bool are not attended to.
-    """
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys.append(k.contiguous())
-        values.append(v.contiguous())
-        return causal_attention(q, k, v, visible)
-
-    for block, last in zip(blocks, lasts, strict=True):
-        x = block(x, attend, rotary, last)
-    return x, tuple(keys), tuple(values)
-
-
->>>>>>> karlo
 def drop_captions(lengths: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     """Replace random captions by the null caption, of length 0, for guidance: (B,) int64 -> (B,) int64."""
     dropped = torch.rand(lengths.shape, generator=generator, device=generator.device) < probability
