@@ -36,11 +36,11 @@ def init_transformer(
 
 
 def prefill(
-    blocks: Iterable[nn.Module], x: Tensor, rotary: Tensor, lasts: Sequence[int | None]
+    blocks: Iterable[nn.Module], x: Tensor, rotary: Tensor, lasts: Sequence[int | None], visible: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Run blocks causally over a caption (P, S, C) and return the output with each block's keys and values.
 
-    `lasts` are the blocks' arguments `last`.
+    `lasts` are the blocks' arguments `last`; positions that are not `visible` (P, S) bool are not attended to.
     """
     keys: list[Tensor] = []
     values: list[Tensor] = []
@@ -48,7 +48,7 @@ def prefill(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys.append(k.contiguous())
         values.append(v.contiguous())
-        return causal_attention(q, k, v)
+        return causal_attention(q, k, v, visible)
 
     for block, last in zip(blocks, lasts, strict=True):
         x = block(x, attend, rotary, last)

@@ -23,11 +23,15 @@ def cache_dtype(dtype: torch.dtype, n_rows: int, on_cpu: bool) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prefilled captions: logits of the first code (P, V), and keys and values (P, N, S, D) by layer."""
+    """Prefilled captions: logits of the first code (P, V), and keys and values (P, N, S, D) by layer.
+
+    `visible` (P, S) bool says which of these positions may be attended to; None is all.
+    """
 
     logits: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    visible: Tensor | None = None
 
     def repeat(self, times: int) -> "Prompt":
         """Each caption `times` times, one after another."""
@@ -35,6 +39,7 @@ class Prompt:
             self.logits.repeat_interleave(times, 0),
             tuple(x.repeat_interleave(times, 0) for x in self.keys),
             tuple(x.repeat_interleave(times, 0) for x in self.values),
+            None if self.visible is None else self.visible.repeat_interleave(times, 0),
         )
 
     @staticmethod
@@ -44,6 +49,7 @@ class Prompt:
             torch.cat([p.logits for p in prompts]),
             tuple(torch.cat(x) for x in zip(*(p.keys for p in prompts), strict=True)),
             tuple(torch.cat(x) for x in zip(*(p.values for p in prompts), strict=True)),
+            torch.cat(visible) if (visible := [p.visible for p in prompts if p.visible is not None]) else None,
         )
 
 
