@@ -68,9 +68,7 @@ def model_settings(
     return {**{name: value for name, value in own.items() if name not in free}, **known}
 
 
-def sampling_settings(
-    found: Artifact | None, kind: str, recipe: object, train: C
-) -> tuple[C, dict[str, Any]]:
+def sampling_settings(found: Artifact | None, kind: str, recipe: object, train: C) -> tuple[C, dict[str, Any]]:
     """Training settings with the sampling defaults of the initial weights where the recipe sets none, and all of these.
 
     Raises:
