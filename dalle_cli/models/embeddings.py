@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.attention import rotary_angles
+from dalle_cli.models.blocks import init_transformer, prefill
 from dalle_cli.models.cache import Prompt
 from dalle_cli.models.kernels import causal_attention
-from dalle_cli.models.prior import BLOCKS, PriorConfig, init_transformer, prefill
+from dalle_cli.models.prior import BLOCKS, PriorConfig
 
 OFF_SCALE = 1.25  # largest accepted ratio of the entries' standard deviation to 1, either way
 

@@ -84,23 +84,27 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tenso
     """Attention over the token prior's stream under a pattern (2021, app. B.1): three times (B, N, L, D) -> same."""
     if pattern.kind == "full":
         return causal_attention(q, k, v)
-    if FAST and q.device.type == "cpu":
+    local = FAST and pattern.kind != "window"  # whose keys are not at the same distances from each code
+    if local and q.device.type == "cpu":
         if pattern.kind == "column":
-            return cpu_attention.column_attention(q, k, v, pattern.n_text + 1, pattern.grid)
+            return cpu_attention.column_attention(q, k, v, pattern.n_prefix, pattern.grid)
         if LOCAL_GAIN * pattern.n_local_keys < q.shape[-2]:
-            return cpu_attention.local_attention(q, k, v, pattern.n_text + 1, pattern.grid, pattern.distances)
-    if FAST and q.device.type == "cuda" and block_attention.usable():
-        return block_attention.block_attention(q, k, v, pattern.n_text + 1, pattern.distances)
+            return cpu_attention.local_attention(q, k, v, pattern.n_prefix, pattern.grid, pattern.distances)
+    if local and q.device.type == "cuda" and block_attention.usable():
+        return block_attention.block_attention(q, k, v, pattern.n_prefix, pattern.distances)
     if _dense_is_fast(q):
         return cpu_attention.dense_attention(q, k, v, pattern.bias(q.device, q.dtype))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=pattern.mask(q.device))
 
 
-def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(gelu(x)): (..., H) -> (..., C); the fast form does not store gelu(x) for the backward pass."""
+def gelu_linear(x: Tensor, layer: nn.Linear, approximate: str = "none") -> Tensor:
+    """layer(gelu(x)): (..., H) -> (..., C); the fast form does not store gelu(x) for the backward pass.
+
+    `approximate` is `F.gelu`'s: "none" or "tanh".
+    """
     if FAST and torch.is_grad_enabled():
-        return fused.gelu_linear(x, layer)
-    return cast(Tensor, layer(F.gelu(x)))
+        return fused.gelu_linear(x, layer, approximate)
+    return cast(Tensor, layer(F.gelu(x, approximate=approximate)))
 
 
 def rms_norm(x: Tensor) -> Tensor:
