@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dalle_cli.errors import DalleError
-from dalle_cli.importing.publication import From, Shapes, n_layers, renamed
+from dalle_cli.importing.publication import From, Shapes, check_values, n_layers, renamed
 from dalle_cli.importing.unclip_prior import shape_of
 from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.upsampler import UpsamplerConfig
@@ -147,9 +147,7 @@ def upsampler_sizes(
 
 def _unet_sizes(shapes: Shapes, config: Mapping[str, Any], channels: int, file: str = "") -> dict[str, Any]:
     """The fields of `UNetConfig`, for images of so many channels."""
-    for key, value in BLOCKS.items():
-        if config.get(key, value) != value:
-            raise DalleError(f"expected {key} {value!r} in a U-Net's config.json, found {config[key]!r}; it is another")
+    check_values(config, BLOCKS, "a U-Net's config.json")
     n_levels, depth = _counts(shapes, file)
     levels = [f"{file}down_blocks.{level}" for level in range(n_levels)]
     widths = [shape_of(shapes, f"{level}.resnets.0.conv1.weight")[0] for level in levels]
