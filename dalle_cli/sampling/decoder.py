@@ -66,7 +66,7 @@ def unet_process(config: UNetConfig) -> Process:
     Raises:
         DalleError: a schedule or a prediction that does not exist.
     """
-    schedule = make_schedule(config.schedule, config.n_timestep, config.zero_snr)
+    schedule = make_schedule(config.schedule, config.n_timestep, config.zero_snr, config.betas)
     return Process(schedule, config.prediction, config.learned_variance)
 
 
