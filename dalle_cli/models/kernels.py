@@ -24,8 +24,13 @@ SHORT = 512  # keys; for more, the attention weights of all heads take too much 
 LOCAL_GAIN = 1.5  # local attention is faster if the stream is longer by this factor than the keys that a row needs
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every query attends to every key: (B, N, L, D), twice (B, N, M, D) -> (B, N, L, D)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Every query attends to every key: (B, N, L, D), twice (B, N, M, D) -> (B, N, L, D).
+
+    Keys that are not `visible` (B, M) bool are left out.
+    """
+    if visible is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None])
     if _dense_is_fast(k):
         return cpu_attention.dense_attention(q, k, v, q.new_zeros(()))
     return F.scaled_dot_product_attention(q, k, v)
