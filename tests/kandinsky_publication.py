@@ -1,4 +1,4 @@
-"""A tiny Kandinsky 2.2 in its publisher's format, made by diffusers and transformers: both repositories in one folder."""
+"""A tiny Kandinsky 2.2 in its publisher's format, by diffusers and transformers: two repositories in one folder."""
 
 from karlo_publication import WIDTH, clip, prior, text_encoder, tokenizer
 from planted_weights import randomized
