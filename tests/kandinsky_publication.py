@@ -14,7 +14,9 @@ def image_encoder(whole):
     """The vision tower of a CLIP with the projection, in a file of its own."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**whole.config.vision_config.to_dict()))
+    model = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(**{**whole.config.vision_config.to_dict(), "projection_dim": WIDTH})
+    )
     missing, _ = model.load_state_dict(whole.state_dict(), strict=False)
     assert not missing
     return model.eval()
