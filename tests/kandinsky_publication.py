@@ -44,7 +44,7 @@ def movq():
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"), latent_channels=4, num_vq_embeddings=12,
         norm_type="spatial", layers_per_block=1, vq_embed_dim=4,
     )  # fmt: skip
-    return randomized(model, 3).eval()
+    return randomized(model, 3, 0.15).eval()
 
 
 def components():
