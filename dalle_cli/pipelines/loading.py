@@ -21,11 +21,13 @@ from dalle_cli.models.embedding_prior import AutoregressivePrior, Autoregressive
 from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
+from dalle_cli.models.vqgan import VQGAN, VQGANConfig
 from dalle_cli.sampling.decoder import DecoderNetwork
 
 M = TypeVar("M", bound=nn.Module)
 CONFIGS: dict[type[nn.Module], type[Any]] = {
     DVAE: DVAEConfig,
+    VQGAN: VQGANConfig,
     Prior: PriorConfig,
     CLIP: CLIPConfig,
     DiffusionPrior: DiffusionPriorConfig,
@@ -93,10 +95,16 @@ def tokenizer(weights: Artifact) -> Tokenizer:
 
 
 # (weights, device, dtype) -> the model
-dvae = partial(load_model, DVAE)
 prior = partial(load_model, Prior)
 clip = partial(load_model, CLIP)
 upsampler = partial(load_model, Upsampler)
+
+
+def dvae(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> DVAE | VQGAN:
+    """The model between images and codes of a weights file, of either kind."""
+    if weights.require("model", dict).get("kind") == "vqgan":
+        return load_model(VQGAN, weights, device, dtype)
+    return load_model(DVAE, weights, device, dtype)
 
 
 def decoder(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> DecoderNetwork:
