@@ -32,7 +32,8 @@ COVERED = {
     "vision_cfg": {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"},
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers"},
 }
-IGNORED = (r".*\.position_ids", WRAPPED + "(?:input_resolution|context_length|vocab_size)")
+NUMBERS = re.compile(WRAPPED + "(?:input_resolution|context_length|vocab_size)")  # in OpenAI's files alone
+IGNORED = (r".*\.position_ids", r"(?:.*\.)?attn_mask", NUMBERS.pattern)
 PAPER = "CLIP (Radford et al. 2021, arXiv 2103.00020): encoders of images and captions into one space."
 
 
@@ -179,7 +180,7 @@ def _described(source: Source, folders: Sequence[str], shapes: Shapes) -> dict[s
         return _described_by_transformers(source, folders)
     if OPEN_CLIP in source.files:
         return _described_by_open_clip(source)
-    openai = any(re.fullmatch(IGNORED[1], name) for name in shapes)  # open_clip's files lack these numbers
+    openai = any(map(NUMBERS.fullmatch, shapes))  # open_clip's files lack these numbers
     quick = openai or "quickgelu" in "".join((source.name, *source.files)).lower()
     return {"activation": "quick_gelu" if quick else "gelu"}
 
@@ -200,7 +201,9 @@ def _described_by_transformers(source: Source, folders: Sequence[str]) -> dict[s
     activations = {tower.get("hidden_act", "quick_gelu") for tower in towers.values()}
     epsilons = {tower.get("layer_norm_eps", 1e-5) for tower in towers.values()}
     if len(activations) > 1 or not activations <= set(ACTIVATIONS) or epsilons != {1e-5}:
-        found = f"{', '.join(map(str, sorted(activations)))} and {', '.join(map(str, epsilons))} in {source.name}"
+        found = (
+            f"{', '.join(sorted(map(str, activations)))} and {', '.join(sorted(map(str, epsilons)))} in {source.name}"
+        )
         raise DalleError(f"expected one of {', '.join(ACTIVATIONS)} and a layer_norm_eps of 1e-05, found {found}")
     pixels = source.json(PIXELS) if PIXELS in source.files else {}
     return {
@@ -261,7 +264,7 @@ def _license(source: Source, shapes: Shapes) -> str:
         card = source.data("README.md").decode(errors="replace")
         if match := re.match(r"---\n(?:.*\n)*?license: *['\"]?([\w.-]+)", card):
             return match[1]
-    openai = any(re.fullmatch(IGNORED[1], name) for name in shapes) or "openai/clip-" in source.name
+    openai = any(map(NUMBERS.fullmatch, shapes)) or "openai/clip-" in source.name
     return "mit" if openai else "unknown"
 
 
