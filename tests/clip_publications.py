@@ -1,6 +1,7 @@
 """Small random CLIPs in the files of their publishers, made by the publishers' own code."""
 
 import json
+import warnings
 
 import torch
 from caption_samples import captions
@@ -164,7 +165,9 @@ def save_archive(model, state, path):
             delattr(model, name)
         model.register_buffer(name, state[name])
     example = torch.zeros(1, 3, 16, 16), torch.zeros(1, LENGTH, dtype=torch.long)
-    torch.jit.trace(model, example, check_trace=False).save(str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of values that the trace takes for constants
+        torch.jit.trace(model, example, check_trace=False).save(str(path))
 
 
 def save_openais_own(folder):
