@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dalle_cli.artifacts.region import Region
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import transfer
 from dalle_cli.importing.publication import TensorFile
 from dalle_cli.importing.readers import open_tensors
-from dalle_cli.importing.region import Region
 
 log = logging.getLogger("dalle_cli")
 
@@ -162,10 +162,11 @@ class HubSource(OpenedSource):
 
 
 class CombinedSource(OpenedSource):
-    """Several sources as one: of files with the same name, the first counts."""
+    """Several sources as one, without what is in some folders: of files with the same name, the first counts."""
 
-    def __init__(self, sources: Sequence[OpenedSource]):
-        self.of = {name: source for source in reversed(sources) for name in source.files}
+    def __init__(self, sources: Sequence[OpenedSource], without: tuple[str, ...] = ()):
+        names = {name: source for source in reversed(sources) for name in source.files}
+        self.of = {name: source for name, source in names.items() if not name.startswith(without or "\0")}
         super().__init__(sources[0].name, {name: source.files[name] for name, source in self.of.items()})
         self.repository, self.revision = sources[0].repository, sources[0].revision
 
