@@ -1,10 +1,10 @@
-"""Weights and checkpoints as artifacts. Only this module of the package needs torch."""
+"""Weights and checkpoints as artifacts. This module and `region` need torch, the others of the package do not."""
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dalle_cli.artifacts.artifact import Artifact
-from dalle_cli.artifacts.container import SCALE, check_replaceable, metadata, replace_file
+from dalle_cli.artifacts.container import SCALE, TensorInfo, check_replaceable, metadata, replace_file
+from dalle_cli.artifacts.region import Region
 from dalle_cli.errors import DalleError
 
 DTYPES = {
@@ -164,14 +165,45 @@ def _check_scales(artifact: Artifact) -> None:
             raise DalleError(f"expected an 8-bit matrix beside its scales, found {found} in {artifact.path}")
 
 
-def load_into(module: torch.nn.Module, artifact: Artifact) -> None:
-    """Copy the weights into a module built from the artifact's config, casting them to its dtypes.
+def load_into(
+    module: torch.nn.Module, artifact: Artifact, device: str | torch.device = "cpu", narrow: Collection[str] = ()
+) -> None:
+    """Give a module the weights of an artifact, one tensor at a time, whatever device the module is on.
+
+    Tensors take the module's dtypes and strides; those named in `narrow` stay as they are stored. A tensor that needs
+    neither a cast nor a copy is used where the file is mapped: it takes no memory that the system could not free.
 
     Raises:
         DalleError: a tensor is missing, unknown, or of another shape.
     """
     check_fit(module, artifact)
-    module.load_state_dict(load_tensors(artifact))
+    _check_scales(artifact)
+    stored, region = artifact.headers[0].tensors, Region(artifact.headers[0].path)
+    with open(artifact.headers[0].path, "rb", buffering=0) as file:
+
+        def read(info: TensorInfo) -> Tensor:
+            """A tensor: mapped if it is aligned as torch's own are, else read."""
+            dtype = DTYPES[info.dtype]
+            if info.start % ALIGN == 0:
+                return region.tensor(info.start, dtype, info.shape)
+            tensor = torch.empty(info.shape, dtype=dtype)
+            file.seek(info.start)
+            left = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+            while left:
+                left = left[file.readinto(left) :]
+            return tensor
+
+        tensors = {}
+        for name, own in module.state_dict().items():
+            tensor = read(stored[name])
+            if name + SCALE in stored:
+                tensor = tensor.float() * read(stored[name + SCALE]).float().view(-1, *[1] * (tensor.ndim - 1))
+            dtype = tensor.dtype if name in narrow else own.dtype
+            if tensor.stride() == own.stride():
+                tensors[name] = tensor.to(device, dtype)
+            else:
+                tensors[name] = torch.empty_strided(own.shape, own.stride(), dtype=dtype, device=device).copy_(tensor)
+    module.load_state_dict(tensors, assign=True)
 
 
 def check_fit(module: torch.nn.Module, artifact: Artifact) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle_cli.artifacts.region import Region
 from dalle_cli.importing.publication import Shape
-from dalle_cli.importing.region import Region
 
 MAX_DEPTH = 32
 MAX_VALUES = 1_000_000

@@ -12,9 +12,9 @@ from typing import IO, Any, NamedTuple, cast
 
 import torch
 
+from dalle_cli.artifacts.region import Region, RegionFile
 from dalle_cli.errors import DalleError
 from dalle_cli.importing.publication import Shape
-from dalle_cli.importing.region import Region, RegionFile
 
 MAX_STEPS = 2_000_000  # instructions of one pickle
 MAX_TABLES = 200_000  # tables, modules and tensors of a checkpoint

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle_cli.artifacts.region import Region
 from dalle_cli.errors import DalleError
 from dalle_cli.importing import torch_files
 from dalle_cli.importing.flax import FlaxFile
 from dalle_cli.importing.publication import Shape, TensorFile
-from dalle_cli.importing.region import Region
 
 MAX_HEADER = 100_000_000  # safetensors' own bound
 DTYPES = {

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dalle_cli.artifacts.region import Region
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import transfer
 from dalle_cli.importing.publication import TensorFile
 from dalle_cli.importing.readers import open_tensors
-from dalle_cli.importing.region import Region
 
 log = logging.getLogger("dalle_cli")
 

@@ -7,10 +7,10 @@ from struct import error as StructError
 import torch
 from torch import Tensor
 
+from dalle_cli.artifacts.region import Region, RegionFile
 from dalle_cli.errors import DalleError
 from dalle_cli.importing.pickles import Interpreter, Storage, StoredTensor, named_tensors
 from dalle_cli.importing.publication import Shapes
-from dalle_cli.importing.region import Region, RegionFile
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first of the older format's pickles
 OLDER = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # that pickle

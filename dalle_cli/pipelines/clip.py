@@ -32,7 +32,7 @@ class ClipScorer:
 
     def __init__(self, weights: Artifact, machine: Arithmetic):
         self.weights, self.machine = weights, machine
-        self.clip = loading.clip(weights, machine.device)
+        self.clip = loading.clip(weights, machine.device, machine.dtype)
         self.size, self.width = self.clip.config.image_size, self.clip.config.n_proj
         self.normalized = bool(weights.config.get("normalized", True))
 

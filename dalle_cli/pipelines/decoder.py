@@ -37,11 +37,11 @@ class ImageDecoder:
         self.weights, self.machine = bundles.weights(model, "weights.decoder"), machine
         self.defaults = sampling_defaults(self.weights)
         decoder_config(options, self.defaults)  # refuse wrong ones before anything is loaded
-        self.decoder = loading.decoder(self.weights, machine.device)
+        self.decoder = loading.decoder(self.weights, machine.device, machine.dtype)
         n_text = self.decoder.config.n_text
         self.tokenizer = loading.tokenizer(self.weights) if n_text else None
         found = bundles.upsamplers(model)
-        models = [loading.upsampler(weights, machine.device) for weights in found]
+        models = [loading.upsampler(weights, machine.device, machine.dtype) for weights in found]
         order = upsampler_order([m.config for m in models], self.decoder.config.image_size)
         self.upsamplers = [(found[i], models[i]) for i in order]
         self.set(options, seed)

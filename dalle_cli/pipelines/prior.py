@@ -114,7 +114,7 @@ class TokenPrior(PriorPipeline):
 
     def __init__(self, weights: Artifact, machine: Arithmetic):
         super().__init__(weights, machine)
-        self.model = loading.prior(weights, machine.device)
+        self.model = loading.prior(weights, machine.device, machine.dtype)
         self.config = self.model.config
         self.n_parts = self.config.grid**2
         self.dtype = np.uint16 if self.config.n_image_vocab <= 2**16 else np.int32
@@ -179,7 +179,7 @@ class EmbeddingPrior(PriorPipeline):
     def __init__(self, weights: Artifact, machine: Arithmetic, clip: Artifact):
         super().__init__(weights, machine)
         self.clip_weights = clip
-        self.model = loading.embedding_prior(weights, machine.device)
+        self.model = loading.embedding_prior(weights, machine.device, machine.dtype)
         self.config = self.model.config
 
     @cached_property

@@ -89,7 +89,7 @@ class PriorScorer:
             self.codec = Codec.of(dvae, self.encoder, self.weights.path, machine)
             self.inputs["dvae"] = dvae
         self.tokenizer = loading.tokenizer(self.weights)
-        self.prior = loading.prior(self.weights, machine.device)
+        self.prior = loading.prior(self.weights, machine.device, machine.dtype)
 
     def check(self, codes: Artifact) -> None:
         """Raises: DalleError if the codes are not of the prior's dVAE."""

@@ -1,4 +1,4 @@
-"""Bytes of a file, or of a part of it, mapped into memory: what every reader of a format stands on."""
+"""Bytes of a file, or of a part of it, mapped into memory: what readers of weights stand on. It needs torch."""
 
 import io
 import mmap
