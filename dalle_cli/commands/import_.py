@@ -29,12 +29,18 @@ def run(
             help="The CLIP that ranks images, likewise; by default the one that was published with the model.",
         ),
     ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option("--prior", metavar="SOURCE", help="A prior to take in the place of the model's own, likewise."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle.")] = False,
 ) -> None:  # fmt: skip
     """Turn published weights into a bundle like our own, recognized by their files."""
     from dalle_cli import console
     from dalle_cli.importing import known
 
-    folder = known.import_bundle(source, out, dtype=dtype, clip=clip, progress=console.progress, force=force)
+    folder = known.import_bundle(
+        source, out, dtype=dtype, clip=clip, prior=prior, progress=console.progress, force=force
+    )
     files = list(folder.iterdir())
     console.result(folder, files=len(files), bytes=f"{sum(path.stat().st_size for path in files):,}")

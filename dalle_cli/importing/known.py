@@ -2,8 +2,10 @@
 
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import transfer
@@ -13,7 +15,7 @@ from dalle_cli.importing.source import CombinedSource, HubSource, OpenedSource, 
 
 log = logging.getLogger("dalle_cli")
 
-MODULES = ("karlo", "dalle_mini", "rudalle", "mindalle", "kandinsky", "openai_dvae", "clip")
+MODULES = ("karlo", "eclipse", "dalle_mini", "rudalle", "mindalle", "kandinsky", "openai_dvae", "clip")
 BYTES_PER_MINUTE = 100e6 / 8 * 60  # of a connection of 100 Mbit/s
 # SHA-256 of files as their publishers had them when their importers were written.
 DIGESTS = {
@@ -83,10 +85,13 @@ def import_bundle(
     *,
     dtype: str | None,
     clip: str | None,
+    prior: str | None = None,
     progress: bundle.ByteProgress,
     force: bool = False,
 ) -> Path:
     """Import the publication at `where` as the bundle `out`, with the CLIP at `clip` if it goes with one.
+
+    `prior` is the source of a prior that stands in the place of its own.
 
     Raises:
         DalleError: `where` is no known publication, or its files are not what its importer expects.
@@ -100,14 +105,33 @@ def import_bundle(
         if importer.also and source.repository:
             others = [name for name in importer.also if name != source.repository]
             source = CombinedSource([source, *(HubSource(transfer.SCHEME + name) for name in others)])
-        found = [(source, importer)]
+        if prior is not None and not importer.prior:
+            raise DalleError(f"expected no --prior for {importer.name}, found one; leave it out")
+        found = [(source if prior is None else CombinedSource([source], importer.prior), importer)]
+        if prior is not None:
+            other = open_source(prior, folder / "prior")
+            found.insert(0, (other, importer_of(other)))
         if ranker := _clip_source(source, importer, clip):
             other = open_source(ranker, folder / "clip")
             found.insert(0, (other, importer_of(other)))
-        planned = [(source, _planned(source, importer)) for source, importer in _fetched(found)]
+        planned = [(source, _planned(source, own)) for source, own in _fetched(found)]
+        if prior is not None:
+            _check_prior(planned[-2][1])
+        if ranker:
+            planned[0] = (planned[0][0], _with_header(planned[0][1], importer.clip_header))
         bundle.write(planned, folder / "bundle", dtype, progress)
         bundle.replace(folder / "bundle", out)
     return out
+
+
+def _check_prior(made: Publication) -> None:
+    """Raises: DalleError unless a publication is a prior over embeddings alone."""
+    if [part.kind for part in made.parts] != ["weights.prior.embeddings"]:
+        raise DalleError(f"expected a prior over CLIP embeddings alone for --prior, found {made.name}; give another")
+
+
+def _with_header(made: Publication, header: Mapping[str, Any]) -> Publication:
+    return replace(made, parts=tuple(replace(part, header={**part.header, **header}) for part in made.parts))
 
 
 def _clip_source(source: OpenedSource, importer: Importer, clip: str | None) -> str | None:

@@ -109,7 +109,10 @@ class Importer:
     """How to import one publication.
 
     `clip` is the hub source of the CLIP that goes with it; the frame plans that CLIP's parts before this publication's,
-    as clip.safetensors and clip-tokenizer.json. "" where the publication has or needs none.
+    as clip.safetensors and clip-tokenizer.json. "" where the publication has or needs none. `clip_header` are keys that
+    the header of these weights gets.
+
+    `prior` are the folders of its prior, for which that of another publication can stand (`--prior`); () for none.
 
     `also` are hub repositories with further files of the publication: from the hub, their files count as the source's
     own, whose names win. A local source has them all in one folder.
@@ -121,6 +124,8 @@ class Importer:
     plan: Callable[[Source], Publication]
     clip: str = ""
     also: tuple[str, ...] = ()
+    clip_header: Mapping[str, Any] = field(default_factory=dict)
+    prior: tuple[str, ...] = ()
 
 
 def renamed(names: Shapes, rules: Sequence[tuple[str, str]]) -> dict[str, From]:

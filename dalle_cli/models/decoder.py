@@ -17,6 +17,7 @@ from dalle_cli.models.clip import Encoder
 from dalle_cli.models.unet import UNet, UNetConfig
 
 SKETCHED_BY = 4  # hidden width of the sketch's MLP, in units of context_width
+CAPTIONS = ("tokens", "states")
 
 
 @dataclass(frozen=True)
@@ -35,27 +36,38 @@ class DecoderConfig(UNetConfig):
     text_layers: int = 24
     text_heads: int = 32
     sketch: int = 0  # s: side of an image predicted from embedding and caption, an input of the U-Net; 0 = none
+    captions: str = "tokens"  # or "states": those of CLIP's frozen text tower, in place of a trained text transformer
+    text_width: int = 768  # of these states
+    embedding_norm: bool = False  # layer norms of what z_i becomes, in the timestep's embedding and as tokens
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n_embedding", "n_extra", "context_width", "text_layers", "text_heads"):
+        for name in ("n_embedding", "n_extra", "context_width", "text_layers", "text_heads", "text_width"):
             if getattr(self, name) < 1:
                 raise DalleError(f"expected {name} of at least 1, found {getattr(self, name)}; raise it")
         if self.sketch < 0 or (self.sketch and self.image_size % self.sketch):
             raise DalleError(f"expected sketch to divide image_size {self.image_size}, found {self.sketch}; change it")
+        if self.sketch and (self.captions != "tokens" or self.channels != 3):
+            raise DalleError("expected sketch 0 beside states as captions, or where images are latents; leave it out")
         if self.n_text < 0 or (self.n_text and self.n_text_vocab < 1):
             raise DalleError(f"expected captions of a vocabulary, found {self.n_text} tokens of {self.n_text_vocab}")
-        if self.n_text and self.context_width % self.text_heads:
+        if self.captions not in CAPTIONS:
+            raise DalleError(f"expected captions {' or '.join(CAPTIONS)}, found {self.captions!r}; take one of them")
+        if self.n_text and self.captions == "tokens" and self.context_width % self.text_heads:
             found = f"{self.context_width} and {self.text_heads}"
             raise DalleError(f"expected text_heads to divide context_width, found {found}; change one of them")
 
 
 class Conditioning(NamedTuple):
-    """The U-Net's inputs besides x_t and the timestep: (B, E), (B, n_extra + T, K), (B, 3, s, s)."""
+    """The U-Net's inputs besides x_t and the timestep: (B, E), (B, n_extra + T, K), (B, 3, s, s).
+
+    `visible` (B, n_extra + T) bool are the context tokens that are attended to; None is all.
+    """
 
     added: Tensor
     context: Tensor
     sketch: Tensor | None = None
+    visible: Tensor | None = None
 
     def first(self, n: int) -> "Conditioning":
         """The first n rows."""
@@ -91,20 +103,54 @@ class TextEncoder(nn.Module):
         return self.norm(self.encoder(x + self.positions.weight))  # type: ignore[no-any-return]
 
 
+class TextProjection(nn.Module):
+    """States of CLIP's frozen text tower as context tokens: a linear layer, then a norm."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.shape = (config.n_text, config.text_width)
+        self.project = nn.Linear(config.text_width, config.context_width)
+        self.norm = nn.LayerNorm(config.context_width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(B, T, text_width) -> (B, T, K).
+
+        Raises: DalleError for states of another size.
+        """
+        if tuple(states.shape[1:]) != self.shape:
+            expected, found = (" x ".join(map(str, shape)) for shape in (self.shape, states.shape[1:]))
+            raise DalleError(f"expected captions as {expected} states, found {found}; take those of the decoder's CLIP")
+        return self.norm(self.project(states.to(self.project.weight.dtype)))  # type: ignore[no-any-return]
+
+
 class Decoder(nn.Module):
     """z_i is added to the timestep's embedding and becomes extra context tokens; z_i and caption may each be null."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.unet = UNet(config, in_channels=6 if config.sketch else 3, context=config.context_width)
+        channels = config.channels + (3 if config.sketch else 0)
+        self.unet = UNet(config, in_channels=channels, context=config.context_width)
         self.null_embedding = nn.Parameter(torch.randn(config.n_embedding))
         self.embedding_time = nn.Linear(config.n_embedding, config.time_width)
         self.embedding_tokens = nn.Linear(config.n_embedding, config.n_extra * config.context_width)
-        sizes = (config.n_text, config.n_text_vocab, config.context_width, config.text_layers, config.text_heads)
-        self.text = TextEncoder(*sizes) if config.n_text else None
-        self.text_time = nn.Linear(config.context_width, config.time_width) if config.n_text else None
+        self.text: TextEncoder | TextProjection | None = None
+        self.text_time: nn.Linear | None = None
+        if config.n_text:
+            self.text, width = self._text(config)
+            self.text_time = nn.Linear(width, config.time_width)
         self.sketch = self._sketching(config) if config.sketch else None
+        if config.embedding_norm:
+            self.embedding_time_norm = nn.LayerNorm(config.time_width)
+            self.embedding_tokens_norm = nn.LayerNorm(config.context_width)
+
+    @staticmethod
+    def _text(config: DecoderConfig) -> tuple[TextEncoder | TextProjection, int]:
+        """What makes context tokens of captions, and the width of what the timestep's embedding gets of them."""
+        c = config
+        if c.captions == "states":
+            return TextProjection(c), c.n_embedding
+        return TextEncoder(c.n_text, c.n_text_vocab, c.context_width, c.text_layers, c.text_heads), c.context_width
 
     @staticmethod
     def _sketching(config: DecoderConfig) -> nn.Module:
@@ -113,10 +159,14 @@ class Decoder(nn.Module):
         last = nn.Linear(hidden, 3 * config.sketch**2)
         return nn.Sequential(nn.Linear(n_in, hidden), nn.SiLU(), last, nn.Unflatten(1, (3, config.sketch, -1)))
 
-    def condition(self, embeddings: Tensor, given: Tensor, tokens: Tensor, lengths: Tensor) -> Conditioning:
+    def condition(
+        self, embeddings: Tensor, given: Tensor, tokens: Tensor, lengths: Tensor, z_t: Tensor | None = None
+    ) -> Conditioning:
         """Conditioning from (B, D) z_i, (B,) bool that is false where z_i is null, (B, T) and (B,) int64 captions.
 
-        A caption of length 0 is null. A decoder without captions ignores them.
+        A caption of length 0 is null. A decoder of states takes them, (B, T, text_width), in place of tokens, and the
+        captions' embeddings z_t (B, D), not normalized; its null caption is the text "". A decoder without captions
+        ignores them.
 
         Raises: DalleError for embeddings or captions of another size.
         """
@@ -127,13 +177,28 @@ class Decoder(nn.Module):
             embeddings = F.normalize(embeddings, dim=1) * math.sqrt(c.n_embedding)
         z = torch.where(given[:, None], embeddings.to(self.null_embedding.dtype), self.null_embedding)
         added, context = self.embedding_time(z), self.embedding_tokens(z).unflatten(1, (c.n_extra, -1))
-        inputs = [z]
+        if c.embedding_norm:
+            added, context = self.embedding_time_norm(added), self.embedding_tokens_norm(context)
+        inputs, visible = [z], None
         if self.text is not None and self.text_time is not None:
-            states = self.text(tokens, lengths)
-            # GLIDE also adds its last position to the timestep's embedding
-            added, context = added + self.text_time(states[:, -1]), torch.cat([context, states], dim=1)
+            states, summary, visible = self._captions(tokens, lengths, z_t)
+            added, context = added + self.text_time(summary), torch.cat([context, states], dim=1)
             inputs.append(states[:, -1])
-        return Conditioning(added, context, self.sketch(torch.cat(inputs, dim=1)) if self.sketch else None)
+        return Conditioning(added, context, self.sketch(torch.cat(inputs, dim=1)) if self.sketch else None, visible)
+
+    def _captions(self, tokens: Tensor, lengths: Tensor, z_t: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Context tokens (B, T, K) of captions, what the timestep's embedding gets of them, and what is visible."""
+        if isinstance(self.text, TextEncoder):
+            states = self.text(tokens, lengths)
+            return states, states[:, -1], None  # GLIDE also adds its last position to the timestep's embedding
+        assert self.text is not None
+        assert self.text_time is not None
+        if z_t is None or z_t.shape[1] != self.config.n_embedding:
+            found = "none" if z_t is None else f"some of {z_t.shape[1]} numbers"
+            raise DalleError(f"expected captions' embeddings of {self.config.n_embedding} numbers, found {found}")
+        written = torch.arange(self.config.n_text, device=lengths.device) < lengths[:, None]
+        visible = F.pad(written, (self.config.n_extra, 0), value=True)
+        return self.text(tokens), z_t.to(self.text_time.weight.dtype), visible
 
     def forward(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """(B, 3, S, S) at timesteps (B,) -> (B, 3 or 6, S, S): the prediction, then its variance parameter."""
@@ -141,10 +206,12 @@ class Decoder(nn.Module):
             # the sketch is trained by its own loss alone
             beside = F.interpolate(conditioning.sketch.detach(), x.shape[2:], mode="bilinear")
             x = torch.cat([x, beside.to(x.dtype)], dim=1)
-        return self.unet(x, t, conditioning.added, conditioning.context)  # type: ignore[no-any-return]
+        c = conditioning
+        return self.unet(x, t, c.added, c.context, c.visible)  # type: ignore[no-any-return]
 
     def denoise(
-        self, x: Tensor, t: Tensor, embeddings: Tensor, given: Tensor, tokens: Tensor, lengths: Tensor
-    ) -> Tensor:
+        self, x: Tensor, t: Tensor, embeddings: Tensor, given: Tensor, tokens: Tensor, lengths: Tensor,
+        z_t: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """`condition`, then `forward`."""
-        return self(x, t, self.condition(embeddings, given, tokens, lengths))  # type: ignore[no-any-return]
+        return self(x, t, self.condition(embeddings, given, tokens, lengths, z_t))  # type: ignore[no-any-return]

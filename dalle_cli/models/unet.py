@@ -43,11 +43,12 @@ class UNetConfig:
     prediction: str = "epsilon"
     learned_variance: bool = True
     zero_snr: bool = False
+    channels: int = 3  # of the images; 4 where they are latents of another model
 
     def __post_init__(self) -> None:
         for name in ("multipliers", "attention"):  # TOML and JSON only know lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("image_size", "width", "depth", "head_width", "groups", "n_timestep"):
+        for name in ("image_size", "width", "depth", "head_width", "groups", "n_timestep", "channels"):
             if getattr(self, name) < 1:
                 raise DalleError(f"expected {name} of at least 1, found {getattr(self, name)}; raise it")
         if not self.multipliers or min(self.multipliers) < 1:
@@ -94,7 +95,7 @@ class UNetConfig:
     @property
     def out_channels(self) -> int:
         """Channels of what is predicted, and as many again for a learned variance."""
-        return 6 if self.learned_variance else 3
+        return 2 * self.channels if self.learned_variance else self.channels
 
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
@@ -142,15 +143,16 @@ class UNetAttention(nn.Module):
         """(B, L, parts * C) -> parts times (B, N, L, D)."""
         return x.view(*x.shape[:2], parts, self.n_head, -1).permute(2, 0, 3, 1, 4).unbind()
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """(B, C, H, W), (B, T, K) -> (B, C, H, W)."""
+    def forward(self, x: Tensor, context: Tensor | None, visible: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), (B, T, K) -> (B, C, H, W); `visible` (B, T) bool are the tokens to attend to, None is all."""
         pixels = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
         q, k, v = self._heads(self.qkv(pixels), 3)
         if self.context_kv is not None:
             assert context is not None
             more_k, more_v = self._heads(self.context_kv(context), 2)
             k, v = torch.cat([more_k, k], dim=2), torch.cat([more_v, v], dim=2)
-        h = self.out(kernels.attention(q, k, v).transpose(1, 2).flatten(2))
+        keys = None if visible is None else F.pad(visible, (0, pixels.shape[1]), value=True)
+        h = self.out(kernels.attention(q, k, v, keys).transpose(1, 2).flatten(2))
         y: Tensor = x + h.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
         return y
 
@@ -183,8 +185,8 @@ class UNetBlock(StackedBlock):
         assert self.conv2.bias is not None
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
-        """(B, C, H, W), (B, E), (B, T, K) -> (B, C', H', W')."""
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | None, visible: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), (B, E), (B, T, K), (B, T) -> (B, C', H', W')."""
         h = F.silu(self.norm1(x))
         if self.change:
             h, x = _resized(h, self.change), _resized(x, self.change)
@@ -196,7 +198,7 @@ class UNetBlock(StackedBlock):
         else:
             h = self.norm2(h + shift)
         h = self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
-        return h if self.attention is None else self.attention(h, context)  # type: ignore[no-any-return]
+        return h if self.attention is None else self.attention(h, context, visible)  # type: ignore[no-any-return]
 
 
 class Resample(StackedBlock):
@@ -207,7 +209,7 @@ class Resample(StackedBlock):
         self.change = change
         self.conv = nn.Conv2d(width, width, 3, stride=2 if change == "down" else 1, padding=1)
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | None, visible: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H', W')."""
         return self.conv(x if self.change == "down" else _resized(x, "up"))  # type: ignore[no-any-return]
 
@@ -265,20 +267,27 @@ class UNet(nn.Module):
                 blocks.append(self._resample(width, "up"))
         return blocks
 
-    def forward(self, x: Tensor, t: Tensor, added: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """(B, C, H, W), (B,) timesteps, (B, E) added to the timestep's embedding, (B, T, K) -> (B, 3 or 6, H, W)."""
+    def forward(
+        self, x: Tensor, t: Tensor, added: Tensor | None = None, context: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(B, C, H, W), (B,) timesteps, (B, E) added to the timestep's embedding, (B, T, K) -> (B, 3 or 6, H, W).
+
+        Blocks attend to the context tokens that are `visible` (B, T) bool; None is all.
+        """
         time = self.time_embedding(t)
         if added is not None:
             time = time + added
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for block in self.down:
-            x = block(x, time, context)
+            x = block(x, time, context, visible)
             skips.append(x)
         for block in self.middle:
-            x = block(x, time, context)
+            x = block(x, time, context, visible)
         for block in self.up:
-            x = block(x if getattr(block, "change", "") else torch.cat([x, skips.pop()], dim=1), time, context)
+            skip = None if getattr(block, "change", "") else skips.pop()
+            x = block(x if skip is None else torch.cat([x, skip], dim=1), time, context, visible)
         with torch.autocast(x.device.type, enabled=False):  # the prediction needs more digits than bfloat16 has
             y: Tensor = self.conv_out(F.silu(self.norm_out(x.to(self.conv_out.weight.dtype))))
         return y

@@ -28,6 +28,8 @@ class UpsamplerConfig(UNetConfig):
     # Conditioning augmentation: in training the small image is noised up to this share of the timesteps, and the
     # network is given the level (Ho et al. 2021, arXiv 2106.15282, sec. 4.2); 0 = never
     low_noise: float = 0.0
+    last: bool = False  # a second U-Net for the last step of sampling
+    clamp: bool = True  # the enlarged small image is clamped to [-1, 1]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,9 +50,9 @@ def resize(x: Tensor, factor: int) -> Tensor:
     return F.interpolate(x, scale_factor=float(factor), mode="bicubic", antialias=True)
 
 
-def enlarge(low: Tensor, factor: int) -> Tensor:
-    """The small image, enlarged for the network's input: (B, 3, s, s) -> (B, 3, f s, f s) in [-1, 1]."""
-    return resize(low, factor).clamp(-1, 1)
+def enlarge(low: Tensor, factor: int, clamp: bool = True) -> Tensor:
+    """The small image, enlarged for the network's input: (B, 3, s, s) -> (B, 3, f s, f s), clamped to [-1, 1]."""
+    return resize(low, factor).clamp(-1, 1) if clamp else resize(low, factor)
 
 
 class Upsampler(nn.Module):
@@ -59,16 +61,21 @@ class Upsampler(nn.Module):
     def __init__(self, config: UpsamplerConfig) -> None:
         super().__init__()
         self.config = config
-        self.unet = UNet(config, in_channels=6)
+        self.unet = UNet(config, in_channels=2 * config.channels)
+        self.last = UNet(config, in_channels=2 * config.channels) if config.last else None
         self.low_level = TimeEmbedding(config.width, config.time_width) if config.low_noise else None
 
-    def forward(self, x: Tensor, t: Tensor, enlarged: Tensor, level: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, enlarged: Tensor, level: Tensor | None = None, last: bool = False
+    ) -> Tensor:
         """(B, 3, S, S) at timesteps (B,), (B, 3, S, S) -> (B, 3 or 6, S, S).
 
-        `level` (B,) is the timestep that the small image was noised to, -1 (the default) for not at all.
+        `level` (B,) is the timestep that the small image was noised to, -1 (the default) for not at all. `last` says
+        that this is the last step of sampling, for which there may be a U-Net of its own.
         """
         added = None
         if self.low_level is not None:
             level = torch.full_like(t, -1) if level is None else level
             added = self.low_level(level + 1)
-        return self.unet(torch.cat([x, enlarged.to(x.dtype)], dim=1), t, added)  # type: ignore[no-any-return]
+        unet = self.last if last and self.last is not None else self.unet
+        return unet(torch.cat([x, enlarged.to(x.dtype)], dim=1), t, added)  # type: ignore[no-any-return]
