@@ -162,28 +162,20 @@ class HubSource(OpenedSource):
 
 
 class CombinedSource(OpenedSource):
-<<<<<<< HEAD
-    """Several sources as one: of files with the same name, the first counts.
+    """Several sources as one, without what is in some folders: of files with the same name, the first counts.
 
-    A repository's files are there as REPOSITORY/NAME, too, but for the first one's.
+    Files of further repositories are there as REPOSITORY/NAME, too.
     """
 
-    def __init__(self, sources: Sequence[OpenedSource]):
+    def __init__(self, sources: Sequence[OpenedSource], without: tuple[str, ...] = ()):
         self.of: dict[str, tuple[OpenedSource, str]] = {}
         for source in sources:
+            folder = "" if source is sources[0] else source.repository.split("/")[-1]
             for name in source.files:
-                self.of.setdefault(name, (source, name))
-                if source is not sources[0] and source.repository:
-                    self.of[f"{source.repository.split('/')[-1]}/{name}"] = source, name
+                if not name.startswith(without or "\0"):
+                    self.of.setdefault(name, (source, name))
+                    self.of.setdefault(f"{folder}/{name}" if folder else name, (source, name))
         super().__init__(sources[0].name, {name: source.files[own] for name, (source, own) in self.of.items()})
-=======
-    """Several sources as one, without what is in some folders: of files with the same name, the first counts."""
-
-    def __init__(self, sources: Sequence[OpenedSource], without: tuple[str, ...] = ()):
-        names = {name: source for source in reversed(sources) for name in source.files}
-        self.of = {name: source for name, source in names.items() if not name.startswith(without or "\0")}
-        super().__init__(sources[0].name, {name: source.files[name] for name, source in self.of.items()})
->>>>>>> main
         self.repository, self.revision = sources[0].repository, sources[0].revision
 
     def fetch(self, names: Sequence[str]) -> None:
