@@ -104,6 +104,14 @@ def components():
     return parts, whole
 
 
+def in_double(scheduler):
+    """A scheduler with its tables in float64: in float32 the last step scales what it predicts by 1 - 5e-4."""
+    scheduler.betas, scheduler.one = scheduler.betas.double(), scheduler.one.double()
+    scheduler.alphas = 1 - scheduler.betas
+    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+    return scheduler
+
+
 def publish(parts, whole, folder):
     """Write the pipeline and its CLIP as their publishers do: folder/karlo, folder/clip."""
     for name, part in parts.items():

@@ -9,6 +9,7 @@ from dalle_cli.errors import DalleError
 from dalle_cli.importing.unclip_prior import VARIANCES, prior_part, prior_sizes, prior_tensors
 from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.sampling.embeddings import PromptBatch, sample_diffusion
+from karlo_publication import in_double
 from reference import eclipse
 
 HEADS, TEXT, WIDTH = 2, 7, 12  # of the small prior: n_text and the width of states and embeddings
@@ -94,11 +95,8 @@ def their_samples(oracle, given, null, indices, steps, scale, clip, monkeypatch)
     from diffusers import UnCLIPScheduler
     from diffusers.schedulers import scheduling_unclip
 
-    scheduler = UnCLIPScheduler(variance_type="fixed_small_log", clip_sample_range=clip, prediction_type="sample")
-    # in float32 its first beta over 1 - alphas_cumprod, which should be 1, is off by 3e-4
-    scheduler.betas, scheduler.one = scheduler.betas.double(), scheduler.one.double()
-    scheduler.alphas = 1 - scheduler.betas
-    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+    how = {"variance_type": "fixed_small_log", "clip_sample_range": clip, "prediction_type": "sample"}
+    scheduler = in_double(UnCLIPScheduler(**how))
     scheduler.set_timesteps(steps)
     both = PromptBatch(*(torch.cat([n.expand_as(g), g]) for n, g in zip(null, given, strict=True)))
     x, times = noise_of(indices, 0), scheduler.timesteps
