@@ -49,9 +49,7 @@ class PatchDecoderConfig:
     # what a patch transformer has no choice of
     sketch = 0
     learned_variance = False
-    channels = 3
-    captions = "tokens"
-    betas = (1e-4, 0.02)
+    channels, captions, betas = 3, "tokens", (1e-4, 0.02)
 
     def __post_init__(self) -> None:
         if self.kind != "patch":

@@ -27,14 +27,7 @@ from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.process import Process
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
-from dalle_cli.sampling.decoder import (
-    CaptionBatch,
-    DecoderNetwork,
-    SamplerConfig,
-    sample_images,
-    to_images,
-    to_signed,
-)
+from dalle_cli.sampling.decoder import CaptionBatch, DecoderNetwork, SamplerConfig, sample_images, to_images, to_signed
 from dalle_cli.training.config import check_at_least, check_share, setting
 from dalle_cli.training.denoising import DenoisingTask, DenoisingTrain, Draws, Predict, denoising
 from dalle_cli.training.options import TrainingOptions
