@@ -20,7 +20,7 @@ from dalle_cli.models.movq import MOVQ
 from dalle_cli.models.upsampler import Upsampler
 from dalle_cli.options import DecoderOptions
 from dalle_cli.pipelines import loading
-from dalle_cli.pipelines.clip import ClipScorer
+from dalle_cli.pipelines.clip import ClipScorer, shared_clip
 from dalle_cli.pipelines.prior import find_clip
 from dalle_cli.pipelines.prompts import batched, token_tensors
 from dalle_cli.sampling.decoder import (
@@ -98,7 +98,7 @@ class ImageDecoder:
     @cached_property
     def clip(self) -> ClipScorer:
         """The CLIP whose text tower a decoder of states reads captions with."""
-        return ClipScorer(find_clip(self.weights, self.model), self.machine)
+        return shared_clip(find_clip(self.weights, self.model), self.machine)
 
     def _autoencoder(self) -> tuple[Artifact, MOVQ]:
         """The autoencoder of the bundle. Raises: DalleError if there is none, or it is of other latents."""
@@ -218,6 +218,11 @@ class ImageDecoder:
 def at_once(side: int) -> int:
     """How many images of this side a network computes at once."""
     return max(1, PIXELS_AT_ONCE // side**2)
+
+
+def to_bytes(images: Any) -> Any:
+    """Images (B, 3, s, s) as uint8, of float32 in [-1, 1] or of uint8."""
+    return images if images.dtype == np.uint8 else to_images(torch.from_numpy(images)).numpy()
 
 
 def decoder_config(options: DecoderOptions, defaults: Mapping[str, Any]) -> SamplerConfig:
