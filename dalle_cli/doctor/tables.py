@@ -17,7 +17,7 @@ from dalle_cli.doctor.examination import Columns, Examination
 from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.models.pixels import from_uint8
 from dalle_cli.sampling.categorical import CategoricalOptions
-from dalle_cli.sampling.decoder import SamplerConfig, sample_images, to_images
+from dalle_cli.sampling.decoder import CaptionBatch, SamplerConfig, sample_images, to_images
 from dalle_cli.sampling.embeddings import PromptBatch, sample_autoregressive, sample_diffusion
 
 COLLAPSE = 0.05  # share of the vocabulary, or of the codes seen, below which a codebook has collapsed
@@ -246,10 +246,10 @@ def sample(s: Examination, guidance: float) -> Tensor:
 def guided_levels(s: Examination) -> float:
     """Gray levels between images sampled from the same noise with and without guidance."""
     steps, noise = min(DECODER_STEPS, s.model.config.n_timestep), row_noise(s.request.seed, range(s.n), "doctor")
-    z_i, tokens, lengths = (s.columns[name] for name in ("z_i", "tokens", "lengths"))
+    z_i, captions = s.columns["z_i"], CaptionBatch(s.columns["tokens"], s.columns["lengths"])
     with s.request.machine.autocast():
         plain, guided = (
-            sample_images(s.model, z_i, tokens, lengths, SamplerConfig(steps, guidance=guidance), noise)
+            sample_images(s.model, z_i, captions, SamplerConfig(steps, guidance=guidance), noise)
             for guidance in (1.0, GUIDANCE)
         )
     return float((to_images(guided).double() - to_images(plain).double()).abs().mean())
