@@ -202,7 +202,8 @@ def test_openai(tmp_path, archive):
 
 
 @pytest.mark.parametrize(("card", "license_"), [
-    (None, "unknown"), ("# A CLIP\nlicense: gpl\n", "unknown"), ("---\ntags: x\nlicense: apache-2.0\n---\n", "apache-2.0"),
+    (None, "unknown"), ("# A CLIP\nlicense: gpl\n", "unknown"),
+    ("---\ntags: x\nlicense: apache-2.0\n---\n", "apache-2.0"),
 ])  # fmt: skip
 def test_the_license_is_that_of_the_card(tokenizer_json, card, license_):
     small = {"README.md": card.encode()} if card else {}
