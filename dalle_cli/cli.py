@@ -3,6 +3,7 @@
 import errno
 import importlib
 import io
+import keyword
 import os
 import sys
 import time
@@ -51,6 +52,7 @@ STAGES: dict[str, dict[str, str]] = {
     },
     "Share": {
         "export": "Write images as PNG files with a manifest, which is a data set again.",
+        "import": "Turn published weights into a bundle like our own, recognized by their files.",
         "info": "Describe an artifact and how it was made; of a bundle, each of its weights.",
         "pull": "Download a bundle from a hub, and check it.",
         "push": "Upload a bundle to a hub, with a model card.",
@@ -61,8 +63,9 @@ MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM} 
 
 
 def load_stage(name: str) -> Any:
-    """The module of a stage: `train-prior` is dalle_cli/commands/train_prior.py."""
-    return importlib.import_module(f"dalle_cli.commands.{name.replace('-', '_')}")
+    """The module of a stage: `train-prior` is dalle_cli/commands/train_prior.py, and `import` is import_.py."""
+    file = f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_")
+    return importlib.import_module(f"dalle_cli.commands.{file}")
 
 
 class Stage(TyperCommand):

@@ -1,6 +1,10 @@
-"""Weights and checkpoints as artifacts. Only this module of the package needs torch."""
+"""Weights and checkpoints as artifacts. This module and `region` need torch, the others of the package do not."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +12,16 @@ import torch
 from torch import Tensor
 
 from dalle_cli.artifacts.artifact import Artifact
-from dalle_cli.artifacts.container import SCALE, check_replaceable, metadata, replace_file
+from dalle_cli.artifacts.container import SCALE, TensorInfo, check_replaceable, metadata, replace_file
+from dalle_cli.artifacts.region import Region
 from dalle_cli.errors import DalleError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+BLOCK = 1 << 25  # bytes that are cast and written at once
+ALIGN = 64  # bytes: tensors that begin at a multiple of it can be used where the file is mapped
 
 
 def save_tensors(
@@ -31,6 +43,68 @@ def save_tensors(
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     replace_file(path, lambda part: save_file(flat, str(part), metadata=metadata(kind, config, history)))
     return path
+
+
+def stream_tensors(
+    path: Path,
+    kind: str,
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    read: Callable[[str], Tensor],
+    config: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    advance: Callable[[int], object] = lambda _: None,
+) -> str:
+    """Write tensors as one artifact file, holding one of them at a time: -> the SHA-256 of the file.
+
+    `entries` has the dtype and the shape of each; `read` gives it, in any dtype. `advance` is told the bytes written.
+
+    Raises:
+        DalleError: a tensor has another shape, or numbers too large for its dtype.
+    """
+    sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in entries.items()}
+    names = sorted(entries, key=lambda name: (sizes[name] % ALIGN != 0, -entries[name][0].itemsize, name))
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": metadata(kind, config, history)}
+    at = 0
+    for name in names:
+        dtype, shape = entries[name]
+        offsets = [at, at := at + sizes[name]]
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": offsets}
+    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-(8 + len(raw)) % ALIGN)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for block in (len(raw).to_bytes(8, "little"), raw):
+            digest.update(block)
+            file.write(block)
+        for name in names:
+            for tensor in _blocks(name, read(name), *entries[name]):
+                data = tensor.view(torch.uint8).numpy().data
+                digest.update(data)
+                file.write(data)
+                advance(len(data))
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _blocks(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """A tensor in its dtype, a few rows at a time, flat."""
+    if tuple(tensor.shape) != shape:
+        raise DalleError(
+            f"expected {list(shape)} for {name}, found {list(tensor.shape)}; the file is of something else"
+        )
+    tensor = tensor.detach()
+    if tensor.is_contiguous() or tensor.ndim == 0:
+        tensor = tensor.reshape(-1)
+    rows = max(1, BLOCK // max(1, dtype.itemsize * math.prod(tensor.shape[1:])))
+    for at in range(0, len(tensor), rows):
+        block = tensor[at : at + rows]
+        cast = block.to(dtype).contiguous().view(-1)
+        if dtype == torch.float16 and bool((cast.isinf() & ~block.reshape(-1).isinf()).any()):
+            raise DalleError(f"expected numbers that float16 can hold, found larger ones in {name}; take bfloat16")
+        if len(cast):
+            yield cast
 
 
 def stored_as(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
@@ -91,14 +165,45 @@ def _check_scales(artifact: Artifact) -> None:
             raise DalleError(f"expected an 8-bit matrix beside its scales, found {found} in {artifact.path}")
 
 
-def load_into(module: torch.nn.Module, artifact: Artifact) -> None:
-    """Copy the weights into a module built from the artifact's config, casting them to its dtypes.
+def load_into(
+    module: torch.nn.Module, artifact: Artifact, device: str | torch.device = "cpu", narrow: Collection[str] = ()
+) -> None:
+    """Give a module the weights of an artifact, one tensor at a time, whatever device the module is on.
+
+    Tensors take the module's dtypes and strides; those named in `narrow` stay as they are stored. A tensor that needs
+    neither a cast nor a copy is used where the file is mapped: it takes no memory that the system could not free.
 
     Raises:
         DalleError: a tensor is missing, unknown, or of another shape.
     """
     check_fit(module, artifact)
-    module.load_state_dict(load_tensors(artifact))
+    _check_scales(artifact)
+    stored, region = artifact.headers[0].tensors, Region(artifact.headers[0].path)
+    with open(artifact.headers[0].path, "rb", buffering=0) as file:
+
+        def read(info: TensorInfo) -> Tensor:
+            """A tensor: mapped if it is aligned as torch's own are, else read."""
+            dtype = DTYPES[info.dtype]
+            if info.start % ALIGN == 0:
+                return region.tensor(info.start, dtype, info.shape)
+            tensor = torch.empty(info.shape, dtype=dtype)
+            file.seek(info.start)
+            left = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+            while left:
+                left = left[file.readinto(left) :]
+            return tensor
+
+        tensors = {}
+        for name, own in module.state_dict().items():
+            tensor = read(stored[name])
+            if name + SCALE in stored:
+                tensor = tensor.float() * read(stored[name + SCALE]).float().view(-1, *[1] * (tensor.ndim - 1))
+            dtype = tensor.dtype if name in narrow else own.dtype
+            if tensor.stride() == own.stride():
+                tensors[name] = tensor.to(device, dtype)
+            else:
+                tensors[name] = torch.empty_strided(own.shape, own.stride(), dtype=dtype, device=device).copy_(tensor)
+    module.load_state_dict(tensors, assign=True)
 
 
 def check_fit(module: torch.nn.Module, artifact: Artifact) -> None:

@@ -134,7 +134,7 @@ class Tokenizer:
         keeps_last = self._library.truncation is not None
         self._library.no_padding()
         self._library.no_truncation()
-        self._before, self._after = _surrounding(self._library)
+        self.surrounding = self._before, self._after = _surrounding(self._library)  # tokens before and after each text
         self._last = self._after if keeps_last else []
 
     @property
@@ -166,7 +166,8 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Tokens -> text without special tokens; bytes that are not UTF-8, as at a cut, become U+FFFD."""
-        return str(self._library.decode([int(t) for t in tokens], skip_special_tokens=True))
+        special = {*self._before, *self._after}
+        return str(self._library.decode([int(t) for t in tokens if int(t) not in special], skip_special_tokens=True))
 
     def encode_dropout(self, text: str, p: float, rng: np.random.Generator, length: int = sys.maxsize) -> list[int]:
         """Text -> at most `length` tokens with BPE dropout (Provilkov et al. 2020, algorithm 1).

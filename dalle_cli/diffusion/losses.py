@@ -13,6 +13,7 @@ from dalle_cli.diffusion.process import Process, posterior_mean, scale, target, 
 from dalle_cli.diffusion.schedules import Schedule, extract
 
 BOUND_WEIGHT = 0.001  # Nichol & Dhariwal 2021, sec. 3.1: lambda
+MAX_VELOCITY_WEIGHT = 400.0  # Li & He 2025: near data the error of v is that of x_start without bound
 HALF_BIN = 1 / 255  # pixels are 256 values in [-1, 1]
 
 
@@ -33,20 +34,23 @@ def losses(
     noise: Tensor,
     *,
     min_snr: float | None = None,
+    velocity: bool = False,
     bound_weight: float = BOUND_WEIGHT,
 ) -> Losses:
     """The loss of a network's output at x = process.add_noise(x_start, t, noise).
 
     `output` is (B, C or 2C, ...), t (B,) int64, the others (B, C, ...). The loss is the squared error of the prediction
-    (Ho et al. 2020, eq. 14), averaged over a sample's values, and weighted if `min_snr` is a gamma. If the variance is
-    learned, T * bound_weight times the bound is added (Nichol & Dhariwal 2021, eq. 16); x_start must then be pixels in
-    [-1, 1].
+    (Ho et al. 2020, eq. 14), averaged over a sample's values, and weighted if `min_snr` is a gamma, or with `velocity`
+    so that it is the squared error of v, whatever the network predicts. If the variance is learned, T * bound_weight
+    times the bound is added (Nichol & Dhariwal 2021, eq. 16); x_start must then be pixels in [-1, 1].
     """
     x_start, x, noise = (part.to(torch.promote_types(part.dtype, torch.float32)) for part in (x_start, x, noise))
     prediction, interpolation = process.split(output, x)
     wanted = target(process.prediction, x_start, noise, process.schedule.at(t, x))
     simple = (prediction - wanted).square().flatten(1).mean(1)
-    if min_snr is not None:
+    if velocity:
+        simple = scale(extract(velocity_weights(process.schedule, process.prediction), t, simple), simple)
+    elif min_snr is not None:
         simple = scale(extract(min_snr_weights(process.schedule, process.prediction, min_snr), t, simple), simple)
     if interpolation is None:
         return Losses(simple, simple, None)
@@ -65,6 +69,16 @@ def min_snr_weights(schedule: Schedule, prediction: str, gamma: float = 5.0) -> 
         return (gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, also where SNR is 0
     capped = snr.clamp(max=gamma)
     return capped if prediction == "x_start" else capped / (snr + 1)
+
+
+def velocity_weights(schedule: Schedule, prediction: str) -> Tensor:
+    """Loss weights that make a squared error that of v: (T,) float64, at most MAX_VELOCITY_WEIGHT.
+
+    An error of x_start is that of v times sqrt(1 - alpha_bar); an error of epsilon is that of v times sqrt(alpha_bar).
+    """
+    alpha_bars = schedule.alphas_cumprod
+    variance = {"x_start": 1 - alpha_bars, "epsilon": alpha_bars, "v": torch.ones_like(alpha_bars)}[prediction]
+    return (1 / variance).clamp(max=MAX_VELOCITY_WEIGHT)
 
 
 def variational_bound(

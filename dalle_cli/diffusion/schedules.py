@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dalle_cli.errors import DalleError
 
-SCHEDULES = ("cosine", "linear")
+SCHEDULES = ("cosine", "linear", "flow")
 SPACINGS = ("trailing", "linspace", "leading", "leading+1", "karras")
 MAX_BETA = 0.999  # Nichol & Dhariwal 2021, sec. 3.2: no singularity at the end
 BETAS = (1e-4, 0.02)  # Ho et al. 2020, sec. 4: the first and the last of a linear schedule
@@ -118,6 +118,16 @@ def cosine(n: int) -> Schedule:
     return Schedule((1 - betas.clamp(max=MAX_BETA)).cumprod(0))
 
 
+def flow(n: int) -> Schedule:
+    """Straight paths from data to noise, x_s = (1 - s) x_start + s noise, s = (t + 1) / n (Lipman et al. 2023).
+
+    Scaled to unit variance they are a variance-preserving process, alpha_bar = (1 - s)^2 / ((1 - s)^2 + s^2); samplers
+    and networks see the scaled x_t. The last timestep is noise alone.
+    """
+    s = torch.arange(1, n + 1, dtype=torch.float64) / n
+    return Schedule((1 - s).square() / ((1 - s).square() + s.square()))
+
+
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
     """Shift and scale sqrt(alpha_bar) so that the last is 0 and the first as it was (Lin et al. 2023, algorithm 1)."""
     roots = schedule.alphas_cumprod.sqrt()
@@ -134,7 +144,7 @@ def make_schedule(name: str, n: int, zero_snr: bool = False, betas: Sequence[flo
         raise DalleError(f"expected a noise schedule among {', '.join(SCHEDULES)}, found {name!r}; take one of them")
     if n < 2:
         raise DalleError(f"expected 2 timesteps or more, found {n}; 1000 is the papers' number")
-    schedule = cosine(n) if name == "cosine" else linear(n, betas)
+    schedule = linear(n, betas) if name == "linear" else {"cosine": cosine, "flow": flow}[name](n)
     return zero_terminal_snr(schedule) if zero_snr else schedule
 
 

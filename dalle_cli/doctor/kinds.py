@@ -35,7 +35,7 @@ class ModelKind(NamedTuple):
     task: Callable[..., Any]
     settings: type
     columns: str  # of a training batch
-    width: str  # the field of the model's config
+    width: str  # the field of the model's config; of the patch transformer n_embd
     error: Callable[[Tensor, Metrics], Tensor] = lambda loss, _: loss  # what learning must lower
 
 
@@ -150,7 +150,11 @@ def _examination(request: Request, n: int, before: Sequence[Any], *after: Any, *
     """A examination on n rows; a task takes its data before the seed, and what else it needs after it."""
     kind, options = KINDS[request.weights.kind], deterministic(_settings(request.weights), n)
     model = kind.load(request.weights, request.machine.device)
-    facts |= {"model": model, "width": getattr(model.config, kind.width), "error": kind.error}
+    facts |= {
+        "model": model,
+        "width": getattr(model.config, kind.width, None) or model.config.n_embd,
+        "error": kind.error,
+    }
     names, arguments = tuple(kind.columns.split()), (model.config, options, *before, request.seed, *after)
     if request.weights.kind == "weights.prior.codes":
         facts["loss"] = model.loss  # without the true sketch, which would give codes away

@@ -1,7 +1,7 @@
 """The metrics of generated images against real ones.
 
-A new metric is a function here, a row in METRICS, and its name in `options.SCORES`, in `tables.NAMES`, which the table
-shows, and in `viz.metric_charts.METRICS`, which the chart shows.
+A new metric is a function here, a row in METRICS, its name in `options.SCORES`, and its title and unit for tables and
+charts in `viz.metric_charts.METRICS`.
 
 Shapes: N M rows of the two sets, D features, k images to choose among.
 """

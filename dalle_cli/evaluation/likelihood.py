@@ -111,19 +111,19 @@ class PriorMetrics:
         Raises:
             DalleError: the shapes are not the model's.
         """
-        device, (tokens, lengths) = self.prior.start.device, text
+        device, (tokens, lengths) = self.prior.device, text
         here, length, grids = (x.to(device) for x in (tokens, lengths, codes))
         text_nats, right = nats(self.prior, here, length, grids)
         null = nats(self.prior, here, torch.zeros_like(length), grids)[1]
         self.shuffled = other is not None
         wrong = right if other is None else nats(self.prior, other[0].to(device), other[1].to(device), grids)[1]
-        mask, flat = token_mask(tokens, lengths), codes.flatten(1)
+        mask, flat = self.prior.predicted(lengths), codes.flatten(1)
         unigram = smoothed_nats(flat, torch.ones_like(flat, dtype=torch.bool), self.unigram.image, self.unigram.own)
         text_unigram = smoothed_nats(tokens, mask, self.unigram.text, self.unigram.own)
         self.by_position += right.sum(0)
         self.null_by_position += null.sum(0)
         sums = [x.sum(1) for x in (text_nats, text_unigram, right, null, wrong, unigram)]
-        self.columns.append(torch.stack([lengths.double(), *sums], dim=1))
+        self.columns.append(torch.stack([mask.sum(1).double(), *sums], dim=1))
 
     def metrics(self) -> dict[str, object]:
         """Means over all pairs, in nats per code and per token; `_error` is a standard error over pairs.

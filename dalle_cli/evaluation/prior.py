@@ -44,7 +44,7 @@ def evaluate_prior(
     if options.plot is not None:
         charts.check(options.plot, force)
         charts.load_matplotlib()
-    prior = loading.prior(weights, machine.device)
+    prior = loading.prior(weights, machine.device, machine.dtype)
     check_made_for(weights, prior, captions, codes)
     pairs = Pairs(captions, codes)
     excluded = read_exclude_list(options.exclude, pairs.ids)

@@ -4,11 +4,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NAMES = {
-    "frechet": "frechet",
-    "kernel": "kernel distance", "precision": "precision", "recall": "recall", "inception": "Inception score",
-    "clip": "CLIP score", "r1": "retrieval R@1", "r5": "retrieval R@5",
-}  # fmt: skip
+from dalle_cli.viz.metric_charts import METRICS
+
 WIDTH = 200  # characters, at most
 
 
@@ -25,10 +22,10 @@ def image_rows(scores: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A row per metric, a cell per radius of blur."""
     flat: list[dict[str, Any]] = [{**table, **table.get("retrieval", {})} for table in scores]
     rows = []
-    for key in NAMES:
+    for key, (title, *_) in METRICS.items():
         cells = [table.get(key) for table in flat]
         if any(cells):
-            name = next(cell.get("name", NAMES[key]) for cell in cells if cell)
+            name = next(cell.get("name", title) for cell in cells if cell)
             rows.append([name, *(_cell(cell) if cell else "" for cell in cells)])
         if key == "clip" and any(cell and cell["shuffled"] is not None for cell in cells):
             others = [cell and cell["shuffled"] for cell in cells]

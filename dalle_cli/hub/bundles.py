@@ -3,7 +3,7 @@
 import filecmp
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dalle_cli.artifacts import Artifact, digest_file, open_artifact
@@ -15,12 +15,16 @@ SHIPPED = Path(__file__).parents[1] / "bundles"
 DEFAULTS = ("emoji", "shapes")  # without -m, the first of these that is shipped
 UPSAMPLER = "weights.upsampler"
 LEFT = (".run", ".log")  # suffixes of what stages leave beside the weights that they write
+# What makes a bundle of a repository of published weights, None of any other. `importing` knows publications and lies
+# above this room, so `pipelines` puts its function here.
+publication: Callable[[str], Path | None] = lambda model: None  # noqa: E731
 
 
 def locate(model: str | None, *kinds: str) -> Path:
     """The file or folder that `-m` names: a path, a shipped bundle, or a repository.
 
-    A repository is fetched whole, or only its weights of `kinds` and its JSON files.
+    A repository is fetched whole, or only its weights of `kinds` and its JSON files; that of a known publication is
+    imported when it is first used.
 
     Raises:
         DalleError: there is none.
@@ -31,7 +35,7 @@ def locate(model: str | None, *kinds: str) -> Path:
                 return SHIPPED / name
         raise DalleError("expected a model, found none; give -m FILE_OR_FOLDER or set DALLE_MODEL")
     if model.startswith(transfer.SCHEME):
-        return transfer.fetch(model, kinds).folder
+        return publication(model) or transfer.fetch(model, kinds).folder
     if Path(model).exists():
         return Path(model)
     shipped = sorted(folder.name for folder in SHIPPED.glob("*") if folder.is_dir())

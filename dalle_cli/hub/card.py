@@ -78,9 +78,16 @@ def read(folder: Path) -> str:
 
 
 def read_scores(folder: Path) -> object:
-    """The metrics in a bundle's scores.json, or None; `push` has checked that it is JSON."""
+    """The metrics in a bundle's scores.json, or None.
+
+    Raises:
+        DalleError: it is not JSON.
+    """
     path = folder / SCORES
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise DalleError(f"expected JSON, found {error}: {path}; make it again") from None
 
 
 def _metrics(weights: Sequence[Artifact], scores: object) -> str:

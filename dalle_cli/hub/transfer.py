@@ -56,15 +56,22 @@ class Repository:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The bundle files of a repository at one commit; `cached` means as the cache knows them, without the hub.
+    """The files of a repository at one commit; `cached` means as the cache knows them, without the hub.
 
-    `digests` has the SHA-256 of a large file, git's SHA-1 of a small one, "" if the hub gives none.
+    `every` has the digest of each file: the SHA-256 of a large one, git's SHA-1 of a small one, "" if the hub gives
+    none. `sizes` are in bytes.
     """
 
     repository: Repository
     commit: str
-    digests: Mapping[str, str]
+    every: Mapping[str, str]
+    sizes: Mapping[str, int]
     cached: bool = False
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Those of the files that may belong to a bundle."""
+        return {name: digest for name, digest in self.every.items() if BUNDLE_FILE.fullmatch(name)}
 
     @property
     def folder(self) -> Path:
@@ -109,26 +116,68 @@ def fetch(model: str, kinds: Sequence[str] = ()) -> Fetched:
         return _download(_resolve(repository), kinds)
 
 
-def _download(snapshot: Snapshot, kinds: Sequence[str]) -> Fetched:
+def holds_bundle(model: str) -> bool:
+    """Whether a repository holds weights of ours.
+
+    Raises:
+        DalleError: as `fetch`.
+    """
+    repository = parse(model)
+    with _one_line(repository):
+        pinned = _cached(repository) if COMMIT.fullmatch(repository.revision) else None
+        return bool(pinned and _weights(pinned, ())) or bool(_weights(_resolve(repository), ()))
+
+
+def snapshot(model: str) -> Snapshot:
+    """What files a repository has: by the hub or, without a connection, by the cache.
+
+    Raises:
+        DalleError: as `fetch`.
+    """
+    repository = parse(model)
+    with _one_line(repository):
+        return _resolve(repository)
+
+
+def get(snapshot: Snapshot, name: str) -> Path:
+    """Fetch one file of a repository, of any name, unless it is in the cache.
+
+    Raises:
+        DalleError: no access, no connection, or bytes that do not have the hub's digest.
+    """
+    with _one_line(snapshot.repository):
+        return _get(snapshot, name)
+
+
+def _get(snapshot: Snapshot, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
+    path = snapshot.folder / name
+    if not path.is_file():
+        hf_hub_download(snapshot.repository.name, name, revision=snapshot.commit)
+    _check(snapshot, name, path)
+    return path
+
+
+def remember(snapshot: Snapshot) -> None:
+    """Note in the cache which commit the revision is, where huggingface-hub looks for it without a connection."""
+    if not snapshot.cached and snapshot.repository.revision != snapshot.commit:
+        ref = snapshot.repository.cache / "refs" / snapshot.repository.revision
+        with suppress(DalleError):  # a read-only cache is fine
+            replace_file(ref, lambda part: part.write_text(snapshot.commit))
+
+
+def _download(snapshot: Snapshot, kinds: Sequence[str]) -> Fetched:
     repository, weights = snapshot.repository, _weights(snapshot, kinds)
     if not weights and (snapshot.cached or not kinds):
         where = "in the cache, and no connection" if snapshot.cached else "there"
         what = " or ".join(kinds) or "a bundle of dalle's weights"
-        raise DalleError(f"expected {what} in {repository}, found none {where}; check the name and the network")
+        advice = "check the name and the network, or `dalle import` if others published it"
+        raise DalleError(f"expected {what} in {repository}, found none {where}; {advice}")
     texts = [name for name in snapshot.digests if not name.endswith(".safetensors")]
     texts = [name for name in texts if name.endswith(".json") or not kinds]
-    files = []
-    for name in (*texts, *weights):  # weights last: if they are in the cache, the rest is
-        files.append(snapshot.folder / name)
-        if not files[-1].is_file():
-            hf_hub_download(repository.name, name, revision=snapshot.commit)
-        _check(snapshot, name, files[-1])
-    if not snapshot.cached and repository.revision != snapshot.commit:
-        ref = repository.cache / "refs" / repository.revision  # where huggingface-hub looks for it without a connection
-        with suppress(DalleError):  # a read-only cache is fine
-            replace_file(ref, lambda part: part.write_text(snapshot.commit))
+    files = [_get(snapshot, name) for name in (*texts, *weights)]  # weights last: once they are there, the rest is
+    remember(snapshot)
     return Fetched(snapshot.folder, tuple(files), snapshot.commit)
 
 
@@ -144,16 +193,13 @@ def _resolve(repository: Repository) -> Snapshot:
         reason, commit = _explain(repository, error)[0], snapshot.commit[:7]
         log.info("%s: %s, using the copy in the cache (commit %s)", repository, reason, commit)
         return snapshot
-    digests = {
-        file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) or ""
-        for file in info.siblings or ()
-        if BUNDLE_FILE.fullmatch(file.rfilename)
-    }
+    files = info.siblings or ()
+    digests = {file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) or "" for file in files}
     wrong = [digest for digest in digests.values() if not DIGEST.fullmatch(digest)]
     if wrong or not COMMIT.fullmatch(info.sha or ""):  # they become paths in the cache
         found = wrong[0] if wrong else info.sha
         raise DalleError(f"expected digests in hex from {repository}, found {found!r}; check HF_ENDPOINT")
-    return Snapshot(repository, str(info.sha), digests)
+    return Snapshot(repository, str(info.sha), digests, {file.rfilename: file.size or 0 for file in files})
 
 
 def _cached(repository: Repository) -> Snapshot | None:
@@ -163,11 +209,11 @@ def _cached(repository: Repository) -> Snapshot | None:
     folder = repository.cache / "snapshots" / commit
     if not COMMIT.fullmatch(commit) or not folder.is_dir():
         return None
-    digests = {}
-    for path in sorted(p for p in folder.iterdir() if BUNDLE_FILE.fullmatch(p.name) and p.is_file()):
-        digest = Path(os.readlink(path)).name if path.is_symlink() else ""
-        digests[path.name] = digest if DIGEST.fullmatch(digest) else ""
-    return Snapshot(repository, commit, digests, cached=True) if digests else None
+    digests, sizes = {}, {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name, digest = path.relative_to(folder).as_posix(), Path(os.readlink(path)).name if path.is_symlink() else ""
+        digests[name], sizes[name] = digest if DIGEST.fullmatch(digest) else "", path.stat().st_size
+    return Snapshot(repository, commit, digests, sizes, cached=True) if digests else None
 
 
 def _weights(snapshot: Snapshot, kinds: Sequence[str]) -> list[str]:
@@ -200,7 +246,7 @@ def _check(snapshot: Snapshot, name: str, path: Path) -> None:
     Raises:
         DalleError: the digests differ.
     """
-    expected = snapshot.digests[name]
+    expected = snapshot.every[name]
     if len(expected) == 64:
         found = digest_file(path)
     else:

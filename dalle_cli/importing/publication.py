@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
@@ -25,8 +26,14 @@ class TensorFile(Protocol):
     def shapes(self) -> Shapes:
         """Names and shapes, known without reading a tensor."""
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor, known without reading it."""
+
     def read(self, name: str) -> Tensor:
-        """One tensor in the dtype of the file, on the CPU."""
+        """One tensor in the dtype of the file, on the CPU: a view of the file where that is possible."""
+
+    def release(self) -> None:
+        """Give back the memory of what was read; tensors stay valid."""
 
 
 class Source(Protocol):
@@ -68,7 +75,8 @@ class Part:
 
     `model(sizes)`, built on the meta device, gives the names and shapes that must come out; `tensors` gives the origin
     of each of them, from the names and shapes in the source. A name of the source that no tensor is made of is refused
-    unless a pattern of `ignored` matches it whole.
+    unless a pattern of `ignored` matches it whole. If files of `sources` have a name in common, each name of all of
+    them is written with its file, as "encoder.pt:embed_tokens.weight".
     """
 
     file: str  # in the bundle, as "prior.safetensors"
@@ -101,7 +109,13 @@ class Importer:
     """How to import one publication.
 
     `clip` is the hub source of the CLIP that goes with it; the frame plans that CLIP's parts before this publication's,
-    as clip.safetensors and clip-tokenizer.json. "" where the publication has or needs none.
+    as clip.safetensors and clip-tokenizer.json. "" where the publication has or needs none. `clip_header` are keys that
+    the header of these weights gets.
+
+    `prior` are the folders of its prior, for which that of another publication can stand (`--prior`); () for none.
+
+    `also` are hub repositories with further files of the publication: from the hub, their files count as the source's
+    own, whose names win. A local source has them all in one folder.
     """
 
     name: str
@@ -109,6 +123,9 @@ class Importer:
     files: Callable[[Source], Sequence[str]]  # those of the source that are needed
     plan: Callable[[Source], Publication]
     clip: str = ""
+    also: tuple[str, ...] = ()
+    clip_header: Mapping[str, Any] = field(default_factory=dict)
+    prior: tuple[str, ...] = ()
 
 
 def renamed(names: Shapes, rules: Sequence[tuple[str, str]]) -> dict[str, From]:
@@ -123,12 +140,15 @@ def renamed(names: Shapes, rules: Sequence[tuple[str, str]]) -> dict[str, From]:
 
 
 def n_layers(names: Shapes, pattern: str) -> int:
-    """How many layers the names count: one more than the largest number that the pattern's group matches.
+    """How many layers the names count: the numbers, from 0 on, that the pattern's group matches.
 
     Raises:
-        DalleError: none.
+        DalleError: none, or not all of them.
     """
-    found = [int(match[1]) for name in names if (match := re.match(pattern, name))]
+    found = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     if not found:
         raise DalleError(f"expected tensors named like {pattern}, found none; the file is of something else")
-    return 1 + max(found)
+    if max(found) + 1 != len(found):  # or one name could ask for any number of layers
+        missing = next(i for i in range(len(found)) if i not in found)
+        raise DalleError(f"expected tensors of every layer, found none of layer {missing} named like {pattern}")
+    return len(found)

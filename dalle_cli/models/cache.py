@@ -1,6 +1,7 @@
 """Key-value caches for sampling codes one after another.
 
-P prompts, K candidates of each (B = P*K, prompts first), N heads, D head width, R = P*N*K rows, T caption positions.
+P prompts, K candidates of each (B = P*K, prompts first), N heads, D head width, R = P*N*K rows, S positions of start
+and caption.
 """
 
 from collections.abc import Sequence
@@ -22,11 +23,15 @@ def cache_dtype(dtype: torch.dtype, n_rows: int, on_cpu: bool) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prefilled captions: logits of the first code (P, V), and keys and values (P, N, 1 + T, D) by layer."""
+    """Prefilled captions: logits of the first code (P, V), and keys and values (P, N, S, D) by layer.
+
+    `visible` (P, S) bool says which of these positions may be attended to; None is all.
+    """
 
     logits: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    visible: Tensor | None = None
 
     def repeat(self, times: int) -> "Prompt":
         """Each caption `times` times, one after another."""
@@ -34,6 +39,7 @@ class Prompt:
             self.logits.repeat_interleave(times, 0),
             tuple(x.repeat_interleave(times, 0) for x in self.keys),
             tuple(x.repeat_interleave(times, 0) for x in self.values),
+            None if self.visible is None else self.visible.repeat_interleave(times, 0),
         )
 
     @staticmethod
@@ -43,6 +49,7 @@ class Prompt:
             torch.cat([p.logits for p in prompts]),
             tuple(torch.cat(x) for x in zip(*(p.keys for p in prompts), strict=True)),
             tuple(torch.cat(x) for x in zip(*(p.values for p in prompts), strict=True)),
+            torch.cat(visible) if (visible := [p.visible for p in prompts if p.visible is not None]) else None,
         )
 
 
@@ -54,7 +61,7 @@ class LayerCache:
     """
 
     def __init__(self, pattern: Pattern, text_keys: Tensor, text_values: Tensor, candidates: int) -> None:
-        """Caption keys and values (P, N, 1 + T, D)."""
+        """Caption keys and values (P, N, S, D)."""
         self.pattern = pattern
         self.n_prompts, self.n_head, _, width = text_keys.shape
         self.candidates = candidates
@@ -97,12 +104,12 @@ class LayerCache:
         return [min(self.block_size, n_visible - begin) for begin in range(0, n_visible, self.block_size)]
 
     def _text_scores(self, query: Tensor) -> Tensor:
-        """One product for all candidates of a prompt: (R, D) -> (R, 1 + T)."""
+        """One product for all candidates of a prompt: (R, D) -> (R, S)."""
         scores = torch.bmm(query.view(-1, self.candidates, query.shape[-1]), self.text_keys.mT)
         return scores.view(len(query), -1)
 
     def _text_values(self, weights: Tensor) -> Tensor:
-        """(R, 1 + T) -> (R, D)."""
+        """(R, S) -> (R, D)."""
         y = torch.bmm(weights.reshape(-1, self.candidates, weights.shape[-1]), self.text_values)
         return y.view(len(weights), -1)
 
@@ -124,7 +131,7 @@ class StaticLayerCache(LayerCache):
 
     def __init__(self, pattern: Pattern, text_keys: Tensor, text_values: Tensor, candidates: int) -> None:
         super().__init__(pattern, text_keys, text_values, candidates)
-        self.allowed = pattern.allowed(text_keys.device)
+        self.ring = pattern.ring_mask(text_keys.device)
 
     @property
     def block_size(self) -> int:
@@ -140,7 +147,9 @@ class StaticLayerCache(LayerCache):
         else:
             block, slot = torch.zeros_like(position), position % self.block_size
             back = (position - slots) % self.block_size  # age of each slot's code
-            hidden = (back > position) | ~self.allowed[back]
+            hidden = back > position
+            if self.ring is not None:
+                hidden = hidden | ~self.ring.index_select(0, slot[None])[0]
         where = (block[None], slice(None), slot[None])
         self.keys[where], self.values[where] = self._rows(k).to(self.dtype)[None], self._rows(v).to(self.dtype)[None]
         keys, values = (x.index_select(0, block[None])[0] for x in (self.keys, self.values))

@@ -80,16 +80,15 @@ class TextEncoder(nn.Module):
     The null caption has length 0: pads alone.
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, n_text: int, n_vocab: int, width: int, n_layer: int, n_head: int) -> None:
         super().__init__()
-        width = config.context_width
-        self.n_text = config.n_text
-        self.tokens = nn.Embedding(config.n_text_vocab, width)
-        self.positions = nn.Embedding(config.n_text, width)
-        self.pads = nn.Embedding(config.n_text, width)
+        self.n_text = n_text
+        self.tokens = nn.Embedding(n_vocab, width)
+        self.positions = nn.Embedding(n_text, width)
+        self.pads = nn.Embedding(n_text, width)
         for table in (self.tokens, self.positions, self.pads):
             nn.init.normal_(table.weight, std=0.02)
-        self.encoder = Encoder(config.text_layers, width, config.text_heads, "gelu", causal=False)
+        self.encoder = Encoder(n_layer, width, n_head, "gelu", causal=False)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -138,13 +137,20 @@ class Decoder(nn.Module):
         self.text: TextEncoder | TextProjection | None = None
         self.text_time: nn.Linear | None = None
         if config.n_text:
-            states = config.captions == "states"
-            self.text = TextProjection(config) if states else TextEncoder(config)
-            self.text_time = nn.Linear(config.n_embedding if states else config.context_width, config.time_width)
+            self.text, width = self._text(config)
+            self.text_time = nn.Linear(width, config.time_width)
         self.sketch = self._sketching(config) if config.sketch else None
         if config.embedding_norm:
             self.embedding_time_norm = nn.LayerNorm(config.time_width)
             self.embedding_tokens_norm = nn.LayerNorm(config.context_width)
+
+    @staticmethod
+    def _text(config: DecoderConfig) -> tuple[TextEncoder | TextProjection, int]:
+        """What makes context tokens of captions, and the width of what the timestep's embedding gets of them."""
+        c = config
+        if c.captions == "states":
+            return TextProjection(c), c.n_embedding
+        return TextEncoder(c.n_text, c.n_text_vocab, c.context_width, c.text_layers, c.text_heads), c.context_width
 
     @staticmethod
     def _sketching(config: DecoderConfig) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dalle_cli.errors import DalleError
 from dalle_cli.models.blocks import StackedBlock
 from dalle_cli.models.kernels import float32_linear
+from dalle_cli.models.pixels import check_sides
 from dalle_cli.models.quantizers import FiniteScalarQuantizer, GumbelQuantizer, Quantized, VectorQuantizer
 
 LOGIT_LAPLACE_EPS = 0.1
@@ -286,11 +287,7 @@ class DVAE(nn.Module):
 
         Raises: DalleError where the pixels do not divide into codes.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or any(size % self.config.reduction for size in images.shape[2:]):
-            raise DalleError(
-                f"expected images (B, 3, S, S) with S divisible by {self.config.reduction}, "
-                f"found {tuple(images.shape)}; resize them"
-            )
+        check_sides(images, self.config.reduction)
         pixels = squeeze(images) if self.config.likelihood == "logit_laplace" else 2 * images - 1
         out: Tensor = self.encoder(pixels.contiguous(memory_format=torch.channels_last))
         return full_precision(out)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_cli.models.attention import Pattern, causal_bias
+from dalle_cli.models.attention import Pattern, as_bias, causal_bias
 from dalle_cli.models.fast import block_attention, cpu_attention, fused, head
 from dalle_cli.models.fast.packed import Int8Linear as Int8Linear
 from dalle_cli.models.fast.packed import PackedLinear as PackedLinear
@@ -36,8 +36,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every query attends to the keys up to its own; the L queries are the last L of M positions. Shapes as above."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Every query attends to the keys up to its own; the L queries are the last L of M positions. Shapes as above.
+
+    Keys that are not `visible` (B, M) bool are left out; the first must be.
+    """
+    if visible is not None:
+        bias = _causal_bias(q, k) + as_bias(visible, q.dtype)[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     if _dense_is_fast(q):
         return cpu_attention.dense_attention(q, k, v, _causal_bias(q, k))
     if q.shape != k.shape:
@@ -47,10 +53,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def causal_attention_after_prefix(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def causal_attention_after_prefix(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None = None
+) -> Tensor:
     """Causal attention behind a prefix whose keys and values (P, N, S, D) are shared by B / P consecutive rows each.
 
-    (B, N, L, D), twice (B, N, M, D) -> (B, N, L, D). The prefix is not copied for each row.
+    (B, N, L, D), twice (B, N, M, D) -> (B, N, L, D). The prefix is not copied for each row. Keys of the prefix that are
+    not `visible` (P, S) bool are left out.
     """
     n_rows, n_head, length, width = q.shape
     shared = (len(keys), n_rows // len(keys), n_head, length)
@@ -63,7 +72,10 @@ def causal_attention_after_prefix(q: Tensor, k: Tensor, v: Tensor, keys: Tensor,
 
     q = q * width**-0.5
     own = group(q @ k.mT + _causal_bias(q, k))
-    weights = torch.softmax(torch.cat([group(q) @ keys.mT, own], dim=-1), dim=-1)
+    scores = group(q) @ keys.mT
+    if visible is not None:
+        scores = scores + as_bias(visible, scores.dtype)[:, None, None]
+    weights = torch.softmax(torch.cat([scores, own], dim=-1), dim=-1)
     prefix, own = torch.split(weights, [keys.shape[-2], k.shape[-2]], dim=-1)
     return ungroup(prefix @ values) + ungroup(own) @ v
 
@@ -72,23 +84,27 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tenso
     """Attention over the token prior's stream under a pattern (2021, app. B.1): three times (B, N, L, D) -> same."""
     if pattern.kind == "full":
         return causal_attention(q, k, v)
-    if FAST and q.device.type == "cpu":
+    local = FAST and pattern.kind != "window"  # whose keys are not at the same distances from each code
+    if local and q.device.type == "cpu":
         if pattern.kind == "column":
-            return cpu_attention.column_attention(q, k, v, pattern.n_text + 1, pattern.grid)
+            return cpu_attention.column_attention(q, k, v, pattern.n_prefix, pattern.grid)
         if LOCAL_GAIN * pattern.n_local_keys < q.shape[-2]:
-            return cpu_attention.local_attention(q, k, v, pattern.n_text + 1, pattern.grid, pattern.distances)
-    if FAST and q.device.type == "cuda" and block_attention.usable():
-        return block_attention.block_attention(q, k, v, pattern.n_text + 1, pattern.distances)
+            return cpu_attention.local_attention(q, k, v, pattern.n_prefix, pattern.grid, pattern.distances)
+    if local and q.device.type == "cuda" and block_attention.usable():
+        return block_attention.block_attention(q, k, v, pattern.n_prefix, pattern.distances)
     if _dense_is_fast(q):
         return cpu_attention.dense_attention(q, k, v, pattern.bias(q.device, q.dtype))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=pattern.mask(q.device))
 
 
-def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(gelu(x)): (..., H) -> (..., C); the fast form does not store gelu(x) for the backward pass."""
+def gelu_linear(x: Tensor, layer: nn.Linear, approximate: str = "none") -> Tensor:
+    """layer(gelu(x)): (..., H) -> (..., C); the fast form does not store gelu(x) for the backward pass.
+
+    `approximate` is `F.gelu`'s: "none" or "tanh".
+    """
     if FAST and torch.is_grad_enabled():
-        return fused.gelu_linear(x, layer)
-    return cast(Tensor, layer(F.gelu(x)))
+        return fused.gelu_linear(x, layer, approximate)
+    return cast(Tensor, layer(F.gelu(x, approximate=approximate)))
 
 
 def rms_norm(x: Tensor) -> Tensor:

@@ -1,11 +1,16 @@
 """Prepare a trained model for inference: replace its matrices by packed ones."""
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 
 from dalle_cli.models.dvae import DVAE
 from dalle_cli.models.kernels import Int8Linear, PackedLinear, PackedPointwise, packs
 from dalle_cli.models.prior import Prior
+from dalle_cli.models.vqgan import VQGAN
+
+D = TypeVar("D", DVAE, VQGAN)
 
 
 def pack(prior: Prior, rows: int, dtype: torch.dtype, int8: bool = False, plain: bool = False) -> Prior:
@@ -30,15 +35,16 @@ def pack(prior: Prior, rows: int, dtype: torch.dtype, int8: bool = False, plain:
     return prior
 
 
-def pack_pointwise(dvae: DVAE, dtype: torch.dtype) -> DVAE:
+def pack_pointwise(dvae: D, dtype: torch.dtype) -> D:
     """Replace the 1x1 convolutions by packed products, in place, where this is faster: in float32 on CPU.
 
-    The decoder's first layer is left as it is, because `DVAE.decode` gathers its columns.
+    A dVAE's first layer of the decoder is left as it is, because `DVAE.decode` gathers its columns.
     """
     if dtype != torch.float32 or not packs(dtype) or next(dvae.parameters()).device.type != "cpu":
         return dvae
+    kept = dvae.decoder[0] if isinstance(dvae, DVAE) else None
     for module in dvae.modules():
         for name, layer in module.named_children():
-            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer is not dvae.decoder[0]:
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer is not kept:
                 setattr(module, name, PackedPointwise(layer))
     return dvae

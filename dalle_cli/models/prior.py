@@ -6,10 +6,13 @@ V image vocabulary, P prompts, K candidates of each prompt (rows of a cache: pro
 Position 0 holds the start-of-text embedding, 1..T the caption, T+1.. the codes but the last. Position p predicts
 caption token p where p < T and code p - T from there on: the first code comes from the caption's last position, which
 carries text position T like any caption position, by the image head, in training and in sampling alike.
+
+Published priors differ in parts, each of which is an option. Without a start all positions move up by one, and the
+first caption token is not predicted. S = 1 + T positions of start and caption, or T; L = S + W*W - 1.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -19,11 +22,10 @@ from torch import Tensor, nn
 
 from dalle_cli.errors import DalleError
 from dalle_cli.models.attention import Pattern, layer_kinds, rotary_angles
-from dalle_cli.models.blocks import StackedBlock
+from dalle_cli.models.blocks import StackedBlock, init_transformer, prefill
 from dalle_cli.models.cache import Cache, Prompt
 from dalle_cli.models.kernels import (
     apply_rotary,
-    causal_attention,
     gelu_linear,
     head_logits,
     head_loss,
@@ -33,6 +35,7 @@ from dalle_cli.models.kernels import (
 )
 from dalle_cli.models.sketch import Hint, Sketch
 
+CHOICES = {"block": ("paper", "modern"), "activation": ("gelu", "gelu_tanh"), "final_norms": (1, 2)}
 Sketches = tuple[Tensor, Tensor]  # images (B, 3, s, s), and which rows follow them (B,) bool
 
 
@@ -50,8 +53,13 @@ class PriorConfig:
     n_text: int = 256
     n_image_vocab: int = 8192
     grid: int = 32
-    attention: str = "sparse"  # or "full"
+    attention: str = "sparse"  # or "full", or "window": sparse with the last layer's window cut at the grid's edges
     block: str = "paper"  # or "modern"
+    activation: str = "gelu"  # or "gelu_tanh", its approximation; of the paper's block
+    sandwich_norm: bool = False  # also normalize what the paper's block adds (CogView, Ding et al. 2021, sec. 2.4)
+    final_norms: int = 1  # before the heads, or 2
+    start: bool = True  # a start-of-text embedding at position 0
+    flat_position: bool = False  # an embedding for each position of the grid, instead of row and column
     conv_kernel: int = 11  # side of the last layer's window; odd
     # of the embeddings and each residual branch
     dropout: float = field(default=0.0, metadata={"warm_start": "free"})
@@ -78,13 +86,22 @@ class PriorConfig:
         if self.sketch_width < 5:
             raise DalleError(f"expected prior.sketch_width of at least 5, found {self.sketch_width}; raise it")
         layer_kinds(1, self.attention)  # refuses an unknown kind
-        if self.block not in ("paper", "modern"):
-            raise DalleError(f'expected prior.block "paper" or "modern", found "{self.block}"; correct the recipe')
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                found = " or ".join(map(json.dumps, known)) + f", found {json.dumps(getattr(self, name))}"
+                raise DalleError(f"expected prior.{name} {found}; correct the recipe")
+        if self.block == "modern" and (self.sandwich_norm or self.activation != "gelu"):
+            raise DalleError('expected prior.block "paper" for sandwich_norm and activation, found "modern"; change it')
         if self.block == "modern" and self.n_embd // self.n_head % 4:
             found = f"{self.n_embd} / {self.n_head}"
             raise DalleError(
                 f"expected heads as wide as a multiple of 4 for rotary angles, found {found}; correct the recipe"
             )
+
+    @property
+    def n_prefix(self) -> int:
+        """Positions before the codes: those of the caption, and the start, if there is one."""
+        return self.n_text + self.start
 
 
 class Attend(Protocol):
@@ -106,14 +123,19 @@ class PriorBlock(StackedBlock):
         self.mlp_in = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.mlp_out = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        sandwich = [nn.LayerNorm(config.n_embd) if config.sandwich_norm else nn.Identity() for _ in range(2)]
+        self.attention_norm, self.mlp_norm = sandwich
 
     def forward(self, x: Tensor, attend: Attend, rotary: Tensor | None = None, last: int | None = None) -> Tensor:
         """(B, L, C) -> (B, L, C), or (B, last, C) for the last positions only, which attend to all."""
         q, k, v = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         if last is not None:
             q, x = q[:, :, -last:], x[:, -last:]
-        x = x + self.dropout(self.attention_out(attend(q, k, v).transpose(1, 2).flatten(2)))
-        y: Tensor = x + self.dropout(gelu_linear(self.mlp_in(self.norm_2(x)), self.mlp_out))
+        attended = self.attention_out(attend(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.attention_norm(self.dropout(attended))
+        hidden = gelu_linear(self.mlp_in(self.norm_2(x)), self.mlp_out, self.approximate)
+        y: Tensor = x + self.mlp_norm(self.dropout(hidden))
         return y
 
 
@@ -155,21 +177,25 @@ class Prior(nn.Module):
         width = config.n_embd
         self.token = nn.Embedding(config.n_text_vocab, width)
         self.pad = nn.Embedding(config.n_text, width)
-        self.start = nn.Parameter(torch.empty(width))
-        self.text_position = nn.Embedding(config.n_text + 1, width)
+        self.start = nn.Parameter(torch.empty(width)) if config.start else None
+        self.text_position = nn.Embedding(config.n_prefix, width)
         self.code = nn.Embedding(config.n_image_vocab, width)
-        self.row = nn.Embedding(config.grid, width)
-        self.column = nn.Embedding(config.grid, width)
+        if config.flat_position:
+            self.code_position = nn.Embedding(config.grid**2, width)
+        else:
+            self.row = nn.Embedding(config.grid, width)
+            self.column = nn.Embedding(config.grid, width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(BLOCKS[config.block](config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(width)
+        norms = [nn.LayerNorm(width) for _ in range(config.final_norms)]
+        self.norm = norms[0] if len(norms) == 1 else nn.Sequential(*norms)
         self.text_head = nn.Linear(width, config.n_text_vocab)
         self.image_head = nn.Linear(width, config.n_image_vocab)
         sizes = (config.n_text_vocab, config.n_image_vocab, config.sketch, config.sketch_width)
         self.sketch = Sketch(*sizes) if config.sketch else None
         self.hint = Hint(width, config.sketch, config.grid) if config.sketch else None
         kinds = layer_kinds(config.n_layer, config.attention)
-        self.patterns = [Pattern(kind, config.n_text, config.grid, config.conv_kernel) for kind in kinds]
+        self.patterns = [Pattern(kind, config.n_text, config.grid, config.conv_kernel, config.start) for kind in kinds]
         self.initialize()
 
     @torch.no_grad()
@@ -184,7 +210,7 @@ class Prior(nn.Module):
     def forward(
         self, tokens: Tensor, lengths: Tensor, codes: Tensor, sketches: Sketches | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits of every token and code: (B, T), (B,), (B, W, W) int64 -> (B, T, n_text_vocab), (B, W*W, V) float32.
+        """Logits of tokens and codes: (B, T), (B,), (B, W, W) int64 -> (B, S - 1, n_text_vocab), (B, W*W, V) float32.
 
         Positions from a caption's length on hold the pad embedding of their position instead of a token. `sketches` are
         small images that the codes follow.
@@ -192,8 +218,8 @@ class Prior(nn.Module):
         Raises: DalleError where the shapes are not the model's.
         """
         x = self._read(tokens, lengths, codes, sketches)
-        n_text = self.config.n_text
-        return head_logits(self.text_head, x[:, :n_text]), head_logits(self.image_head, x[:, n_text:])
+        last = self.config.n_prefix - 1  # which predicts the first code
+        return head_logits(self.text_head, x[:, :last]), head_logits(self.image_head, x[:, last:])
 
     def _read(self, tokens: Tensor, lengths: Tensor, codes: Tensor, sketches: Sketches | None = None) -> Tensor:
         """Hidden states before the heads: (B, L, C)."""
@@ -211,7 +237,7 @@ class Prior(nn.Module):
             x = block(x, partial(sparse_attention, pattern=pattern), rotary)
         y: Tensor = self.norm(x)
         if hints is not None and sketches is not None and self.hint is not None:
-            first = self.config.n_text + 1
+            first = self.config.n_prefix
             y = torch.cat([y[:, :first], self._with_hints(y[:, first:], hints[1], sketches[1][:, None, None])], dim=1)
         return y
 
@@ -233,13 +259,13 @@ class Prior(nn.Module):
     @property
     def n_positions(self) -> int:
         """Positions of the stream: L."""
-        return self.config.n_text + self.config.grid**2
+        return self.config.n_prefix + self.config.grid**2 - 1
 
     def flops(self) -> float:
         """Floating-point operations of forward and backward for one caption and image."""
         config = self.config
         inner = sum(p.numel() for block in self.blocks for p in block.parameters() if p.ndim == 2)
-        heads = config.n_embd * (config.n_text * config.n_text_vocab + config.grid**2 * config.n_image_vocab)
+        heads = config.n_embd * ((config.n_prefix - 1) * config.n_text_vocab + config.grid**2 * config.n_image_vocab)
         attended = sum(int(pattern.mask(torch.device("cpu")).sum()) for pattern in self.patterns)
         return 6.0 * (inner * self.n_positions + heads + 2 * config.n_embd * attended)
 
@@ -260,11 +286,12 @@ class Prior(nn.Module):
         `sketches` as in `forward`.
         """
         x = self._read(tokens, lengths, codes if read is None else read, sketches)
-        n_text, written = self.config.n_text, self.written(lengths)
+        last, predicted = self.config.n_prefix - 1, self.predicted(lengths)
         if n_tokens is None:
-            n_tokens = lengths.sum().clamp(min=1)  # a batch may hold null captions only
-        text = head_loss(self.text_head, x[:, :n_text][written], tokens[written]) / n_tokens
-        image = head_loss(self.image_head, x[:, n_text:].flatten(0, 1), codes.flatten()) / codes.numel()
+            n_tokens = predicted.sum().clamp(min=1)  # a batch may hold null captions only
+        before = predicted[:, self.config.n_text - last :]  # of the positions that predict tokens
+        text = head_loss(self.text_head, x[:, :last][before], tokens[predicted]) / n_tokens
+        image = head_loss(self.image_head, x[:, last:].flatten(0, 1), codes.flatten()) / codes.numel()
         weight = self.config.text_weight
         parts = {"text_nats": text.detach(), "image_nats": image.detach()}
         return weight * text + (1 - weight) * image, parts
@@ -280,7 +307,7 @@ class Prior(nn.Module):
 
     def cache(self, prompt: Prompt, candidates: int = 1, static: bool = False) -> Cache:
         """Buffers to sample `candidates` grids for each caption of a prompt; `static` for a compiled `step`."""
-        rotary = self._rotary(self.start)[:, 1 + self.config.n_text :].transpose(0, 1)
+        rotary = self._rotary(prompt.logits)[:, self.config.n_prefix :].transpose(0, 1)
         modern = self.config.block == "modern"
         hint_widths = None if self.hint is None else (self.hint.ahead.out_features, self.hint.seen.out_features)
         return Cache(
@@ -314,59 +341,37 @@ class Prior(nn.Module):
         """Whether a caption position holds a token, not a pad: (B,) -> (B, T) bool."""
         return torch.arange(self.config.n_text, device=lengths.device) < lengths[:, None]
 
+    def predicted(self, lengths: Tensor) -> Tensor:
+        """Whether a caption position holds a token that is predicted: without a start the first one is not."""
+        positions = torch.arange(self.config.n_text, device=lengths.device)
+        return self.written(lengths) & (positions >= self.config.n_text + 1 - self.config.n_prefix)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.code.weight.device
+
     def _embed_text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Start, then tokens or pads, each with its text position, 0..T: (B, T), (B,) -> (B, 1 + T, C)."""
+        """Start, then tokens or pads, each with its text position: (B, T), (B,) -> (B, S, C)."""
         n_text = self.config.n_text
         if tokens.shape[1] != n_text:
             found = f"found {tokens.shape[1]}"
             raise DalleError(f"expected captions of {n_text} positions, {found}; tokenize with the prior's own length")
         x = torch.where(self.written(lengths)[..., None], self.token(tokens), self.pad.weight)
-        start = self.start.expand(len(x), 1, -1)
-        return torch.cat([start, x], dim=1) + self.text_position.weight
+        if self.start is not None:
+            x = torch.cat([self.start.expand(len(x), 1, -1), x], dim=1)
+        return x + self.text_position.weight
 
     def _rotary(self, x: Tensor) -> Tensor:
         """Rotary angles of every position, (2, L, D)."""
         config = self.config
-        return rotary_angles(config.n_text + 1, config.grid, config.n_embd // config.n_head, x.device)
+        return rotary_angles(config.n_prefix, config.grid, config.n_embd // config.n_head, x.device)
 
     def _code_positions(self) -> Tensor:
-        """Row and column embeddings, added, in raster order: (W*W, C)."""
+        """The embeddings of the grid's positions, or of row and column, added, in raster order: (W*W, C)."""
+        if self.config.flat_position:
+            return self.code_position.weight
         return (self.row.weight[:, None] + self.column.weight).flatten(0, 1)
-
-
-@torch.no_grad()
-def init_transformer(
-    parameters: Iterable[tuple[str, Tensor]], n_layer: int, generator: torch.Generator | None = None
-) -> None:
-    """Weights from N(0, 0.02), where a residual branch ends divided by sqrt(2 n_layer); norms 1, biases 0."""
-    for name, parameter in parameters:
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif "norm" in name or name.endswith("qk_scale"):
-            parameter.fill_(1)
-        else:
-            residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
-            parameter.normal_(0, 0.02 / math.sqrt(2 * n_layer) if residual else 0.02, generator=generator)
-
-
-def prefill(
-    blocks: Iterable[nn.Module], x: Tensor, rotary: Tensor, lasts: Sequence[int | None]
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Run blocks causally over a caption (P, S, C) and return the output with each block's keys and values.
-
-    `lasts` are the blocks' arguments `last`.
-    """
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys.append(k.contiguous())
-        values.append(v.contiguous())
-        return causal_attention(q, k, v)
-
-    for block, last in zip(blocks, lasts, strict=True):
-        x = block(x, attend, rotary, last)
-    return x, tuple(keys), tuple(values)
 
 
 def drop_captions(lengths: Tensor, probability: float, generator: torch.Generator) -> Tensor:

@@ -48,6 +48,16 @@ def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generato
     return (scores / temperature).softmax(-1).permute(0, 3, 1, 2)
 
 
+def nearest_codes(features: Tensor, codebook: Tensor) -> Tensor:
+    """The row of a codebook (V, D) nearest to each feature, by Euclidean distance; (B, D, H, W) -> (B, H, W) int64."""
+    rows = features.detach().permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+    book = codebook.detach()
+    with torch.autocast(rows.device.type, enabled=False):
+        half_norm = book.square().sum(1) / 2
+        nearest = [(half_norm - chunk @ book.T).argmin(1) for chunk in torch.split(rows, DISTANCE_ROWS)]
+    return torch.cat(nearest).view(features.shape[0], *features.shape[2:])
+
+
 class GumbelQuantizer(nn.Module):
     """Gumbel-softmax relaxation of one code per position (Ramesh et al. 2021, sec. 2.1); features are logits."""
 
@@ -84,12 +94,7 @@ class VectorQuantizer(nn.Module):
 
     def codes(self, features: Tensor) -> Tensor:
         """Find the nearest code by Euclidean distance; (B, D, H, W) -> (B, H, W) int64."""
-        rows = features.detach().permute(0, 2, 3, 1).reshape(-1, self.n_features)
-        book = self.codebook.detach()
-        with torch.autocast(rows.device.type, enabled=False):
-            half_norm = book.square().sum(1) / 2
-            nearest = [(half_norm - chunk @ book.T).argmin(1) for chunk in torch.split(rows, DISTANCE_ROWS)]
-        return torch.cat(nearest).view(features.shape[0], *features.shape[2:])
+        return nearest_codes(features, self.codebook)
 
     def vectors(self, codes: Tensor) -> Tensor:
         """Look codes up; (B, H, W) int64 -> (B, D, H, W)."""

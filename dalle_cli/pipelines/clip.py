@@ -24,14 +24,19 @@ _open: "WeakValueDictionary[tuple[str, ...], ClipScorer]" = WeakValueDictionary(
 
 
 class ClipScorer:
-    """A CLIP with its tokenizer, which is loaded for the first caption."""
+    """A CLIP with its tokenizer, which is loaded for the first caption.
+
+    Image embeddings have length 1, unless the header of the weights has `normalized` false: then they keep the length
+    that CLIP gives them, as priors and decoders of some published models need it.
+    """
 
     kind = "embeddings"
 
     def __init__(self, weights: Artifact, machine: Arithmetic):
         self.weights, self.machine = weights, machine
-        self.clip = loading.clip(weights, machine.device)
+        self.clip = loading.clip(weights, machine.device, machine.dtype)
         self.size, self.width = self.clip.config.image_size, self.clip.config.n_proj
+        self.normalized = bool(weights.config.get("normalized", True))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -75,8 +80,9 @@ class ClipScorer:
             return states.float(), lengths, self.clip.pool_text(states, lengths).float()
 
     def encode(self, images: Any) -> Any:
-        """z_i of images: (B, 3, S, S) uint8 -> (B, D) float32 of length 1."""
-        return F.normalize(self.image_features(self._pixels(images)), dim=-1).cpu().numpy()
+        """z_i of images: (B, 3, S, S) uint8 -> (B, D) float32 of length 1, if `normalized`."""
+        z = self.image_features(self._pixels(images))
+        return (F.normalize(z, dim=-1) if self.normalized else z).cpu().numpy()
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = BATCH) -> Any:
         """z_t of captions: N strings -> (N, D) float32 of length 1."""

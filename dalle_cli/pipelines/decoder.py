@@ -50,11 +50,11 @@ class ImageDecoder:
         self.weights, self.machine = bundles.weights(model, "weights.decoder"), machine
         self.defaults = sampling_defaults(self.weights)
         decoder_config(options, self.defaults)  # refuse wrong ones before anything is loaded
-        self.model, self.decoder = model, loading.decoder(self.weights, machine.device)
+        self.model, self.decoder = model, loading.decoder(self.weights, machine.device, machine.dtype)
         self.of_states = self.decoder.config.captions == "states"
         self.tokenizer = loading.tokenizer(self.weights) if self.decoder.config.n_text and not self.of_states else None
         found = bundles.upsamplers(model)
-        models = [loading.upsampler(weights, machine.device) for weights in found]
+        models = [loading.upsampler(weights, machine.device, machine.dtype) for weights in found]
         order = upsampler_order([m.config for m in models], self.decoder.config.image_size)
         self.upsamplers = [(found[i], models[i]) for i in order]
         self.set(options, seed)

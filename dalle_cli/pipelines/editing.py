@@ -19,6 +19,7 @@ from dalle_cli.data.images import read_image
 from dalle_cli.devices import Arithmetic, arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
+from dalle_cli.models.embeddings import Principal
 from dalle_cli.options import DecoderOptions, EditOptions
 from dalle_cli.pipelines import loading
 from dalle_cli.pipelines.clip import shared_clip
@@ -115,6 +116,8 @@ class Editor:
         z_t = torch.from_numpy(self.clip.encode_texts(texts))
         z_d = text_diff(z_t[0] if len(texts) == 2 else torch.zeros_like(z_t[-1]), z_t[-1])
         z, thetas = self.embed(source), rising(n, strength)
+        if not self.clip.normalized:
+            z_d = z_d * z[0].norm()  # so that the length of the image's embedding is kept along the way
         start = self.invert(z, source).expand(n, -1, -1, -1)
         images = self.sample("diff", slerp(z[0], z_d, thetas), [0] * n, start)
         options = {"from": before, "to": after, "strength": strength, "n": n}
@@ -131,6 +134,9 @@ class Editor:
         prior = find_embedding_prior(self.model)
         bundles.check_digest("CLIP", self.clip.weights.digest, prior.require("encoder", str), prior.path)
         principal = loading.embedding_prior(prior, torch.device("cpu")).principal.float()
+        if not isinstance(principal, Principal):
+            found = f"one with the mean and deviation of each dimension alone in {prior.path}"
+            raise DalleError(f"expected a prior with principal components, found {found}; train one on its embeddings")
         width = len(principal.mean)
         counts = component_counts(components, width)
         z = self.embed(source)
@@ -146,7 +152,7 @@ class Editor:
         return source.pixels(self.decoder.size)
 
     def embed(self, *sources: SourceImage) -> Tensor:
-        """z_i of B images: (B, D) float32 of length 1."""
+        """z_i of B images: (B, D) float32, of length 1 if the CLIP's embeddings are."""
         return torch.from_numpy(self.clip.encode(np.stack([s.pixels(self.clip.size) for s in sources])))
 
     def invert(self, z: Tensor, *sources: SourceImage) -> Tensor:

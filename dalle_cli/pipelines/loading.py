@@ -18,25 +18,33 @@ from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
+from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
+from dalle_cli.models.vqgan import VQGAN, VQGANConfig
+from dalle_cli.sampling.decoder import DecoderNetwork
 
 M = TypeVar("M", bound=nn.Module)
 CONFIGS: dict[type[nn.Module], type[Any]] = {
     DVAE: DVAEConfig,
+    VQGAN: VQGANConfig,
     Prior: PriorConfig,
     CLIP: CLIPConfig,
     DiffusionPrior: DiffusionPriorConfig,
     AutoregressivePrior: AutoregressivePriorConfig,
     Decoder: DecoderConfig,
+    PatchDecoder: PatchDecoderConfig,
     Upsampler: UpsamplerConfig,
 }
 # Sizes that repeat a part of a model. Each repetition has its own tensors, so no size exceeds the number of tensors.
 DEPTHS = ("n_layer", "n_blk_per_group", "vision_layers", "text_layers", "depth")
 
 
-def load_model(model: type[M], weights: Artifact, device: torch.device) -> M:
+def load_model(model: type[M], weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> M:
     """Load a model of the sizes in a weights file's header, in eval mode on `device`.
+
+    With a `dtype` of bfloat16, matrices that are stored in it stay in it: half the memory of float32. Their products
+    are the same then, as autocast rounds matrices to bfloat16 itself. Everything else is float32.
 
     Raises:
         DalleError: the tensors are not those that the header describes.
@@ -48,10 +56,26 @@ def load_model(model: type[M], weights: Artifact, device: torch.device) -> M:
             raise DalleError(f"expected the weights that the header describes, found {found}; make it again")
     config = build(CONFIGS[model], sizes, "model")
     with torch.device("meta"):
-        check_fit(model(config), weights)  # before a wrong header allocates memory
-    made = model(config)
-    load_into(made, weights)
+        made = model(config)
+    check_fit(made, weights)  # before a wrong header allocates memory
+    if made.state_dict().keys() != {name for name, _ in (*made.named_parameters(), *made.named_buffers())}:
+        made = model(config)  # there are buffers that no file has
+    load_into(made, weights, device, _matrices(made, weights) if dtype == torch.bfloat16 else ())
     return made.to(device).eval().requires_grad_(False)
+
+
+def _matrices(model: nn.Module, weights: Artifact) -> set[str]:
+    """The matrices of a model's repeated blocks that are stored in bfloat16.
+
+    What stands alone stays in float32: embeddings, and the last layer, which may compute in float32 under autocast.
+    """
+    stored, found = weights.headers[0].tensors, set()
+    blocks = [name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    for name, module in model.named_modules():
+        matrix = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and f"{name}.weight" in stored
+        if matrix and stored[f"{name}.weight"].dtype == "BF16" and name.startswith(tuple(f"{b}." for b in blocks)):
+            found.add(f"{name}.weight")
+    return found
 
 
 def tokenizer(weights: Artifact) -> Tokenizer:
@@ -70,16 +94,30 @@ def tokenizer(weights: Artifact) -> Tokenizer:
     return found
 
 
-# (weights, device) -> the model
-dvae = partial(load_model, DVAE)
+# (weights, device, dtype) -> the model
 prior = partial(load_model, Prior)
 clip = partial(load_model, CLIP)
-decoder = partial(load_model, Decoder)
 upsampler = partial(load_model, Upsampler)
 
 
-def embedding_prior(weights: Artifact, device: torch.device) -> DiffusionPrior | AutoregressivePrior:
+def dvae(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> DVAE | VQGAN:
+    """The model between images and codes of a weights file, of either kind."""
+    if weights.require("model", dict).get("kind") == "vqgan":
+        return load_model(VQGAN, weights, device, dtype)
+    return load_model(DVAE, weights, device, dtype)
+
+
+def decoder(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> DecoderNetwork:
+    """The decoder of a weights file, of either network."""
+    if weights.require("model", dict).get("kind") == "patch":
+        return load_model(PatchDecoder, weights, device, dtype)
+    return load_model(Decoder, weights, device, dtype)
+
+
+def embedding_prior(
+    weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32
+) -> DiffusionPrior | AutoregressivePrior:
     """The prior over embeddings of a weights file, of either kind."""
     if weights.require("model", dict).get("kind") == "diffusion":
-        return load_model(DiffusionPrior, weights, device)
-    return load_model(AutoregressivePrior, weights, device)
+        return load_model(DiffusionPrior, weights, device, dtype)
+    return load_model(AutoregressivePrior, weights, device, dtype)

@@ -21,13 +21,14 @@ from dalle_cli.options import AUTO, SamplingOptions, flag, given, refuse_given
 from dalle_cli.pipelines import loading
 from dalle_cli.pipelines.clip import ClipScorer, shared_clip
 from dalle_cli.pipelines.inpainting import InpaintingMask
-from dalle_cli.pipelines.prompts import Candidate, SamplerInputs, token_tensors
+from dalle_cli.pipelines.prompts import Candidate, SamplerInputs, batched, token_tensors
 from dalle_cli.sampling import memory
 from dalle_cli.sampling.autoregressive import sample_batches
 from dalle_cli.sampling.categorical import CategoricalOptions
 from dalle_cli.sampling.defaults import sampling_defaults
 from dalle_cli.sampling.embeddings import PromptBatch, sample_autoregressive, sample_diffusion
 
+CPU = torch.device("cpu")
 BATCH, STEPS = 64, 64  # candidates at once where the batch size is `auto`; steps of the paper's diffusion prior
 PRIORS = {"codes": "weights.prior.codes", "embeddings": "weights.prior.embeddings"}  # the first if both exist
 OF_DIFFUSION = ("sampler", "steps")
@@ -113,7 +114,7 @@ class TokenPrior(PriorPipeline):
 
     def __init__(self, weights: Artifact, machine: Arithmetic):
         super().__init__(weights, machine)
-        self.model = loading.prior(weights, machine.device)
+        self.model = loading.prior(weights, machine.device, machine.dtype)
         self.config = self.model.config
         self.n_parts = self.config.grid**2
         self.dtype = np.uint16 if self.config.n_image_vocab <= 2**16 else np.int32
@@ -178,7 +179,7 @@ class EmbeddingPrior(PriorPipeline):
     def __init__(self, weights: Artifact, machine: Arithmetic, clip: Artifact):
         super().__init__(weights, machine)
         self.clip_weights = clip
-        self.model = loading.embedding_prior(weights, machine.device)
+        self.model = loading.embedding_prior(weights, machine.device, machine.dtype)
         self.config = self.model.config
 
     @cached_property
@@ -203,7 +204,8 @@ class EmbeddingPrior(PriorPipeline):
             DalleError: an option that only other priors have.
         """
         refuse_given(options, "a prior over embeddings", "int8", "sketch_guidance")
-        own: dict[str, Any] = {"sampler": "ddpm", "steps": min(STEPS, getattr(self.config, "n_timestep", STEPS))}
+        steps = min(STEPS, getattr(self.config, "n_timestep", STEPS)) if getattr(self.config, "time", True) else 1
+        own: dict[str, Any] = {"sampler": "ddpm", "steps": steps}
         others: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         if not isinstance(self.model, DiffusionPrior):
             own, others = others, own
@@ -214,6 +216,19 @@ class EmbeddingPrior(PriorPipeline):
                 raise DalleError(f"expected {known} {found}; leave it out")
         return self._settings(options, guidance=1.0, **own)
 
+    @property
+    def takes_states(self) -> bool:
+        """Whether the prior takes captions as states of its CLIP, rather than tokens."""
+        return isinstance(self.model, DiffusionPrior) and self.config.captions == "states"
+
+    def prompt_batch(self, texts: Sequence[str]) -> PromptBatch:
+        """P prompts as the prior takes them, with their z_t, on the CPU."""
+        if not self.takes_states:
+            tokens, lengths = encode_prompts(self.weights, texts, self.config.n_text)
+            return PromptBatch(tokens, lengths, torch.from_numpy(self.clip.encode_texts(texts)))
+        parts = [PromptBatch(*self.clip.text_states(texts[rows])).to(CPU) for rows in batched(len(texts), BATCH)]
+        return PromptBatch(*map(torch.cat, zip(*parts, strict=True)))
+
     def batch_size(self, rows: Sequence[Candidate], settings: dict[str, Any], batch_size: int) -> int:
         """The batch size given, or 64 for `auto`."""
         return BATCH if batch_size == AUTO else batch_size
@@ -222,7 +237,7 @@ class EmbeddingPrior(PriorPipeline):
         self, rows: Sequence[Candidate], options: SamplingOptions | None = None, *, mask: InpaintingMask | None = None,
         batch_size: int = BATCH, compiled: bool = False, progress: Callable[[int], None] | None = None,
     ) -> Iterator[Any]:  # fmt: skip
-        """Sample z_i of candidates, batch after batch: (B, D) float32 of length 1.
+        """Sample z_i of candidates, batch after batch: (B, D) float32, of length 1 if the CLIP's embeddings are.
 
         Candidate k of a prompt depends on (weights, settings, prompt, k) alone. `progress` gets the number of
         candidates sampled since its last call.
@@ -235,14 +250,14 @@ class EmbeddingPrior(PriorPipeline):
                 raise DalleError(f"expected no --{name} for a prior over embeddings, found one; leave it out")
         options = options or SamplingOptions()
         settings, inputs = self.settings(options), SamplerInputs.of(rows)
-        tokens, lengths = encode_prompts(self.weights, inputs.texts, self.config.n_text)
-        prompts = PromptBatch(tokens, lengths, torch.from_numpy(self.clip.encode_texts(inputs.texts)))
+        prompts = self.prompt_batch(inputs.texts)
         at_once = self.batch_size(rows, settings, batch_size)
         how: dict[str, Any] = {"captions": inputs.captions, "batch_size": at_once, "progress": progress}
         if isinstance(self.model, DiffusionPrior):
             how |= {"sampler": settings["sampler"], "steps": settings["steps"]}
             how |= {"guidance_scale": settings["guidance"], "guidance_span": options.guidance_span}
             how |= {name: self.defaults[name] for name in OF_WEIGHTS if name in self.defaults}
+            how |= {"null": self.prompt_batch([""])} if self.takes_states and settings["guidance"] != 1 else {}
             batches = sample_diffusion(self.model, prompts, inputs.indices, settings["seed"], **how)
         else:
             how["options"] = categorical_options(settings, options)

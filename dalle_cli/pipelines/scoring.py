@@ -39,9 +39,10 @@ Batch = tuple[Any, list[str], dict[str, Any]]  # codes (B, H, W), their captions
 
 
 def nats(prior: Prior, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """-ln p of each token (0 for padding) and of each code: (B, T), (B,), (B, H, W) -> (B, T), (B, H*W) float64, CPU.
+    """-ln p of each token and of each code: (B, T), (B,), (B, H, W) -> (B, T), (B, H*W) float64, on the CPU.
 
-    Logits are computed for a few pairs at a time, in float32 even under autocast.
+    It is 0 for a token that is not predicted. Logits are computed for a few pairs at a time, in float32 even under
+    autocast.
 
     Raises:
         DalleError: the shapes are not the model's.
@@ -56,9 +57,11 @@ def nats(prior: Prior, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[
 def _nats(prior: Prior, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         text, image = prior(tokens, lengths, codes)
-        text_nats = F.cross_entropy(text.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+        first = tokens.shape[1] - text.shape[1]  # 1 for a prior that does not predict the first token
+        text_nats = F.cross_entropy(text.flatten(0, 1), tokens[:, first:].flatten(), reduction="none")
         image_nats = F.cross_entropy(image.flatten(0, 1), codes.flatten(), reduction="none").view(len(codes), -1)
-    return text_nats.cpu().double() * token_mask(tokens, lengths).cpu(), image_nats.cpu().double()
+    text_nats = F.pad(text_nats.view(text.shape[:2]), (first, 0))
+    return text_nats.cpu().double() * prior.predicted(lengths).cpu(), image_nats.cpu().double()
 
 
 def token_mask(tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ class PriorScorer:
             self.codec = Codec.of(dvae, self.encoder, self.weights.path, machine)
             self.inputs["dvae"] = dvae
         self.tokenizer = loading.tokenizer(self.weights)
-        self.prior = loading.prior(self.weights, machine.device)
+        self.prior = loading.prior(self.weights, machine.device, machine.dtype)
 
     def check(self, codes: Artifact) -> None:
         """Raises: DalleError if the codes are not of the prior's dVAE."""

@@ -30,6 +30,7 @@ from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.models.dvae import DVAE
 from dalle_cli.models.embedding_prior import AutoregressivePrior
 from dalle_cli.models.fast import cpu_attention
+from dalle_cli.models.patch_decoder import PatchDecoder
 from dalle_cli.models.prior import Prior
 from dalle_cli.models.upsampler import Upsampler
 from dalle_cli.planning.workload import Workload
@@ -224,7 +225,7 @@ def models_on_meta() -> Iterator[None]:
         return initialize_on_meta
 
     with ExitStack() as stack:
-        for model in (DVAE, CLIP, Prior, DiffusionPrior, AutoregressivePrior, Decoder, Upsampler):
+        for model in (DVAE, CLIP, Prior, DiffusionPrior, AutoregressivePrior, Decoder, PatchDecoder, Upsampler):
             stack.enter_context(mock.patch.object(model, "__init__", on_meta(model.__init__)))
         yield
 

@@ -15,7 +15,6 @@ from dalle_cli import config as recipes
 from dalle_cli.data.tokenizer import TokenizerConfig
 from dalle_cli.errors import DalleError
 from dalle_cli.models.clip import CLIPConfig
-from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPriorConfig
 from dalle_cli.models.dvae import DVAEConfig
 from dalle_cli.models.embedding_prior import AutoregressivePriorConfig
@@ -26,7 +25,7 @@ from dalle_cli.training import embedding_prior
 from dalle_cli.training import prior as token_prior
 from dalle_cli.training.clip import CLIPTask, CLIPTrain
 from dalle_cli.training.config import TrainConfig
-from dalle_cli.training.decoder import DecoderTask, DecoderTrain
+from dalle_cli.training.decoder import DecoderTask, DecoderTrain, trainable
 from dalle_cli.training.dvae import DVAETask, DVAETrain
 from dalle_cli.training.embedding_prior import AutoregressivePriorTask, DiffusionPriorTask, EmbeddingPriorTrain
 from dalle_cli.training.prior import PriorTask, PriorTrain
@@ -201,7 +200,7 @@ def _decoder(table: Mapping[str, Any], name: str) -> list[Workload]:
     known = condition_sizes(table)
     if isinstance(table[name], dict) and table[name].get("n_text") == 0:
         known = {key: n for key, n in known.items() if key == "n_embedding"}
-    config, train = recipes.section(table, name, DecoderConfig, known, train=DecoderTrain)
+    config, train = recipes.section(table, name, trainable(table).model, known, train=DecoderTrain)
 
     def batch(n: int) -> Batch:
         embeddings = torch.randn(n, config.n_embedding), torch.ones(n, dtype=torch.bool)

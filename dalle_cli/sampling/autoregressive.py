@@ -35,7 +35,7 @@ def sample_codes(
         DalleError: a setting out of range.
     """
     batches = sample_batches(prior, tokens, lengths, indices, seed, options, **more)
-    empty = torch.empty(0, prior.config.grid, prior.config.grid, dtype=torch.int64, device=prior.start.device)
+    empty = torch.empty(0, prior.config.grid, prior.config.grid, dtype=torch.int64, device=prior.device)
     return torch.cat([empty, *batches])
 
 
@@ -61,7 +61,7 @@ def sample_batches(
         DalleError: a setting out of range, or known codes that are not of the prior's grid and vocabulary.
     """
     captions, n_codes = rows_of_captions(captions, len(tokens), len(indices), batch_size), prior.config.grid**2
-    device = prior.start.device
+    device = prior.device
     tokens, lengths = tokens.to(device), lengths.to(device)
     grids, fixed = _known_codes(prior, known, keep, len(indices))
     guided = options.guided_positions(n_codes)

@@ -17,9 +17,13 @@ from dalle_cli.diffusion.samplers import SAMPLERS, VARIANCES, ddim_invert, defau
 from dalle_cli.diffusion.schedules import Schedule, Timesteps, make_schedule, select_timesteps
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder
+from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
 from dalle_cli.models.pixels import from_uint8, to_uint8
 from dalle_cli.models.unet import UNetConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig, enlarge, resize
+
+DecoderNetwork = Decoder | PatchDecoder
+DenoiserConfig = UNetConfig | PatchDecoderConfig
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class CaptionBatch(NamedTuple):
         return [x.to(device) for x in (self.text, self.lengths, self.z_t) if x is not None]
 
 
-def unet_process(config: UNetConfig) -> Process:
+def unet_process(config: DenoiserConfig) -> Process:
     """The diffusion process that a U-Net was trained with.
 
     Raises:
@@ -113,7 +117,7 @@ def to_images(x: Tensor) -> Tensor:
 
 
 def _denoiser(
-    decoder: Decoder, process: Process, embeddings: Tensor, captions: CaptionBatch, present: Tensor | None,
+    decoder: DecoderNetwork, process: Process, embeddings: Tensor, captions: CaptionBatch, present: Tensor | None,
     config: SamplerConfig,
 ) -> Denoiser:  # fmt: skip
     """A denoiser conditioned once for all timesteps; with guidance, a second half of the rows is null."""
@@ -130,7 +134,7 @@ def _denoiser(
 
 @torch.inference_mode()
 def sample_images(
-    decoder: Decoder, embeddings: Tensor, captions: CaptionBatch, config: SamplerConfig, noise: Noise,
+    decoder: DecoderNetwork, embeddings: Tensor, captions: CaptionBatch, config: SamplerConfig, noise: Noise,
     present: Tensor | None = None, start: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Sample images of B embeddings (B, D) and captions: -> (B, 3, S, S) float32 in [-1, 1], or latents (B, C, S, S).
@@ -147,7 +151,7 @@ def sample_images(
 
 @torch.inference_mode()
 def invert(
-    decoder: Decoder, images: Tensor, embeddings: Tensor, captions: CaptionBatch, config: SamplerConfig,
+    decoder: DecoderNetwork, images: Tensor, embeddings: Tensor, captions: CaptionBatch, config: SamplerConfig,
     iterations: int = 1, present: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """DDIM inversion: the noise from which `sample_images`, by ddim with this config, samples images (2022, sec. 3).

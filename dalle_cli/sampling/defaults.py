@@ -26,8 +26,13 @@ def _whole(least: int) -> Rule:
 
 def _number(least: float, most: float = math.inf) -> Rule:
     expected = f"a number of at least {least}" if most == math.inf else f"a number in [{least}, {most}]"
-    fits = lambda x: type(x) in (int, float) and math.isfinite(x) and least <= x <= most  # noqa: E731
-    return Rule(expected, lambda x: float(x) if fits(x) else None)
+
+    def read(x: object) -> float | None:
+        if isinstance(x, bool) or not isinstance(x, int | float):
+            return None
+        return float(x) if math.isfinite(x) and least <= x <= most else None
+
+    return Rule(expected, read)
 
 
 def _among(known: Sequence[str]) -> Rule:

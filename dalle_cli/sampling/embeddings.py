@@ -1,7 +1,8 @@
 """Sample CLIP image embeddings from a prior over them: by diffusion, or component by component (2022, sec. 2.2).
 
 P captions, T their positions, D embedding width, M components, N candidates, B of them in a batch. The noise of a
-candidate depends on (seed, its index) alone, so it is the same in batches of any size, up to rounding.
+candidate depends on (seed, its index) alone, so it is the same in batches of any size, up to rounding. Embeddings have
+length 1 unless the prior's config says that they keep CLIP's own length.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dalle_cli.diffusion import samplers, schedules
 from dalle_cli.diffusion.denoiser import Threshold, denoiser, guidance_interval
@@ -26,7 +28,11 @@ BEST_OF = 2  # sec. 2.2
 
 
 class PromptBatch(NamedTuple):
-    """Captions as a prior takes them: tokens (P, T), lengths (P,) int64, z_t (P, D) of length 1."""
+    """Captions as a prior takes them: tokens (P, T), lengths (P,) int64, z_t (P, D) of length 1.
+
+    A prior with `captions = "states"` takes states of CLIP's text tower (P, T, text_width) in place of tokens, and a
+    z_t that is not normalized.
+    """
 
     tokens: Tensor
     lengths: Tensor
@@ -36,8 +42,12 @@ class PromptBatch(NamedTuple):
         """Some of them."""
         return PromptBatch(*(x[list(rows)] for x in self))
 
+    def to(self, device: torch.device) -> "PromptBatch":
+        """On this device."""
+        return PromptBatch(*(x.to(device) for x in self))
+
     def null(self) -> "PromptBatch":
-        """The null caption, as training uses it for dropped captions."""
+        """The null caption of a prior that takes tokens, as training uses it for dropped captions."""
         return PromptBatch(self.tokens[:1], torch.zeros_like(self.lengths[:1]), self.z_t[:1])
 
 
@@ -59,25 +69,29 @@ def sample_diffusion(
     prior: DiffusionPrior, prompts: PromptBatch, indices: Sequence[int], seed: int, *,
     captions: Sequence[int] | None = None, sampler: str = "ddpm", steps: int = 64, guidance_scale: float = 1.0,
     guidance_span: tuple[float, float] = (0.0, 1.0), best_of: int = BEST_OF, batch_size: int = 64,
-    spacing: str | None = None, clip: float = 0.0, variance: str | None = None,
+    spacing: str | None = None, clip: float = 0.0, variance: str | None = None, null: PromptBatch | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Sample one embedding for each candidate index, batch after batch: (B, D) of length 1 on the prior's device.
+    """Sample one embedding for each candidate index, batch after batch: (B, D) on the prior's device.
 
     `captions` are rows of `prompts`, one for each index; without it there is one caption, or one for each index. Each
-    candidate is sampled `best_of` times, and the sample with the largest z_i . z_t is kept. `guidance_span` is the
-    guided interval of the trajectory, 0 being noise. `clip` is the range of the predicted z_i, 0 for any; `spacing` and
-    `variance` are those of the samplers. `progress` gets the number of candidates sampled since its last call.
+    candidate is sampled `best_of` times, and the sample with the largest cosine of z_i and z_t is kept. `guidance_span`
+    is the guided interval of the trajectory, 0 being noise. `clip` is the range of the predicted z_i, standardized, 0
+    for any; `spacing` and `variance` are those of the samplers. `null` is the null caption for guidance, which a prior
+    that takes states needs: those of the text "". `progress` gets the number of candidates sampled since its last call.
 
     Raises:
         DalleError: a setting out of range.
     """
     if best_of < 1:
         raise DalleError(f"expected 1 sample or more to choose from, found {best_of}; 2 is the paper's")
+    if not prior.config.time and steps != 1:
+        raise DalleError(f"expected 1 step of a prior without timesteps, found {steps}; leave --steps out")
     process, n = prior_process(prior), prior.config.n_embedding
     guidance = guidance_interval(process.schedule, guidance_scale, *guidance_span)
     threshold = Threshold(clip) if clip else None
-    for batch in _batches(prior, prompts, indices, captions, batch_size, guidance_scale != 1):
+    null = None if guidance_scale == 1 else null or prompts.null()
+    for batch in _batches(prior, prompts, indices, captions, batch_size, null):
         rows = len(batch.indices) * best_of
 
         def network(x: Tensor, t: Tensor, batch: CandidateBatch = batch, rows: int = rows) -> Tensor:
@@ -107,7 +121,7 @@ def sample_autoregressive(
         DalleError: a setting out of range.
     """
     guided = options.guided_positions(prior.config.n_component)
-    for batch in _batches(prior, prompts, indices, captions, batch_size, bool(guided)):
+    for batch in _batches(prior, prompts, indices, captions, batch_size, prompts.null() if guided else None):
         prompt, n = batch.guided if guided else batch.prompt, len(batch.indices)
         noise = torch.stack([uniforms(seed, index, 1 + prior.config.n_component) for index in batch.indices])
         lengths = batch.captions.lengths
@@ -144,7 +158,7 @@ def upper_half_dots(noise: Tensor, n_dot: int) -> Tensor:
 
 def _best(z: Tensor, z_t: Tensor) -> Tensor:
     """Of several embeddings the nearest to the caption's (sec. 2.2): (B, K, D), (B, D) -> (B, D)."""
-    best = (z * z_t[:, None].to(z.dtype)).sum(-1).argmax(dim=1)
+    best = (F.normalize(z, dim=-1) * z_t[:, None].to(z.dtype)).sum(-1).argmax(dim=1)
     return z[torch.arange(len(z), device=z.device), best]
 
 
@@ -160,19 +174,19 @@ def _noise(seed: int, indices: Sequence[int], best_of: int) -> Noise:
 
 def _batches(
     prior: DiffusionPrior | AutoregressivePrior, prompts: PromptBatch, indices: Sequence[int],
-    captions: Sequence[int] | None, batch_size: int, guided: bool,
+    captions: Sequence[int] | None, batch_size: int, null: PromptBatch | None,
 ) -> Iterator[CandidateBatch]:  # fmt: skip
     """Batches of candidates with their captions, which are encoded once where all candidates of a batch share one."""
     captions = rows_of_captions(captions, len(prompts.tokens), len(indices), batch_size)
-    prompts = PromptBatch(*(x.to(prior.position.weight.device) for x in prompts))
-    null = _prefill(prior, prompts.null()) if guided else None
+    unguided = None if null is None else _prefill(prior, null)
     for begin in range(0, len(indices), batch_size):
         own = list(captions[begin : begin + batch_size])
         prompt = _prefill(prior, prompts.rows(own[:1] if len(set(own)) == 1 else own))
-        both = prompt if null is None else Prompt.join([prompt, null.repeat(len(prompt.logits))])
-        yield CandidateBatch(indices[begin : begin + batch_size], prompts.rows(own), prompt, both)
+        both = prompt if unguided is None else Prompt.join([prompt, unguided.repeat(len(prompt.logits))])
+        given = prompts.rows(own).to(prior.position.weight.device)
+        yield CandidateBatch(indices[begin : begin + batch_size], given, prompt, both)
 
 
 def _prefill(prior: DiffusionPrior | AutoregressivePrior, prompts: PromptBatch) -> Prompt:
     with evaluating(prior):
-        return prior.prefill(*prompts)
+        return prior.prefill(*prompts.to(prior.position.weight.device))

@@ -20,7 +20,7 @@ _ROWS_OF_LOGITS = 12  # logits, their halves, sorted values, indices in 64 bits,
 
 def fitting_batch(prior: Prior, n_candidates: int, guided: bool, own_captions: bool, dtype: torch.dtype) -> int:
     """How many of `n_candidates` to sample at once in `dtype` on the prior's device: 1 to CAP."""
-    device = prior.start.device
+    device = prior.device
     free = int(free_memory(device) * SHARE)
     fits = free // candidate_bytes(prior, guided, own_captions, dtype)
     rows = (2 if guided else 1) * prior.config.n_head * fits
@@ -38,9 +38,9 @@ def candidate_bytes(prior: Prior, guided: bool, own_captions: bool, dtype: torch
     config = prior.config
     slots = sum(pattern.n_slots for pattern in prior.patterns)
     if own_captions:
-        slots += 2 * config.n_layer * (config.n_text + 1)  # as computed, and joined in the cache
+        slots += 2 * config.n_layer * config.n_prefix  # as computed, and joined in the cache
     caches = 2 * slots * config.n_embd  # keys and values
-    seen = config.n_text + 1 + max(pattern.n_slots for pattern in prior.patterns)
+    seen = config.n_prefix + max(pattern.n_slots for pattern in prior.patterns)
     activations = 16 * config.n_embd + 4 * config.n_head * seen + _ROWS_OF_LOGITS * config.n_image_vocab
     hints = 0
     if prior.hint is not None:
@@ -49,7 +49,7 @@ def candidate_bytes(prior: Prior, guided: bool, own_captions: bool, dtype: torch
     if not own_captions:
         return sampling
     prefill = dtype.itemsize * (2 * config.n_layer + _WIDTHS_OF_PREFILL)
-    return max(sampling, (config.n_text + 1) * config.n_embd * (prefill + 4 * 5))  # the residual stream is float32
+    return max(sampling, config.n_prefix * config.n_embd * (prefill + 4 * 5))  # the residual stream is float32
 
 
 def free_memory(device: torch.device) -> int:

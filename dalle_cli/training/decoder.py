@@ -3,7 +3,7 @@
 Shapes: B batch, S image side, D embedding width, T caption length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalle_cli import config as recipes
 from dalle_cli import console
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.data import loader
@@ -25,7 +26,8 @@ from dalle_cli.devices import rank
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.process import Process
 from dalle_cli.models.decoder import Decoder, DecoderConfig
-from dalle_cli.sampling.decoder import CaptionBatch, SamplerConfig, sample_images, to_images, to_signed
+from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
+from dalle_cli.sampling.decoder import CaptionBatch, DecoderNetwork, SamplerConfig, sample_images, to_images, to_signed
 from dalle_cli.training.config import check_at_least, check_share, setting
 from dalle_cli.training.denoising import DenoisingTask, DenoisingTrain, Draws, Predict, denoising
 from dalle_cli.training.options import TrainingOptions
@@ -56,7 +58,13 @@ class DecoderTrain(DenoisingTrain):
 
 
 def loss_of(
-    model: Decoder, process: Process, images: Tensor, t: Tensor, noise: Tensor, inputs: Sequence[Tensor], min_snr: float
+    model: Decoder | PatchDecoder,
+    process: Process,
+    images: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    inputs: Sequence[Tensor],
+    options: DecoderTrain,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one batch, and its parts; `inputs` are the arguments of `Decoder.condition`.
 
@@ -64,7 +72,7 @@ def loss_of(
     image, made as small, with the weight of the noise's.
     """
     conditioning = model.condition(*inputs)
-    loss, metrics = denoising(process, lambda x, t: model(x, t, conditioning), images, t, noise, min_snr)
+    loss, metrics = denoising(process, lambda x, t: model(x, t, conditioning), images, t, noise, options)
     if conditioning.sketch is not None:
         small = F.adaptive_avg_pool2d(to_signed(images), conditioning.sketch.shape[-1])
         metrics["sketch"] = (conditioning.sketch.float() - small).square().mean()
@@ -86,18 +94,19 @@ def embedding_noise(embeddings: Tensor, most: float, seed: int, step: int, slots
 class DecoderTask(DenoisingTask):
     """Images, each with the embedding and, if there is one, a caption of the same id."""
 
-    config: DecoderConfig
+    config: DecoderConfig | PatchDecoderConfig
     options: DecoderTrain
-    model: Decoder
+    model: DecoderNetwork
     n_uniform = 4  # the choice of an embedding and of a caption among several, and whether each is dropped
 
     def __init__(
-        self, config: DecoderConfig, train: DecoderTrain, data: Dataset, conditions: Conditions, seed: int, workers: int
-    ):
+        self, config: DecoderConfig | PatchDecoderConfig, train: DecoderTrain, data: Dataset, conditions: Conditions,
+        seed: int, workers: int,
+    ):  # fmt: skip
         """Every image of `data` has an embedding in `conditions`."""
         super().__init__(config, train, data, seed, workers)
         self.conditions, self.side = conditions, config.image_size
-        self.model = seeded(seed, lambda: Decoder(config))
+        self.model = seeded(seed, lambda: build(config))
 
     def conditioning(self, batch: loader.Batch, own: Draws, pool: ThreadPoolExecutor) -> Batch:
         """Embeddings (B, D), whether each is given (B,), tokens (B, T) and lengths (B,), 0 for a null caption."""
@@ -125,11 +134,11 @@ class DecoderTask(DenoisingTask):
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the noise, the bound that teaches the variance, and the sketch's error if there is one."""
         images, noise, t, *inputs = batch
-        return loss_of(self.model, self.process, images, t, noise, inputs, self.options.min_snr)
+        return loss_of(self.model, self.process, images, t, noise, inputs, self.options)
 
     def samples(self, model: nn.Module, device: torch.device) -> Image.Image | None:
         """Held-out originals above what is decoded from their embeddings, always with the same noise."""
-        assert isinstance(model, Decoder)
+        assert isinstance(model, Decoder | PatchDecoder)
         for rows, images, (embeddings, _, tokens, lengths) in self.held_out_batches(self.options.grid_images):
             noise, brush = row_noise(self.seed, rows, "decoder"), SamplerConfig(self.options.grid_steps)
             decoded = to_images(sample_images(model, embeddings, CaptionBatch(tokens, lengths), brush, noise))
@@ -138,7 +147,16 @@ class DecoderTask(DenoisingTask):
         return None
 
 
-TRAINABLE = Trainable("train-decoder", "weights.decoder", "decoder", DecoderConfig, DecoderTrain)
+def build(config: DecoderConfig | PatchDecoderConfig) -> DecoderNetwork:
+    """A new decoder of either network."""
+    return PatchDecoder(config) if isinstance(config, PatchDecoderConfig) else Decoder(config)
+
+
+def trainable(table: Mapping[str, Any]) -> Trainable:
+    """The network that a recipe's table [decoder] chooses: a patch transformer by its `kind`, else the U-Net."""
+    body = table.get("decoder")
+    network = PatchDecoderConfig if isinstance(body, dict) and "kind" in body else DecoderConfig
+    return Trainable("train-decoder", "weights.decoder", "decoder", network, DecoderTrain)
 
 
 def train_decoder(
@@ -169,7 +187,8 @@ def train_decoder(
     inputs.sizes |= {
         "n_embedding": conditions.width, "n_text": conditions.n_text, "n_text_vocab": conditions.n_vocab,
     }  # fmt: skip
-    stage = TrainingStage(TRAINABLE, out, o, inputs)
+    table = recipes.read(o.config, o.sets)
+    stage = TrainingStage(trainable(table), out, o, inputs, table)
     if (missing := conditions.missing(data.ids)) and rank() == 0:
         console.note(f"{len(missing)} of {len(data)} images have no embedding and are left out")
     data = data.exclude(missing)

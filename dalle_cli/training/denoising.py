@@ -21,8 +21,8 @@ from dalle_cli.data.datasets import Dataset
 from dalle_cli.diffusion.losses import by_timestep, losses
 from dalle_cli.diffusion.noise import noise_for
 from dalle_cli.diffusion.process import Process
-from dalle_cli.models.unet import UNetConfig
-from dalle_cli.sampling.decoder import to_signed, unet_process
+from dalle_cli.errors import DalleError
+from dalle_cli.sampling.decoder import DenoiserConfig, to_signed, unet_process
 from dalle_cli.training.config import ImageTrainConfig, check_at_least, setting
 from dalle_cli.training.task import Batch, EqualParts, ImageTask
 
@@ -41,12 +41,19 @@ class DenoisingTrain(ImageTrainConfig):
     schedule: str = "constant"
     ema: float = 0.9999
     min_snr: float = 0.0  # gamma of Hang et al. 2023, who take 5; 0 weights all timesteps equally
+    velocity_loss: bool = False  # the squared error of v, whatever the network predicts
+    # timesteps from a logistic-normal (Esser et al. 2024, sec. 3.1), of this mean and standard deviation before the
+    # logistic function, 1 being noise; 0 = uniform
+    timestep_mean: float = 0.0
+    timestep_std: float = 0.0
     grid_images: int = setting(0, affects="nothing")  # held-out images sampled at each validation; 0 = none
     grid_steps: int = setting(10, affects="nothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 0, "min_snr", "grid_images")
+        check_at_least(self, 0, "min_snr", "timestep_std", "grid_images")
+        if self.velocity_loss and self.min_snr:
+            raise DalleError("expected velocity_loss or min_snr, found both; leave one out")
         check_at_least(self, 1, "grid_steps")
 
 
@@ -58,26 +65,32 @@ class Draws(NamedTuple):
     uniform: NDArray[np.float64]
 
 
-def draws(seed: int, step: int, slots: Sequence[int], n_timestep: int, side: int, n_uniform: int) -> Draws:
-    """What is drawn for these slots of an update's batch."""
+def draws(
+    seed: int, step: int, slots: Sequence[int], n_timestep: int, side: int, n_uniform: int,
+    timesteps: tuple[float, float] = (0.0, 0.0),
+) -> Draws:  # fmt: skip
+    """What is drawn for these slots of an update's batch; `timesteps` are mean and deviation of the logistic-normal."""
+    mean, std = timesteps
     t = np.empty(len(slots), dtype=np.int64)
     noise = np.empty((len(slots), 3, side, side), dtype=np.float32)
     uniform = np.empty((len(slots), n_uniform))
     for i, slot in enumerate(slots):
         rng = np.random.default_rng([seed, step, slot, _DRAWS])
-        t[i], uniform[i] = rng.integers(n_timestep), rng.random(n_uniform)
+        t[i] = n_timestep / (1 + np.exp(-mean - std * rng.standard_normal())) if std else rng.integers(n_timestep)
+        uniform[i] = rng.random(n_uniform)
         rng.standard_normal(out=noise[i], dtype=np.float32)
     return Draws(torch.from_numpy(t), torch.from_numpy(noise), uniform)
 
 
 def denoising(
-    process: Process, predict: Predict, images: Tensor, t: Tensor, noise: Tensor, min_snr: float = 0.0
+    process: Process, predict: Predict, images: Tensor, t: Tensor, noise: Tensor, options: DenoisingTrain
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a network at noised images, uint8 (B, 3, S, S), and its parts: -> ()."""
     here = t.cpu()  # where the schedule is; the one wait for the device
     x_start = to_signed(images)
     x = process.add_noise(x_start, here, noise)
-    found = losses(process, predict(x, t), x_start, x, here, noise, min_snr=min_snr or None)
+    weighted: dict[str, Any] = {"min_snr": options.min_snr or None, "velocity": options.velocity_loss}
+    found = losses(process, predict(x, t), x_start, x, here, noise, **weighted)
     metrics = {"mse": found.simple.mean()}
     if found.bound is not None:
         metrics["bits"] = found.bound.mean()
@@ -119,13 +132,13 @@ class Bins:
 class DenoisingTask(EqualParts, ImageTask, ABC):
     """A diffusion model over images, each with some conditioning; one subclass per model."""
 
-    config: UNetConfig
+    config: DenoiserConfig
     options: DenoisingTrain
     model: nn.Module
     side: int  # of the training images
     n_uniform = 0  # further random numbers that an image needs
 
-    def __init__(self, config: UNetConfig, train: DenoisingTrain, data: Dataset, seed: int, workers: int):
+    def __init__(self, config: DenoiserConfig, train: DenoisingTrain, data: Dataset, seed: int, workers: int):
         super().__init__(train, data, seed, workers)
         self.config, self.process = config, unet_process(config)
 
@@ -146,7 +159,9 @@ class DenoisingTask(EqualParts, ImageTask, ABC):
         slots = self.slots
 
         def make(step: int) -> Draws:
-            return draws(self.seed, step, slots, len(self.process.schedule), self.side, self.n_uniform)
+            o, n_timestep = self.options, len(self.process.schedule)
+            timesteps = (o.timestep_mean, o.timestep_std)
+            return draws(self.seed, step, slots, n_timestep, self.side, self.n_uniform, timesteps)
 
         with closing(loader.prefetch(make, start)) as ahead, ThreadPoolExecutor(max(self.workers, 1)) as pool:
             for batch, own in zip(self.loaded(start, self.side), ahead, strict=False):
@@ -155,7 +170,7 @@ class DenoisingTask(EqualParts, ImageTask, ABC):
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the noise, and the bound that teaches the variance."""
         images, noise, t, *conditioning = batch
-        return denoising(self.process, self.predict(self.model, conditioning), images, t, noise, self.options.min_snr)
+        return denoising(self.process, self.predict(self.model, conditioning), images, t, noise, self.options)
 
     def held_out_batches(self, n: int | None = None) -> Iterator[tuple[list[int], Tensor, Batch]]:
         """The first n held-out images (default: all), whole: rows, (b, 3, S, S) uint8, and their conditioning."""

@@ -23,6 +23,7 @@ from dalle_cli.hub import bundles
 from dalle_cli.models.dvae import DVAE
 from dalle_cli.models.pixels import to_uint8
 from dalle_cli.models.prior import Prior, PriorConfig, disturb_codes, drop_captions
+from dalle_cli.models.vqgan import VQGAN
 from dalle_cli.pipelines import loading
 from dalle_cli.sampling.autoregressive import sample_codes
 from dalle_cli.sampling.categorical import CategoricalOptions
@@ -42,7 +43,7 @@ RESAMPLING_STEPS = 15  # of DDIM
 
 
 @torch.inference_mode()
-def code_colors(dvae: DVAE) -> Tensor:
+def code_colors(dvae: DVAE | VQGAN) -> Tensor:
     """The mean color of an image of each code alone: (V, 3) float32 in [-1, 1]."""
     side = 4  # codes; a decoder looks no further than to its neighbors
     codes = torch.arange(dvae.config.n_vocab)[:, None, None].expand(-1, side, side)
@@ -219,7 +220,7 @@ class PriorTask(PairTask):
             found = f"found {len(batch[3])}"
             raise DalleError(f"expected sketch_batch a multiple of {parts}, the parts of a batch, {found}; change it")
         made = self._corrupted(batch, generator)
-        share = made[1].sum().clamp(min=1) / parts
+        share = self.model.predicted(made[1]).sum().clamp(min=1) / parts
         return [(*chunk, share) for chunk in zip(*(x.chunk(parts) for x in made), strict=True)]
 
     def units(self, batch: Batch) -> tuple[str, int]:
@@ -241,7 +242,7 @@ class PriorTask(PairTask):
         for numbers, captions, latents in self.held_out_rows(self.options.max_validation):
             tokens, lengths, codes = (column.to(device) for column in self._columns(captions, latents))
             _, parts = model.loss(tokens, lengths, codes)
-            n_tokens, here = float(lengths.sum()), len(numbers)
+            n_tokens, here = float(model.predicted(lengths).sum()), len(numbers)
             found = [parts["image_nats"].item() * here, parts["text_nats"].item() * n_tokens, n_tokens, 0.0, 0.0]
             if model.sketch is not None:
                 true, all_see = model.sketch.of(codes), torch.ones_like(lengths, dtype=torch.bool)

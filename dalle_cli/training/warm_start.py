@@ -12,7 +12,7 @@ from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
 from dalle_cli.sampling.defaults import check_sampling_defaults
-from dalle_cli.training.config import TrainConfig, affecting
+from dalle_cli.training.config import C, affecting
 
 LATER_PARTS = ("sketch.", "hint.")
 CHECKPOINT = "checkpoint"
@@ -56,7 +56,8 @@ def model_settings(
         return dict(known)
     own = found.require("model", dict)
     for name, value in known.items():
-        if own.get(name, value) != value:
+        fewer = name == "n_text_vocab" and isinstance(own.get(name), int) and value < own[name]  # a part of the table
+        if own.get(name, value) != value and not fewer:
             raise DalleError(
                 f"expected inputs with {name} = {own[name]}, as {found.path} was trained with, found {value}; "
                 "make them with its tokenizer and its encoder"
@@ -65,12 +66,10 @@ def model_settings(
     free = {f.name for f in fields(model) if f.metadata.get("warm_start") and f.name in named}
     if own.get("sketch"):
         free.discard("sketch")
-    return {**{name: value for name, value in own.items() if name not in free}, **known}
+    return {**known, **{name: value for name, value in own.items() if name not in free}}
 
 
-def sampling_settings(
-    found: Artifact | None, kind: str, recipe: object, train: TrainConfig
-) -> tuple[TrainConfig, dict[str, Any]]:
+def sampling_settings(found: Artifact | None, kind: str, recipe: object, train: C) -> tuple[C, dict[str, Any]]:
     """Training settings with the sampling defaults of the initial weights where the recipe sets none, and all of these.
 
     Raises:

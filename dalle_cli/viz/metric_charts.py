@@ -14,8 +14,8 @@ METRICS = {
     "frechet": ("frechet", "lower is better", ""), "kernel": ("kernel distance", "lower is better", ""),
     "inception": ("Inception score", "higher is better", ""),
     "precision": ("precision", "share, higher is better", ""), "recall": ("recall", "share, higher is better", ""),
-    "clip": ("CLIP score", "100 x cosine", "shuffled"), "r1": ("retrieval, own is nearest", "", "chance"),
-    "r5": ("retrieval, own among 5 nearest", "", "chance"),
+    "clip": ("CLIP score", "100 x cosine", "shuffled"), "r1": ("retrieval R@1", "share whose own is nearest", "chance"),
+    "r5": ("retrieval R@5", "share with their own among 5", "chance"),
 }  # fmt: skip
 
 

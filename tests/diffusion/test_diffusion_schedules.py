@@ -74,7 +74,7 @@ def test_bad_schedules_are_refused(betas):
 def test_bad_settings_are_refused():
     with pytest.raises(DalleError, match=r"expected alphas_cumprod .* found torch\.float32"):
         Schedule(torch.tensor([0.9, 0.5]))
-    with pytest.raises(DalleError, match="among cosine, linear, found 'cosin'"):
+    with pytest.raises(DalleError, match="among cosine, linear, flow, found 'cosin'"):
         make_schedule("cosin", 1000)
     with pytest.raises(DalleError, match="2 timesteps or more, found 1"):
         make_schedule("linear", 1)

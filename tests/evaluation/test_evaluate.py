@@ -346,7 +346,7 @@ def test_weights_go_to_their_judges(chain, tmp_path):
 def test_each_metric_has_its_function_and_its_row():
     from dalle_cli.evaluation.image_metrics import METRICS
     from dalle_cli.evaluation.options import SCORES
-    from dalle_cli.evaluation.tables import NAMES as ROWS
+    from dalle_cli.viz.metric_charts import METRICS as ROWS
 
     assert set(METRICS) == set(SCORES)
     assert set(SCORES) - {"retrieval"} == set(ROWS) - {"r1", "r5"}

@@ -67,7 +67,25 @@ CONV = """
 ........###.##.
 .........###.##
 """
-PICTURES = {"row": ROW, "column": COLUMN, "conv": CONV}
+# 3 x 3 and cut at the edges
+WINDOW = """
+#..............
+##.............
+.##............
+..##...........
+##..#..........
+###.##.........
+.###.##........
+..##..##.......
+....##..#......
+....###.##.....
+.....###.##....
+......##..##...
+........##..#..
+........###.##.
+.........###.##
+"""
+PICTURES = {"row": ROW, "column": COLUMN, "conv": CONV, "window": WINDOW}
 TEXT = """
 #......
 ##.....
@@ -101,6 +119,8 @@ def test_mask_is_the_drawn_one(kind):
         ("conv", 9, "....|###.|##..|...."),
         ("conv", 8, "...#|##.#|#...|...."),  # first of its row: up-left and left are the ends of the rows above
         ("conv", 11, "....|..##|#.##|...."),  # last of its row: up-right is the first of its own row
+        ("window", 8, "....|##..|#...|...."),
+        ("window", 11, "....|..##|..##|...."),
     ],
 )
 def test_one_query_as_a_picture_of_the_grid(kind, query, picture):
@@ -135,6 +155,7 @@ def test_layers_of_the_paper():
     assert (kinds.count("column"), kinds.count("row")) == (16, 47)
     assert kinds == [reference.kind_of_layer(i, 64, "sparse") for i in range(1, 65)]
     assert layer_kinds(3, "full") == ["full"] * 3
+    assert layer_kinds(24, "window") == [*layer_kinds(24, "sparse")[:-1], "window"]
     with pytest.raises(DalleError, match="dense"):
         layer_kinds(3, "dense")
 
@@ -173,4 +194,4 @@ def test_cache_equals_masked_attention(monkeypatch, made, kind, grid, kernel, ca
 
 def test_cache_is_as_small_as_the_pattern():
     slots = {kind: Pattern(kind, 256, 32, 11).n_slots for kind in KINDS}
-    assert slots == {"full": 1023, "row": 33, "column": 1024, "conv": 5 * 32 + 5 + 1}
+    assert slots == {"full": 1023, "row": 33, "column": 1024, "conv": 5 * 32 + 5 + 1, "window": 6 * 32}

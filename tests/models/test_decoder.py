@@ -276,11 +276,11 @@ def test_the_loss_of_a_sketch():
     model, process_ = randomized(Decoder(c)), unet_process(c)
     images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
     batch = (images, torch.tensor([3, 50, 99]), randn(3, 3, 8, 8))
-    total, figures = loss_of(model, process_, *batch, list(told().values()), 0.0)
+    total, figures = loss_of(model, process_, *batch, list(told().values()), DecoderTrain())
     small = images.numpy().astype(float).reshape(3, 3, 2, 4, 2, 4).mean((3, 5)) / 127.5 - 1
     sketch = model.condition(*told().values()).sketch.detach().numpy()
     assert figures["sketch"].item() == pytest.approx(((sketch - small) ** 2).mean(), rel=1e-5)
-    noise, _ = denoising(process_, lambda x, t: model.denoise(x, t, **told()), *batch)
+    noise, _ = denoising(process_, lambda x, t: model.denoise(x, t, **told()), *batch, DecoderTrain())
     assert total.item() == pytest.approx(noise.item() + figures["sketch"].item(), rel=1e-5)
     weight = model.sketch[0].weight
     assert torch.autograd.grad(noise, weight, allow_unused=True) == (None,)

@@ -8,7 +8,7 @@ import torch
 from planted_embeddings import WIDTH, embeddings, unit
 
 from dalle_cli.errors import DalleError
-from dalle_cli.models.embeddings import Principal, covariance_of, off_scale
+from dalle_cli.models.embeddings import MeanStd, Principal, covariance_of, off_scale
 from dalle_cli.models.kernels import causal_attention, causal_attention_after_prefix
 
 
@@ -132,3 +132,18 @@ def test_causal_attention_in_training_and_drawing(length):
     changed = causal_attention(q, k, later) - trained
     assert changed[:, :, :-1].abs().max() == 0
     assert changed[:, :, -1].abs().min() > 0
+
+
+def test_mean_and_deviation_of_each_dimension():
+    """Against numpy; embeddings come back as long as they were."""
+    z = np.random.default_rng(0).normal(size=(200, 3)) * [3, 1, 0.1] + [5, 0, -2]
+    statistics = MeanStd(3).double()
+    statistics.fit(torch.from_numpy(z).split(37))
+    np.testing.assert_allclose(statistics.mean, z.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(statistics.std, z.std(0), rtol=1e-12)
+    x = statistics.standardize(torch.from_numpy(z))
+    np.testing.assert_allclose(x.std(0, unbiased=False), 1, rtol=1e-12)
+    assert statistics.spread(torch.from_numpy(z)) == pytest.approx(1, rel=1e-12)
+    np.testing.assert_allclose(statistics.restore(x), z, atol=1e-12)
+    with pytest.raises(DalleError, match="expected embeddings that differ in each dimension"):
+        statistics.fit([torch.ones(4, 3)])

@@ -45,14 +45,16 @@ CASES = {
     "causal-long": (kernels.causal_attention, streams(600, 600)),
     "causal-last": (kernels.causal_attention, streams(2, 7)),
     **{kind: (sparse(kind), streams(28, 28)) for kind in ("full", "row", "column", "conv")},
+    "window": (sparse("window"), streams(28, 28)),
     "gelu_linear": (lambda x: gelu_linear(x, LAYER), [numbers(3, 7, 12)]),
+    "gelu_tanh_linear": (lambda x: gelu_linear(x, LAYER, "tanh"), [numbers(3, 7, 12)]),
     "rms_norm": (rms_norm, [numbers(3, 5, 8)]),
     "swiglu": (swiglu, [numbers(3, 10)]),
     "apply_rotary": (rotary, [numbers(2, 6, 3 * 8)]),
     "float32_linear": (lambda x: kernels.float32_linear(x, LAYER.weight, LAYER.bias), [numbers(3, 12)]),
     "head_loss": (lambda x: kernels.head_loss(LAYER, x, TARGETS), [numbers(3, 12)]),
 }
-WITH_LAYER = ("gelu_linear", "float32_linear", "head_loss")
+WITH_LAYER = ("gelu_linear", "gelu_tanh_linear", "float32_linear", "head_loss")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,6 +13,8 @@ from reference import prior as reference
 
 SMALL = PriorConfig(n_layer=3, n_head=2, n_embd=16, n_text_vocab=11, n_text=6, n_image_vocab=13, grid=4, conv_kernel=3)
 LENGTHS = [4, 0, 6]
+MALEVICH = {"attention": "window", "activation": "gelu_tanh", "sandwich_norm": True, "final_norms": 2}
+MINDALLE = {"attention": "full", "start": False, "flat_position": True}
 
 
 def build(dtype=torch.double, **changes):
@@ -32,7 +34,13 @@ def batch(config=SMALL, lengths=LENGTHS, seed=2):
     return tokens, torch.tensor(lengths), codes
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, {"conv_kernel": 5, "n_layer": 2}, {"block": "modern"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"attention": "full"}, {"conv_kernel": 5, "n_layer": 2}, {"block": "modern"}, MALEVICH, MINDALLE,
+        {"block": "modern", "start": False},
+    ],
+)  # fmt: skip
 def test_forward_matches_reference(changes):
     model = build(**changes)
     tokens, lengths, codes = batch()
@@ -117,6 +125,30 @@ def test_tokens_beyond_the_length_are_not_read():
     assert ((other - image)[[0, 2]].abs().amax(-1) > 1e-6).all()
 
 
+@pytest.mark.parametrize(
+    "option", [{"attention": "window"}, {"activation": "gelu_tanh"}, {"sandwich_norm": True}, {"final_norms": 2}]
+)
+def test_each_option_of_malevich_changes_the_logits(option):
+    """The same weights, with the norms that the option adds at their initial values, where they are not neutral."""
+    model, plain = build(**option), build()
+    weights = {name: t for name, t in plain.state_dict().items() if not name.startswith("norm.")}
+    model.load_state_dict(weights, strict=False)
+    difference = model(*batch())[1] - plain(*batch())[1]
+    assert difference.abs().max() > 1e-4
+
+
+def test_without_a_start_the_first_token_is_not_predicted():
+    model = build(**MINDALLE)
+    tokens, _, codes = batch(lengths=[4, 1, 6])
+    lengths = torch.tensor([4, 1, 6])
+    assert model.predicted(lengths).sum(1).tolist() == [3, 0, 5]
+    text = model(tokens, lengths, codes)[0]
+    expected = [reference.nats(text[i, t - 1], tokens[i, t]) for i in (0, 2) for t in range(1, int(lengths[i]))]
+    parts = model.loss(tokens, lengths, codes)[1]
+    assert parts["text_nats"].item() == pytest.approx(sum(expected) / 8)
+    assert model.n_positions == 6 + 16 - 1
+
+
 def test_each_pad_is_its_own():
     model = build()
     tokens, _, codes = batch(lengths=[4])
@@ -135,8 +167,12 @@ def test_first_code_comes_from_the_image_head():
 
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize(
-    "changes", [{}, {"attention": "full"}, {"n_layer": 6, "conv_kernel": 7}, {"grid": 1}, {"block": "modern"}]
-)
+    "changes",
+    [
+        {}, {"attention": "full"}, {"n_layer": 6, "conv_kernel": 7}, {"grid": 1}, {"block": "modern"}, MALEVICH,
+        MINDALLE, {"attention": "window", "grid": 6}, {"block": "modern", "start": False},
+    ],
+)  # fmt: skip
 def test_cached_logits_equal_uncached(changes, static):
     model = build(**changes)
     tokens, lengths, codes = batch(model.config)
@@ -170,9 +206,9 @@ def test_repeated_prompt_equals_repeated_captions():
     torch.testing.assert_close(repeated.values, expected.values)
 
 
-@pytest.mark.parametrize("attention", ["sparse", "full"])
-def test_gradients_reach_every_parameter(attention):
-    model = build(attention=attention).train()
+@pytest.mark.parametrize("changes", [{}, {"attention": "full"}, MALEVICH, MINDALLE])
+def test_gradients_reach_every_parameter(changes):
+    model = build(**changes).train()
     tokens, lengths, codes = batch()
     model.loss(tokens, lengths, codes)[0].backward()
     for name, parameter in model.named_parameters():
@@ -250,6 +286,9 @@ def test_paper_scale_has_12_billion_parameters():
         ({"attention": "axial"}, "axial"),
         ({"n_layer": 0}, "n_layer"),
         ({"text_weight": 1.5}, "text_weight"),
+        ({"activation": "relu"}, '"gelu" or "gelu_tanh", found "relu"'),
+        ({"final_norms": 0}, "1 or 2, found 0"),
+        ({"block": "modern", "sandwich_norm": True}, 'block "paper"'),
     ],
 )
 def test_config_that_does_not_fit_is_refused(changes, message):

@@ -10,11 +10,16 @@ import torch
 
 def sees(kind, n_text, width, kernel, query, key):
     """Whether stream position `query` attends to `key` (position 0 is the start, 1..n_text the caption)."""
-    if query <= n_text:
+    return sees_after(n_text + 1, kind, width, kernel, query, key)
+
+
+def sees_after(n_prefix, kind, width, kernel, query, key):
+    """The same for a stream with so many positions before the codes."""
+    if query < n_prefix:
         return key <= query
-    if key <= n_text:
+    if key < n_prefix:
         return True
-    j, k = query - n_text - 1, key - n_text - 1
+    j, k = query - n_prefix, key - n_prefix
     if k > j:
         return False
     if kind == "full":
@@ -23,8 +28,11 @@ def sees(kind, n_text, width, kernel, query, key):
         return any(k == j - back for back in range(width + 1))
     if kind == "column":
         return j % width == k % width
-    # all cells of the window, written out on one long line of rows
     half = (kernel - 1) // 2
+    if kind == "window":
+        (row, column), (other_row, other_column) = divmod(j, width), divmod(k, width)
+        return abs(row - other_row) <= half and abs(column - other_column) <= half
+    # all cells of the window, written out on one long line of rows
     cells = []
     for down in range(-half, half + 1):
         for right in range(-half, half + 1):
@@ -37,7 +45,7 @@ def kind_of_layer(i, n_layer, attention):
     if attention == "full":
         return "full"
     if i == n_layer:
-        return "conv"
+        return {"sparse": "conv", "window": "window"}[attention]
     return {2: "column"}.get((i - 1) % 4 + 1, "row")
 
 
@@ -56,26 +64,36 @@ def linear(x, weights, name):
     return y + weights[name + ".bias"] if name + ".bias" in weights else y
 
 
-def gelu(x):
+def gelu(x, activation="gelu"):
+    if activation == "gelu_tanh":
+        return x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
 def embed(tokens, length, codes, weights, sizes):
     n_text, width = sizes["n_text"], sizes["grid"]
-    stream = [weights["start"] + weights["text_position.weight"][0]]
+    stream = [weights["start"] + weights["text_position.weight"][0]] if sizes["start"] else []
     for t in range(n_text):
         x = weights["token.weight"][tokens[t]] if t < length else weights["pad.weight"][t]
-        stream.append(x + weights["text_position.weight"][t + 1])
+        stream.append(x + weights["text_position.weight"][len(stream)])
     for r in range(width):
         for c in range(width):
             code = weights["code.weight"][codes[r][c]]
-            stream.append(code + weights["row.weight"][r] + weights["column.weight"][c])
+            if sizes["flat_position"]:
+                stream.append(code + weights["code_position.weight"][width * r + c])
+            else:
+                stream.append(code + weights["row.weight"][r] + weights["column.weight"][c])
     return stream[:-1]
+
+
+def prefix(sizes):
+    """Positions before the codes."""
+    return sizes["n_text"] + (1 if sizes["start"] else 0)
 
 
 def apply_rotary(x, place, sizes):
     """Pairs (i, i + D/2) as complex numbers, turned by the row (first half of the pairs) or the column."""
-    n_prefix, grid, n_pairs = sizes["n_text"] + 1, sizes["grid"], len(x) // 2
+    n_prefix, grid, n_pairs = prefix(sizes), sizes["grid"], len(x) // 2
     row = column = place
     if place >= n_prefix:
         row, column = (n_prefix + part for part in divmod(place - n_prefix, grid))
@@ -94,8 +112,9 @@ def attention(stream, kind, weights, name, sizes):
     d = width // n_head
     qkv = [linear(x, weights, name + ".qkv") for x in stream]
     out = []
+    rule = (prefix(sizes), kind, sizes["grid"], sizes["conv_kernel"])
     for i in range(len(stream)):
-        keys = [k for k in range(len(stream)) if sees(kind, sizes["n_text"], sizes["grid"], sizes["conv_kernel"], i, k)]
+        keys = [k for k in range(len(stream)) if sees_after(*rule, i, k)]
         heads = []
         for h in range(n_head):
             part = slice(h * d, (h + 1) * d)
@@ -131,14 +150,19 @@ def prior(tokens, length, codes, weights, sizes):
         kind = kind_of_layer(i, sizes["n_layer"], sizes["attention"])
         modern = sizes["block"] == "modern"
         normed = [unit(x) if modern else layer_norm(x, weights, name + ".norm_1") for x in stream]
-        stream = [x + y for x, y in zip(stream, attention(normed, kind, weights, name, sizes), strict=True)]
+        added = attention(normed, kind, weights, name, sizes)
+        if sizes["sandwich_norm"]:
+            added = [layer_norm(y, weights, name + ".attention_norm") for y in added]
+        stream = [x + y for x, y in zip(stream, added, strict=True)]
         for p, x in enumerate(stream):
             hidden = linear(unit(x) if modern else layer_norm(x, weights, name + ".norm_2"), weights, name + ".mlp_in")
-            hidden = gated(hidden) if modern else gelu(hidden)
-            stream[p] = x + linear(hidden, weights, name + ".mlp_out")
-    stream = [layer_norm(x, weights, "norm") for x in stream]
-    text = [linear(x, weights, "text_head") for x in stream[: sizes["n_text"]]]
-    image = [linear(x, weights, "image_head") for x in stream[sizes["n_text"] :]]
+            hidden = gated(hidden) if modern else gelu(hidden, sizes["activation"])
+            y = linear(hidden, weights, name + ".mlp_out")
+            stream[p] = x + (layer_norm(y, weights, name + ".mlp_norm") if sizes["sandwich_norm"] else y)
+    for name in ("norm",) if sizes["final_norms"] == 1 else ("norm.0", "norm.1"):
+        stream = [layer_norm(x, weights, name) for x in stream]
+    text = [linear(x, weights, "text_head") for x in stream[: prefix(sizes) - 1]]
+    image = [linear(x, weights, "image_head") for x in stream[prefix(sizes) - 1 :]]
     return torch.stack(text), torch.stack(image)
 
 

@@ -38,9 +38,9 @@ def apply_rotary(qkv: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+def gelu_linear(x: Tensor, layer: nn.Linear, approximate: str = "none") -> Tensor:
     """layer(gelu(x)): (..., H) -> (..., C); stores x alone, and computes the GELU again in the backward pass."""
-    y: Tensor = _GeluLinear.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    y: Tensor = _GeluLinear.apply(x, layer.weight, layer.bias, approximate)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -128,16 +128,17 @@ def _crossed(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, approximate: str) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
+        ctx.approximate = approximate
+        return F.linear(F.gelu(x, approximate=approximate), weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        grad_weight = rows.mT @ F.gelu(x).to(rows.dtype).flatten(0, -2)
+        grad_weight = rows.mT @ F.gelu(x, approximate=ctx.approximate).to(rows.dtype).flatten(0, -2)
         grad_x = (rows @ weight.to(rows.dtype)).view(x.shape).to(x.dtype)
-        grad_x = torch.ops.aten.gelu_backward(grad_x, x)
+        grad_x = torch.ops.aten.gelu_backward(grad_x, x, approximate=ctx.approximate)
         wide = torch.promote_types(rows.dtype, weight.dtype)
-        return grad_x, grad_weight.to(weight.dtype), rows.sum(0, dtype=wide)
+        return grad_x, grad_weight.to(weight.dtype), rows.sum(0, dtype=wide), None
