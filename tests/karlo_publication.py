@@ -76,18 +76,9 @@ def unets():
         mid_block_type="UNetMidBlock2DSimpleCrossAttn", class_embed_type="identity",
         resnet_time_scale_shift="scale_shift", **own,
     )  # fmt: skip
-    upsamplers = [
-        UNet2DModel(
-            sample_size=32,
-            in_channels=6,
-            out_channels=3,
-            down_block_types=("ResnetDownsampleBlock2D",) * 2,
-            up_block_types=("ResnetUpsampleBlock2D",) * 2,
-            add_attention=False,
-            **own,
-        )  # fmt: skip
-        for _ in range(2)
-    ]
+    kinds = {"down_block_types": ("ResnetDownsampleBlock2D",) * 2, "up_block_types": ("ResnetUpsampleBlock2D",) * 2}
+    sizes = {"sample_size": 32, "in_channels": 6, "out_channels": 3, "add_attention": False}
+    upsamplers = [UNet2DModel(**sizes, **kinds, **own) for _ in range(2)]
     return [randomized(model, seed, 0.15) for seed, model in enumerate([decoder, *upsamplers], 2)]
 
 

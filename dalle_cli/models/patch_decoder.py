@@ -48,9 +48,7 @@ class PatchDecoderConfig:
 
     sketch = 0  # the U-Net's options that a patch transformer lacks
     learned_variance = False
-    channels = 3
-    captions = "tokens"
-    betas = (1e-4, 0.02)
+    channels, captions, betas = 3, "tokens", (1e-4, 0.02)
 
     def __post_init__(self) -> None:
         if self.kind != "patch":

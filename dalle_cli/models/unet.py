@@ -1,6 +1,6 @@
 """U-Net that predicts the noise in an image (Dhariwal & Nichol 2021, "ADM"; Nichol et al. 2022, "GLIDE").
 
-Blocks compute what those of `diffusers` do in the layout of published unCLIP weights (tests/models/test_unet.py).
+Blocks compute what those of `diffusers` do in the layout of published unCLIP weights (tests/importing/test_unets.py).
 
 Shapes: B batch, C channels, H W pixels, E width of the timestep's embedding, T context tokens, K their width,
 N heads, D their width.

@@ -18,6 +18,7 @@ from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
+from dalle_cli.models.movq import MOVQ, MOVQConfig
 from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
@@ -35,6 +36,7 @@ CONFIGS: dict[type[nn.Module], type[Any]] = {
     Decoder: DecoderConfig,
     PatchDecoder: PatchDecoderConfig,
     Upsampler: UpsamplerConfig,
+    MOVQ: MOVQConfig,
 }
 # Sizes that repeat a part of a model. Each repetition has its own tensors, so no size exceeds the number of tensors.
 DEPTHS = ("n_layer", "n_blk_per_group", "vision_layers", "text_layers", "depth")
@@ -98,6 +100,7 @@ def tokenizer(weights: Artifact) -> Tokenizer:
 prior = partial(load_model, Prior)
 clip = partial(load_model, CLIP)
 upsampler = partial(load_model, Upsampler)
+autoencoder = partial(load_model, MOVQ)
 
 
 def dvae(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> DVAE | VQGAN:

@@ -153,9 +153,8 @@ def test_it_learns_the_color_of_an_embedding(tmp_path):
     for _ in range(train.steps):
         trainer.update(next(batches))
     batches.close()
-    n = len(COLORS)
-    none = CaptionBatch(torch.zeros(n, 0, dtype=torch.int64), torch.zeros(n, dtype=torch.int64))
     z = torch.eye(6)[: len(COLORS)]
+    none = CaptionBatch(torch.zeros(len(z), 0).long(), torch.zeros(len(z)).long())
     sampler, noise = SamplerConfig(10, "ddim", 2.0), row_noise(0, range(len(z)), "decoder")
     images = to_images(sample_images(task.model.eval(), z, none, sampler, noise))
     wanted = torch.tensor(list(COLORS.values()), dtype=torch.float32)
