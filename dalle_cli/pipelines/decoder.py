@@ -16,6 +16,7 @@ from dalle_cli.devices import Arithmetic
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
+from dalle_cli.models.movq import MOVQ
 from dalle_cli.models.upsampler import Upsampler
 from dalle_cli.options import DecoderOptions
 from dalle_cli.pipelines import loading
@@ -40,7 +41,10 @@ LOW_NOISE = "--low-noise"
 
 
 class ImageDecoder:
-    """A diffusion decoder, its tokenizer if it reads captions, and the upsamplers of the same bundle in order."""
+    """A diffusion decoder, its tokenizer if it reads captions, and the upsamplers of the same bundle in order.
+
+    A decoder of latents comes with the autoencoder that makes images of them.
+    """
 
     kind = "embeddings"
 
@@ -55,9 +59,21 @@ class ImageDecoder:
         self.tokenizer = loading.tokenizer(self.weights) if self.decoder.config.n_text and not self.of_states else None
         found = bundles.upsamplers(model)
         models = [loading.upsampler(weights, machine.device, machine.dtype) for weights in found]
-        order = upsampler_order([m.config for m in models], self.decoder.config.image_size)
+        self.autoencoder = self._open_autoencoder() if self.decoder.config.channels != 3 else None
+        order = upsampler_order([m.config for m in models], self.small_size)
         self.upsamplers = [(found[i], models[i]) for i in order]
         self.set(options, seed)
+
+    def _open_autoencoder(self) -> tuple[Artifact, MOVQ]:
+        """The autoencoder of the decoder's latents. Raises: DalleError if there is none, or one of other latents."""
+        weights, channels = bundles.weights(self.model, "weights.autoencoder"), self.decoder.config.channels
+        made = loading.autoencoder(weights, self.machine.device, self.machine.dtype)
+        if made.config.n_latent != channels:
+            found = f"{made.config.n_latent} in {weights.path}"
+            raise DalleError(
+                f"expected latents of {channels} channels, as the decoder's, found {found}; put its own there"
+            )
+        return weights, made
 
     def set(self, options: DecoderOptions, seed: int) -> "ImageDecoder":
         """Sample with these options and this seed from now on.
@@ -99,7 +115,13 @@ class ImageDecoder:
     @property
     def size(self) -> int:
         """Side of the images in pixels, after the last upsampler."""
-        return self.upsamplers[-1][1].config.image_size if self.upsamplers else self.decoder.config.image_size
+        return self.upsamplers[-1][1].config.image_size if self.upsamplers else self.small_size
+
+    @property
+    def small_size(self) -> int:
+        """Side of the images in pixels, before the upsamplers."""
+        side = self.decoder.config.image_size
+        return side if self.autoencoder is None else side * self.autoencoder[1].config.reduction
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -120,7 +142,8 @@ class ImageDecoder:
     def inputs(self) -> dict[str, Artifact]:
         """The weights, as a history names them."""
         upsamplers = {f"upsampler_{i}": weights for i, (weights, _) in enumerate(self.upsamplers, 1)}
-        return {"decoder": self.weights, **upsamplers}
+        autoencoder = {} if self.autoencoder is None else {"autoencoder": self.autoencoder[0]}
+        return {"decoder": self.weights, **autoencoder, **upsamplers}
 
     def check(self, embeddings: Artifact) -> None:
         """Raises: DalleError if they are of another CLIP than the decoder was trained with."""
@@ -143,11 +166,12 @@ class ImageDecoder:
         """What the decoder alone makes, before the upsamplers, as `decode`: -> (B, 3, s, s) float32 in [-1, 1]."""
         texts = [""] * len(numbers) if texts is None else texts
         rows, parts = torch.from_numpy(np.asarray(embeddings).astype(np.float32)), []
-        for part in batched(len(rows), at_once(self.decoder.config.image_size)):
+        for part in batched(len(rows), at_once(self.small_size)):
             captions, noise = self._captions(texts[part]), row_noise(self.seed, numbers[part], "decoder")
             first = None if start is None else start[part]
             with self.machine.autocast():
-                parts.append(sample_images(self.decoder, rows[part], captions, self.config, noise, start=first).cpu())
+                x = sample_images(self.decoder, rows[part], captions, self.config, noise, start=first)
+                parts.append((x if self.autoencoder is None else self.autoencoder[1].decode(x)).cpu())
         return torch.cat(parts).numpy()
 
     def enlarge(self, images: Any, numbers: Sequence[int]) -> Any:
@@ -167,12 +191,13 @@ class ImageDecoder:
     def invert(self, images: Any, embeddings: Any, iterations: int) -> Tensor:
         """DDIM inversion (sec. 3): the noise from which the decoder samples the images again, without captions.
 
-        (B, 3, s, s) uint8, (B, D) -> (B, 3, s, s) float32 on the CPU; s is the decoder's size.
+        (B, 3, s, s) uint8 of `small_size`, (B, D) -> (B, 3, s, s) float32 on the CPU, or the noise of their latents.
         """
-        captions, pixels = self._captions([""] * len(images)), to_signed(torch.from_numpy(images))
+        captions, x = self._captions([""] * len(images)), to_signed(torch.from_numpy(images)).to(self.machine.device)
         rows = torch.from_numpy(np.asarray(embeddings).astype(np.float32))
         with self.machine.autocast():
-            return invert(self.decoder, pixels, rows, captions, self.config, iterations).cpu()
+            x = x if self.autoencoder is None else self.autoencoder[1].encode(x)
+            return invert(self.decoder, x, rows, captions, self.config, iterations).cpu()
 
     def _captions(self, texts: Sequence[str]) -> CaptionBatch:
         """Captions as the decoder takes them; an empty text is the null caption."""
