@@ -14,7 +14,9 @@ def image_encoder(whole):
     """The vision tower of a CLIP with the projection, in a file of its own."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**whole.config.vision_config.to_dict()))
+    model = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(**{**whole.config.vision_config.to_dict(), "projection_dim": WIDTH})
+    )
     missing, _ = model.load_state_dict(whole.state_dict(), strict=False)
     assert not missing
     return model.eval()
@@ -42,7 +44,7 @@ def movq():
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"), latent_channels=4, num_vq_embeddings=12,
         norm_type="spatial", layers_per_block=1, vq_embed_dim=4,
     )  # fmt: skip
-    return randomized(model, 3).eval()
+    return randomized(model, 3, 0.15).eval()
 
 
 def components():

@@ -60,7 +60,7 @@ def prior():
         num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=WIDTH, num_embeddings=TEXT,
         additional_embeddings=4,
     )  # fmt: skip
-    randomized(model, seed=1)
+    randomized(model, seed=1, scale=0.7)  # so that noise and caption move z_i
     model.clip_std.data.abs_().add_(0.5)
     return model
 
@@ -102,6 +102,14 @@ def components():
         "super_res_scheduler": UnCLIPScheduler(**schedule),
     }  # fmt: skip
     return parts, whole
+
+
+def in_double(scheduler):
+    """A scheduler with its tables in float64: in float32 the last step scales what it predicts by 1 - 5e-4."""
+    scheduler.betas, scheduler.one = scheduler.betas.double(), scheduler.one.double()
+    scheduler.alphas = 1 - scheduler.betas
+    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+    return scheduler
 
 
 def publish(parts, whole, folder):

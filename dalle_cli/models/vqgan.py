@@ -129,7 +129,7 @@ class VQGANAttention(StackedBlock):
         """(B, C, H, W) -> same."""
         h = self.norm(x, *z)
         q, k, v = (layer(h).permute(0, 2, 3, 1).flatten(1, 2)[:, None] for layer in (self.q, self.k, self.v))
-        h = kernels.attention(q, k, v)[:, 0].unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        h = kernels.attention(q, k, v).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
         out: Tensor = x + self.proj_out(h)
         return out
 

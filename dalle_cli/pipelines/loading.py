@@ -13,6 +13,7 @@ from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
+from dalle_cli.models.bart import EncoderDecoderConfig, EncoderDecoderPrior
 from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
@@ -30,6 +31,7 @@ CONFIGS: dict[type[nn.Module], type[Any]] = {
     DVAE: DVAEConfig,
     VQGAN: VQGANConfig,
     Prior: PriorConfig,
+    EncoderDecoderPrior: EncoderDecoderConfig,
     CLIP: CLIPConfig,
     DiffusionPrior: DiffusionPriorConfig,
     AutoregressivePrior: AutoregressivePriorConfig,
@@ -97,7 +99,6 @@ def tokenizer(weights: Artifact) -> Tokenizer:
 
 
 # (weights, device, dtype) -> the model
-prior = partial(load_model, Prior)
 clip = partial(load_model, CLIP)
 upsampler = partial(load_model, Upsampler)
 autoencoder = partial(load_model, MOVQ)
@@ -115,6 +116,13 @@ def decoder(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.
     if weights.require("model", dict).get("kind") == "patch":
         return load_model(PatchDecoder, weights, device, dtype)
     return load_model(Decoder, weights, device, dtype)
+
+
+def prior(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> Prior | EncoderDecoderPrior:
+    """The prior over codes of a weights file, of either kind."""
+    if weights.require("model", dict).get("kind") == "encoder_decoder":
+        return load_model(EncoderDecoderPrior, weights, device, dtype)
+    return load_model(Prior, weights, device, dtype)
 
 
 def embedding_prior(

@@ -297,10 +297,12 @@ def train_prior(
     stage = TrainingStage(TRAINABLE, out, o, inputs)
     _check_initial_sketch(stage)
     bpe, (read_with, encoder) = None, (inputs.header[name] for name in ("tokenizer", "encoder"))
+    beside = [stage.out.parent, *([] if stage.start is None else [stage.start.path.parent])]
     if stage.train.bpe_dropout:
-        bpe = tokenizers.load(tokenizer or bundles.find_tokenizer(read_with, stage.out.parent, texts.path.parent))
+        bpe = tokenizers.load(tokenizer or bundles.find_tokenizer(read_with, *beside, texts.path.parent))
         bundles.check_digest("tokenizer", bpe.digest, read_with, texts.path)
-    dvae = bundles.find_weights(encoder, stage.out.parent, found.path.parent)
+        bpe.encode_dropout("", stage.train.bpe_dropout, np.random.default_rng(0))  # refuses tokenizers that cannot
+    dvae = bundles.find_weights(encoder, *beside, found.path.parent)
     return stage.run(lambda: PriorTask(stage.model, stage.train, pairs, bpe, o.seed, dvae))
 
 
