@@ -235,9 +235,8 @@ class Reader:
     def _alone(self, image: Floats, ground: str, spot: Spot, plain: Floats, worn: dict[int, Floats]) -> Reading:
         """One thing, which may wear something."""
         options = [(*self.bank("plain", spot[0], ground).items[k], spot) for k in np.argsort(plain)[-TOP:]]
-        for x, gains in worn.items():
-            items = self.bank("worn", x, ground).items
-            options += [(*items[k], (WHOLE, x, BASE)) for k in np.argsort(gains)[-TOP:]]
+        among = sorted(((float(gain), x, k) for x, gains in worn.items() for k, gain in enumerate(gains)))[-TOP:]
+        options += [(*self.bank("worn", x, ground).items[k], (WHOLE, x, BASE)) for _, x, k in among]
         best = None
         for item, style, (size, x, y) in options:
             for own in self.colors(item) if style == "noto" else [item]:

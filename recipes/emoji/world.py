@@ -195,6 +195,19 @@ class World:
         image = self.sprites.get(first.thing, size, first.color, scene.style)
         return [Stamp(image, rng.choice(cells(size)), rng.choice(cells(size)))]
 
+    def can_show(self, scene: Scene) -> bool:
+        """Whether there is an image of a scene: its things come in its colors, and wear and walk what it says."""
+        table, names = things.table(), [item.thing for item in scene.items]
+        if not set(names) <= set(self.names) or (scene.style == "flat" and not set(names) <= set(self.sprites.flat)):
+            return False
+        for item in scene.items:
+            colored = not item.color or item.color in (*self.sprites.choices(item.thing), self.sprites.own(item.thing))
+            if not colored or (item.worn and item.worn not in self.worn[item.thing]):
+                return False
+            if item.count > 1 and (table[item.thing].bare or len(names) > 1):
+                return False
+        return scene.relation != "walks" or (names[0] in self.walkers and names[1] in self.pets)
+
     def render(self, scene: Scene, rng: Random) -> Pixels:
         """Draw a scene: -> (64, 64, 3) uint8."""
         return compose(self.stamps(scene, rng), things.GROUNDS[scene.ground])
