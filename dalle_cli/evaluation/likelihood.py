@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dalle_cli.models.prior import Prior
+from dalle_cli.models.bart import CodePrior
 from dalle_cli.pipelines.scoring import nats, token_mask
 
 Text = tuple[Tensor, Tensor]  # tokens (B, T) and lengths (B,)
@@ -85,7 +85,7 @@ class Unigram:
     own: bool = False
 
     @classmethod
-    def empty(cls, prior: Prior, own: bool = False) -> "Unigram":
+    def empty(cls, prior: CodePrior, own: bool = False) -> "Unigram":
         """Nothing counted yet."""
         image, text = torch.zeros(prior.config.n_image_vocab).long(), torch.zeros(prior.config.n_text_vocab).long()
         return cls(image, text, own)
@@ -99,7 +99,7 @@ class Unigram:
 class PriorMetrics:
     """Metrics of a prior over pairs, added batch by batch; sums per pair and per position are kept."""
 
-    def __init__(self, prior: Prior, unigram: Unigram) -> None:
+    def __init__(self, prior: CodePrior, unigram: Unigram) -> None:
         self.prior, self.unigram, self.shuffled = prior, unigram, True
         self.columns: list[Tensor] = []  # (B, 7) each
         self.by_position = torch.zeros(prior.config.grid**2, dtype=torch.double)

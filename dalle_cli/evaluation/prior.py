@@ -22,7 +22,7 @@ from dalle_cli.evaluation.image_sets import spread
 from dalle_cli.evaluation.likelihood import PriorMetrics, Text, Unigram, derangement
 from dalle_cli.evaluation.options import EvaluateOptions
 from dalle_cli.hub import bundles
-from dalle_cli.models.prior import Prior
+from dalle_cli.models.bart import CodePrior
 from dalle_cli.pipelines import loading
 from dalle_cli.viz import charts
 
@@ -64,7 +64,7 @@ def evaluate_prior(
     return scores | ({"exclude": len(excluded)} if options.exclude is not None else {})
 
 
-def check_made_for(weights: Artifact, prior: Prior, captions: Artifact, codes: Artifact) -> None:
+def check_made_for(weights: Artifact, prior: CodePrior, captions: Artifact, codes: Artifact) -> None:
     """Raises: DalleError unless the prior was trained with the captions' tokenizer and the codes' encoder."""
     for what, key, source in (("tokenizer", "tokenizer", captions), ("image encoder", "encoder", codes)):
         bundles.check_digest(what, source.require(key, str), weights.require(key, str), weights.path)
@@ -105,7 +105,7 @@ def read_pairs(pairs: Pairs, places: Ints) -> tuple[Tensor, Tensor, Tensor]:
     return tokens, lengths, torch.from_numpy(pairs.codes(latents))
 
 
-def count(prior: Prior, pairs: Pairs, places: Ints, batch_size: int, own: bool = False) -> Unigram:
+def count(prior: CodePrior, pairs: Pairs, places: Ints, batch_size: int, own: bool = False) -> Unigram:
     """Count the codes and tokens of these places."""
     unigram = Unigram.empty(prior, own)
     for at in range(0, len(places), batch_size):
@@ -114,7 +114,7 @@ def count(prior: Prior, pairs: Pairs, places: Ints, batch_size: int, own: bool =
 
 
 def score_pairs(
-    prior: Prior, pairs: Pairs, places: Ints, unigram: Unigram, machine: Arithmetic, batch_size: int
+    prior: CodePrior, pairs: Pairs, places: Ints, unigram: Unigram, machine: Arithmetic, batch_size: int
 ) -> PriorMetrics:
     """Score these pairs, each with its own caption, without one, and with another pair's."""
     keys: list[int] = []

@@ -66,10 +66,19 @@ def weights(model: str | None, *kinds: str) -> Artifact:
     if len(found) > 1:
         names = ", ".join(f.name for f in found)
         raise DalleError(f"expected one file of {wanted}, found {names} in {where}; name one with -m")
-    artifact = open_artifact(found[0], *kinds)
-    if digest := transfer.checked.get(found[0]):
+    return _open(found[0], *kinds)
+
+
+def _open(path: Path, *kinds: str) -> Artifact:
+    artifact = open_artifact(path, *kinds)
+    if digest := transfer.checked.get(path):
         artifact.digest = digest  # just computed: no need to hash the file again
     return artifact
+
+
+def of_kind(folder: Path, kind: str) -> list[Artifact]:
+    """All weights of one kind in a folder, as far as its files can be read; none if it is a file."""
+    return [_open(file, kind) for file in _kinds(folder)[0].get(kind, [])]
 
 
 def upsamplers(model: str | None) -> list[Artifact]:

@@ -162,30 +162,45 @@ class HubSource(OpenedSource):
 
 
 class CombinedSource(OpenedSource):
-    """Several sources as one, without what is in some folders: of files with the same name, the first counts."""
+    """Several sources as one, without what is in some folders: of files with the same name, the first counts.
+
+    Files of further repositories are there as REPOSITORY/NAME, too.
+    """
 
     def __init__(self, sources: Sequence[OpenedSource], without: tuple[str, ...] = ()):
-        names = {name: source for source in reversed(sources) for name in source.files}
-        self.of = {name: source for name, source in names.items() if not name.startswith(without or "\0")}
-        super().__init__(sources[0].name, {name: source.files[name] for name, source in self.of.items()})
+        self.of: dict[str, tuple[OpenedSource, str]] = {}
+        for source in sources:
+            folder = "" if source is sources[0] else source.repository.split("/")[-1]
+            for name in source.files:
+                if not name.startswith(without or "\0"):
+                    self.of.setdefault(name, (source, name))
+                    self.of.setdefault(f"{folder}/{name}" if folder else name, (source, name))
+        super().__init__(sources[0].name, {name: source.files[own] for name, (source, own) in self.of.items()})
         self.repository, self.revision = sources[0].repository, sources[0].revision
 
     def fetch(self, names: Sequence[str]) -> None:
         super().fetch(names)
-        for source in dict.fromkeys(self.of[name] for name in names):
-            source.fetch([name for name in names if self.of[name] is source])
+        places = [self.of[name] for name in names]
+        for source in dict.fromkeys(source for source, _ in places):
+            source.fetch([own for of, own in places if of is source])
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name in self.of and self.of[name].missing([name])]
+        found = [(name, *self.of[name]) for name in names if name in self.of]
+        return [name for name, source, own in found if source.missing([own])]
 
     def region(self, name: str) -> Region:
-        return self.of[name].region(name)
+        source, own = self.of[name]
+        return source.region(own)
 
     def digest(self, name: str) -> str:
-        return self.of[name].digest(name) if name in self.of else super().digest(name)
+        if name not in self.of:
+            return super().digest(name)
+        source, own = self.of[name]
+        return source.digest(own)
 
     def origin(self, name: str) -> tuple[str, str]:
-        return self.of[name].origin(name)
+        source, own = self.of[name]
+        return source.origin(own)
 
 
 class _one_line:

@@ -2,8 +2,11 @@
 
 import re
 
+import torch
+from torch import Tensor
+
 from dalle_cli.errors import DalleError
-from dalle_cli.importing.publication import From, Shapes, n_layers, renamed
+from dalle_cli.importing.publication import From, Shape, Shapes, n_layers, renamed
 from dalle_cli.models.vqgan import VQGANConfig
 
 IMAGE_SIZE = 256  # of every publication; no tensor depends on it
@@ -44,6 +47,36 @@ def vqgan_tensors(shapes: Shapes, prefix: str = "") -> dict[str, From]:
     """The origin of every tensor of a VQGAN whose names begin with `prefix`, those of decoders alone too."""
     start = re.escape(prefix)
     return renamed(shapes, [(f"{start}({OWN})", r"\1"), (f"{start}embedding\\.weight", "quantize.embedding.weight")])
+
+
+def flax_names(shapes: Shapes) -> dict[str, str]:
+    """The names in a flax file of the same model -> taming's."""
+    made = {}
+    for name in shapes:
+        stem, leaf = name.rsplit(".", 1)
+        stem = re.sub(r"(?<!mid\.)\b(up|down|block|attn)_(\d+)\b", r"\1.\2", stem)  # in "mid" they keep these names
+        made[name] = f"{stem}.{'bias' if leaf == 'bias' else 'weight'}"
+    return made
+
+
+def flax_shapes(shapes: Shapes) -> dict[str, Shape]:
+    """The shapes of a flax file's tensors in taming's names and layout."""
+    return {
+        ours: tuple(_laid_out(torch.empty(shapes[name], device="meta")).shape)
+        for name, ours in flax_names(shapes).items()
+    }
+
+
+def flax_tensors(shapes: Shapes) -> dict[str, From]:
+    """The origin of every tensor of a VQGAN in a flax file."""
+    theirs = {ours: name for name, ours in flax_names(shapes).items()}
+    origins = vqgan_tensors(flax_shapes(shapes))
+    return {ours: From.one(theirs[origin.names[0]], _laid_out) for ours, origin in origins.items()}
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    """A convolution's kernel (H, W, in, out) as torch has it, (out, in, H, W); other tensors as they are."""
+    return tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor
 
 
 def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Key-value caches for sampling codes one after another.
 
 P prompts, K candidates of each (B = P*K, prompts first), N heads, D head width, R = P*N*K rows, S positions of start
-and caption.
+and caption, T of a caption's states.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dalle_cli.models.attention import Pattern
+from dalle_cli.models.attention import Pattern, as_bias
 
 FEW = 32  # rows R; below this, float32 products on CPU take less time than a conversion to 16 bits
 
@@ -25,13 +25,17 @@ def cache_dtype(dtype: torch.dtype, n_rows: int, on_cpu: bool) -> torch.dtype:
 class Prompt:
     """Prefilled captions: logits of the first code (P, V), and keys and values (P, N, S, D) by layer.
 
-    `visible` (P, S) bool says which of these positions may be attended to; None is all.
+    An encoder-decoder has keys and values of the start alone there, and those of cross-attention to the T states of the
+    caption in `cross_keys` and `cross_values` (P, N, T, D). `visible` (P, S or T) bool says which of the caption's
+    positions may be attended to; None is all.
     """
 
     logits: Tensor
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     visible: Tensor | None = None
+    cross_keys: tuple[Tensor, ...] = ()
+    cross_values: tuple[Tensor, ...] = ()
 
     def repeat(self, times: int) -> "Prompt":
         """Each caption `times` times, one after another."""
@@ -40,6 +44,8 @@ class Prompt:
             tuple(x.repeat_interleave(times, 0) for x in self.keys),
             tuple(x.repeat_interleave(times, 0) for x in self.values),
             None if self.visible is None else self.visible.repeat_interleave(times, 0),
+            tuple(x.repeat_interleave(times, 0) for x in self.cross_keys),
+            tuple(x.repeat_interleave(times, 0) for x in self.cross_values),
         )
 
     @staticmethod
@@ -50,10 +56,50 @@ class Prompt:
             tuple(torch.cat(x) for x in zip(*(p.keys for p in prompts), strict=True)),
             tuple(torch.cat(x) for x in zip(*(p.values for p in prompts), strict=True)),
             torch.cat(visible) if (visible := [p.visible for p in prompts if p.visible is not None]) else None,
+            tuple(torch.cat(x) for x in zip(*(p.cross_keys for p in prompts), strict=True)),
+            tuple(torch.cat(x) for x in zip(*(p.cross_values for p in prompts), strict=True)),
         )
 
 
-class LayerCache:
+class PromptRows:
+    """How K candidates of each of P prompts lie in R = P*N*K rows: those of a prompt together, for each head."""
+
+    def __init__(self, keys: Tensor, candidates: int) -> None:
+        """Keys (P, N, S, D) that the candidates of a prompt share."""
+        self.n_prompts, self.n_head = keys.shape[:2]
+        self.candidates = candidates
+        self.n_rows = self.n_prompts * self.n_head * candidates
+        self.dtype = cache_dtype(keys.dtype, self.n_rows, keys.is_cpu)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(P*K, N, 1, D) -> (P*N*K, D), with the candidates of a prompt next to each other for each head."""
+        return x.reshape(self.n_prompts, self.candidates, self.n_head, -1).transpose(1, 2).reshape(-1, x.shape[-1])
+
+    def _heads(self, y: Tensor) -> Tensor:
+        """Inverse of `_rows`: (P*N*K, D) -> (P*K, N, 1, D)."""
+        y = y.view(self.n_prompts, self.n_head, self.candidates, -1).transpose(1, 2)
+        return y.reshape(-1, self.n_head, 1, y.shape[-1])
+
+
+class CrossCache(PromptRows):
+    """Keys and values of one layer's cross-attention to a caption's states, shared by the caption's candidates."""
+
+    def __init__(self, keys: Tensor, values: Tensor, visible: Tensor | None, candidates: int) -> None:
+        """Keys and values (P, N, T, D), and which of them are visible (P, T) bool; None is all."""
+        super().__init__(keys, candidates)
+        self.keys, self.values = (x.flatten(0, 1).to(self.dtype) for x in (keys, values))
+        shown = torch.ones(len(keys), keys.shape[2], dtype=torch.bool, device=keys.device)
+        bias = as_bias(shown if visible is None else visible, self.dtype)
+        self.bias = bias.repeat_interleave(self.n_head, 0)[:, None]
+
+    def attend(self, q: Tensor) -> Tensor:
+        """(B, N, 1, D) -> same."""
+        query = (self._rows(q).to(self.dtype) * q.shape[-1] ** -0.5).view(-1, self.candidates, q.shape[-1])
+        weights = torch.softmax(torch.baddbmm(self.bias, query, self.keys.mT), dim=-1)
+        return self._heads(torch.bmm(weights, self.values).flatten(0, 1)).to(q.dtype)
+
+
+class LayerCache(PromptRows):
     """Keys and values of one layer: those of the caption, shared by its candidates, and those of the codes.
 
     The buffers are allocated once, only as large as the pattern needs. They consist of blocks (n_blocks, R, slots, D);
@@ -62,13 +108,10 @@ class LayerCache:
 
     def __init__(self, pattern: Pattern, text_keys: Tensor, text_values: Tensor, candidates: int) -> None:
         """Caption keys and values (P, N, S, D)."""
+        super().__init__(text_keys, candidates)
         self.pattern = pattern
-        self.n_prompts, self.n_head, _, width = text_keys.shape
-        self.candidates = candidates
-        n_rows = self.n_prompts * self.n_head * candidates
-        self.dtype = cache_dtype(text_keys.dtype, n_rows, text_keys.is_cpu)
         self.text_keys, self.text_values = (x.flatten(0, 1).to(self.dtype) for x in (text_keys, text_values))
-        self.keys = self.text_keys.new_zeros(self.n_blocks, n_rows, self.block_size, width)
+        self.keys = self.text_keys.new_zeros(self.n_blocks, self.n_rows, self.block_size, text_keys.shape[-1])
         self.values = torch.zeros_like(self.keys)
         self.bias = pattern.ring_bias(self.keys)
 
@@ -112,15 +155,6 @@ class LayerCache:
         """(R, S) -> (R, D)."""
         y = torch.bmm(weights.reshape(-1, self.candidates, weights.shape[-1]), self.text_values)
         return y.view(len(weights), -1)
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """(P*K, N, 1, D) -> (P*N*K, D), with the candidates of a prompt next to each other for each head."""
-        return x.reshape(self.n_prompts, self.candidates, self.n_head, -1).transpose(1, 2).reshape(-1, x.shape[-1])
-
-    def _heads(self, y: Tensor) -> Tensor:
-        """Inverse of `_rows`: (P*N*K, D) -> (P*K, N, 1, D)."""
-        y = y.view(self.n_prompts, self.n_head, self.candidates, -1).transpose(1, 2)
-        return y.reshape(-1, self.n_head, 1, y.shape[-1])
 
 
 class StaticLayerCache(LayerCache):
@@ -198,6 +232,8 @@ class Cache:
         kind = StaticLayerCache if static else LayerCache
         layers = zip(patterns, prompt.keys, prompt.values, strict=True)
         self.layers: list[CacheLayer] = [kind(pattern, k, v, candidates) for pattern, k, v in layers]
+        cross = zip(prompt.cross_keys, prompt.cross_values, strict=True)
+        self.cross = [CrossCache(k, v, prompt.visible, candidates) for k, v in cross]
         if static:
             self._mark_static()
 
@@ -206,7 +242,7 @@ class Cache:
 
         CUDA graphs would otherwise copy all inputs at each step, and cannot write to the buffers.
         """
-        tensors = [value for holder in (self, *self.layers) for value in vars(holder).values()]
+        tensors = [value for holder in (self, *self.layers, *self.cross) for value in vars(holder).values()]
         for tensor in (*tensors, *(self.hints or ())):
             if isinstance(tensor, Tensor):
                 torch._dynamo.mark_static_address(tensor)

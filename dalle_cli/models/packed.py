@@ -5,33 +5,41 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from dalle_cli.models.bart import CodePrior, EncoderDecoderPrior
 from dalle_cli.models.dvae import DVAE
 from dalle_cli.models.kernels import Int8Linear, PackedLinear, PackedPointwise, packs
-from dalle_cli.models.prior import Prior
 from dalle_cli.models.vqgan import VQGAN
 
-D = TypeVar("D", DVAE, VQGAN)
+P = TypeVar("P", bound=CodePrior)
+D = TypeVar("D", bound=DVAE | VQGAN)
 
 
-def pack(prior: Prior, rows: int, dtype: torch.dtype, int8: bool = False, plain: bool = False) -> Prior:
+def pack(prior: P, rows: int, dtype: torch.dtype, int8: bool = False, plain: bool = False) -> P:
     """Replace the matrices of the blocks and the image head, in place; the prior can then be sampled, not trained.
 
     Choose `rows` as the number of codes that are sampled at once. Products are in `dtype` regardless of autocast;
-    residual sums, norms and embeddings keep their dtype. The text head, which sampling does not use, is removed.
+    residual sums, norms and embeddings keep their dtype. The text head, which sampling does not use, is removed. The
+    head of an encoder-decoder stays in float32: it is sampled with a guidance that multiplies what rounding leaves.
     `plain` keeps the ordinary layout, for a compiler. A prior that is already packed is returned unchanged.
     """
 
-    def packed(linear: nn.Linear) -> nn.Module:
+    def packed(linear: nn.Linear, rows: int) -> nn.Module:
         return Int8Linear(linear, dtype) if int8 else PackedLinear(linear, rows, dtype, plain)
 
-    if prior.text_head is None:
+    if not isinstance(prior.image_head, nn.Linear):
         return prior
-    for block in prior.blocks:
-        for name, layer in block.named_children():
-            if isinstance(layer, nn.Linear):
-                setattr(block, name, packed(layer))
-    prior.image_head = packed(prior.image_head)  # type: ignore[assignment]
-    prior.text_head = None  # type: ignore[assignment]
+    stacks = [(prior.blocks, rows)]
+    if isinstance(prior, EncoderDecoderPrior):
+        stacks.append((prior.encoder, prior.config.n_text))
+        prior.image_head = PackedLinear(prior.image_head, rows, torch.float32, plain)  # type: ignore[assignment]
+    else:
+        prior.image_head = packed(prior.image_head, rows)  # type: ignore[assignment]
+        prior.text_head = None  # type: ignore[assignment]
+    for blocks, rows_at_once in stacks:
+        for block in blocks:
+            for name, layer in block.named_children():
+                if isinstance(layer, nn.Linear):
+                    setattr(block, name, packed(layer, prior.config.n_text if name == "cross_kv" else rows_at_once))
     return prior
 
 

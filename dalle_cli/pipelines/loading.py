@@ -13,11 +13,13 @@ from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
+from dalle_cli.models.bart import EncoderDecoderConfig, EncoderDecoderPrior
 from dalle_cli.models.clip import CLIP, CLIPConfig
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 from dalle_cli.models.dvae import DVAE, DVAEConfig
 from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
+from dalle_cli.models.movq import MOVQ, MOVQConfig
 from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
@@ -29,12 +31,14 @@ CONFIGS: dict[type[nn.Module], type[Any]] = {
     DVAE: DVAEConfig,
     VQGAN: VQGANConfig,
     Prior: PriorConfig,
+    EncoderDecoderPrior: EncoderDecoderConfig,
     CLIP: CLIPConfig,
     DiffusionPrior: DiffusionPriorConfig,
     AutoregressivePrior: AutoregressivePriorConfig,
     Decoder: DecoderConfig,
     PatchDecoder: PatchDecoderConfig,
     Upsampler: UpsamplerConfig,
+    MOVQ: MOVQConfig,
 }
 # Sizes that repeat a part of a model. Each repetition has its own tensors, so no size exceeds the number of tensors.
 DEPTHS = ("n_layer", "n_blk_per_group", "vision_layers", "text_layers", "depth")
@@ -95,9 +99,9 @@ def tokenizer(weights: Artifact) -> Tokenizer:
 
 
 # (weights, device, dtype) -> the model
-prior = partial(load_model, Prior)
 clip = partial(load_model, CLIP)
 upsampler = partial(load_model, Upsampler)
+autoencoder = partial(load_model, MOVQ)
 
 
 def dvae(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> DVAE | VQGAN:
@@ -112,6 +116,13 @@ def decoder(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.
     if weights.require("model", dict).get("kind") == "patch":
         return load_model(PatchDecoder, weights, device, dtype)
     return load_model(Decoder, weights, device, dtype)
+
+
+def prior(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> Prior | EncoderDecoderPrior:
+    """The prior over codes of a weights file, of either kind."""
+    if weights.require("model", dict).get("kind") == "encoder_decoder":
+        return load_model(EncoderDecoderPrior, weights, device, dtype)
+    return load_model(Prior, weights, device, dtype)
 
 
 def embedding_prior(

@@ -24,7 +24,7 @@ from dalle_cli.data.skips import SkipLog
 from dalle_cli.devices import Arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
-from dalle_cli.models.prior import Prior
+from dalle_cli.models.bart import CodePrior
 from dalle_cli.paths import skip_list
 from dalle_cli.pipelines import loading
 from dalle_cli.pipelines.codec import Codec, check_codes
@@ -38,7 +38,7 @@ log = logging.getLogger("dalle_cli")
 Batch = tuple[Any, list[str], dict[str, Any]]  # codes (B, H, W), their captions, and the columns beside the scores
 
 
-def nats(prior: Prior, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def nats(prior: CodePrior, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """-ln p of each token and of each code: (B, T), (B,), (B, H, W) -> (B, T), (B, H*W) float64, on the CPU.
 
     It is 0 for a token that is not predicted. Logits are computed for a few pairs at a time, in float32 even under
@@ -54,7 +54,7 @@ def nats(prior: Prior, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[
     return text, image
 
 
-def _nats(prior: Prior, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def _nats(prior: CodePrior, tokens: Tensor, lengths: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         text, image = prior(tokens, lengths, codes)
         first = tokens.shape[1] - text.shape[1]  # 1 for a prior that does not predict the first token

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dalle_cli import devices
 from dalle_cli.errors import DalleError
+from dalle_cli.models.bart import CodePrior
 from dalle_cli.models.cache import Cache, Prompt
 from dalle_cli.models.prior import Prior
 from dalle_cli.sampling.batches import evaluating, rows_of_captions
@@ -24,7 +25,7 @@ DEFAULTS = CategoricalOptions()
 
 
 def sample_codes(
-    prior: Prior, tokens: Tensor, lengths: Tensor, indices: Sequence[int], seed: int,
+    prior: CodePrior, tokens: Tensor, lengths: Tensor, indices: Sequence[int], seed: int,
     options: CategoricalOptions = DEFAULTS, **more: Any,
 ) -> Tensor:  # fmt: skip
     """Sample one grid for each candidate index: (P, T), (P,) int64 -> (N, W, W) int64, on the prior's device.
@@ -40,7 +41,7 @@ def sample_codes(
 
 
 def sample_batches(
-    prior: Prior, tokens: Tensor, lengths: Tensor, indices: Sequence[int], seed: int,
+    prior: CodePrior, tokens: Tensor, lengths: Tensor, indices: Sequence[int], seed: int,
     options: CategoricalOptions = DEFAULTS, *, sketch_guidance: float = 1.0, captions: Sequence[int] | None = None,
     known: Tensor | None = None, keep: Tensor | None = None, batch_size: int = 16, compiled: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -81,7 +82,7 @@ def sample_batches(
             cached = wanted
         noise = torch.stack([uniforms(seed, indices[row], n_codes) for row in rows]).to(device)
         codes = grids[rows].to(device)
-        if prior.config.sketch:
+        if isinstance(prior, Prior) and prior.config.sketch:
             partial = None if keep is None else (codes.view(-1, *keep.shape), keep.to(device))
             captioned = tokens[own], lengths[own], [indices[row] for row in rows]
             sketches = sample_sketches(prior, *captioned, seed, guidance_scale=sketch_guidance, known=partial)
@@ -95,13 +96,13 @@ def sample_batches(
         yield codes[:n].view(-1, prior.config.grid, prior.config.grid).clone()
 
 
-def _prefill(prior: Prior, tokens: Tensor, lengths: Tensor) -> Prompt:
+def _prefill(prior: CodePrior, tokens: Tensor, lengths: Tensor) -> Prompt:
     with torch.inference_mode(), evaluating(prior):
         return prior.prefill(tokens, lengths)
 
 
 @torch.inference_mode()
-def _open(prior: Prior, prompt: Prompt, null: Prompt | None, candidates: int, static: bool = False) -> Cache:
+def _open(prior: CodePrior, prompt: Prompt, null: Prompt | None, candidates: int, static: bool = False) -> Cache:
     """A cache of conditional rows and, for guidance, as many null rows."""
     if null is not None:
         prompt = Prompt.join([prompt, null.repeat(len(prompt.logits))])
@@ -110,7 +111,7 @@ def _open(prior: Prior, prompt: Prompt, null: Prompt | None, candidates: int, st
 
 @torch.inference_mode()
 def _sample_grids(
-    prior: Prior, step: Callable[[Tensor, Cache], Tensor], cache: Cache, halves: int,
+    prior: CodePrior, step: Callable[[Tensor, Cache], Tensor], cache: Cache, halves: int,
     choose_codes: Callable[[Tensor, int], Tensor], codes: Tensor, fixed: Sequence[bool],
     report: Callable[[], None] | None,
 ) -> Tensor:  # fmt: skip
@@ -132,7 +133,7 @@ def _sample_grids(
     return codes
 
 
-def _known_codes(prior: Prior, known: Tensor | None, keep: Tensor | None, n: int) -> tuple[Tensor, list[bool]]:
+def _known_codes(prior: CodePrior, known: Tensor | None, keep: Tensor | None, n: int) -> tuple[Tensor, list[bool]]:
     """Codes of n grids (n, W*W) int64, and for each of the W*W positions whether its code is kept.
 
     Raises:

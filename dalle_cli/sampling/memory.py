@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from dalle_cli.models.bart import CodePrior
 from dalle_cli.models.cache import cache_dtype
-from dalle_cli.models.prior import Prior
 
 CAP = 256  # candidates at once: more are hardly faster, and progress would come in large steps
 SHARE = 0.5  # share of the free memory to use; other programs and fragmentation need some, too
@@ -18,7 +18,7 @@ _WIDTHS_OF_PREFILL = 14  # activations of a layer, mostly its MLP's, alive for e
 _ROWS_OF_LOGITS = 12  # logits, their halves, sorted values, indices in 64 bits, probabilities and sums, alive together
 
 
-def fitting_batch(prior: Prior, n_candidates: int, guided: bool, own_captions: bool, dtype: torch.dtype) -> int:
+def fitting_batch(prior: CodePrior, n_candidates: int, guided: bool, own_captions: bool, dtype: torch.dtype) -> int:
     """How many of `n_candidates` to sample at once in `dtype` on the prior's device: 1 to CAP."""
     device = prior.device
     free = int(free_memory(device) * SHARE)
@@ -29,7 +29,7 @@ def fitting_batch(prior: Prior, n_candidates: int, guided: bool, own_captions: b
     return max(1, min(fits, CAP, n_candidates))
 
 
-def candidate_bytes(prior: Prior, guided: bool, own_captions: bool, dtype: torch.dtype) -> int:
+def candidate_bytes(prior: CodePrior, guided: bool, own_captions: bool, dtype: torch.dtype) -> int:
     """Bytes that one more candidate takes: caches of all layers in `dtype`, logits, one position's activations.
 
     `guided` counts null rows, too. `own_captions` counts a caption's keys and values for every candidate, or the memory

@@ -27,7 +27,7 @@ from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.process import Process
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
-from dalle_cli.sampling.decoder import DecoderNetwork, SamplerConfig, sample_images, to_images, to_signed
+from dalle_cli.sampling.decoder import CaptionBatch, DecoderNetwork, SamplerConfig, sample_images, to_images, to_signed
 from dalle_cli.training.config import check_at_least, check_share, setting
 from dalle_cli.training.denoising import DenoisingTask, DenoisingTrain, Draws, Predict, denoising
 from dalle_cli.training.options import TrainingOptions
@@ -141,7 +141,7 @@ class DecoderTask(DenoisingTask):
         assert isinstance(model, Decoder | PatchDecoder)
         for rows, images, (embeddings, _, tokens, lengths) in self.held_out_batches(self.options.grid_images):
             noise, brush = row_noise(self.seed, rows, "decoder"), SamplerConfig(self.options.grid_steps)
-            decoded = to_images(sample_images(model, embeddings, tokens, lengths, brush, noise))
+            decoded = to_images(sample_images(model, embeddings, CaptionBatch(tokens, lengths), brush, noise))
             title = "held-out originals, and what is decoded from their embeddings"
             return image_grid([*images.numpy(), *decoded.cpu().numpy()], columns=len(rows), title=title)
         return None

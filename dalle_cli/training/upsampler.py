@@ -107,7 +107,11 @@ class UpsamplerTask(DenoisingTask):
         """The upsampler beside the enlarged small images, with their noise."""
         low, level, noise = conditioning
         factor = self.config.factor
-        beside = enlarge_noised(self.process, low, factor, level, noise) if noise.numel() else enlarge(low, factor)
+        clamp = self.config.clamp
+        if noise.numel():
+            beside = enlarge_noised(self.process, low, factor, level, noise, clamp)
+        else:
+            beside = enlarge(low, factor, clamp)
         return lambda x, t: model(x, t, beside, level)
 
     def samples(self, model: nn.Module, device: torch.device) -> Image.Image | None:

@@ -30,8 +30,8 @@ from dalle_cli.evaluation.image_metrics import Comparison, score
 from dalle_cli.evaluation.image_sets import GENERATED, ImageSet, open_image_set
 from dalle_cli.evaluation.options import EvaluateOptions
 from dalle_cli.evaluation.retrieval import shuffled
-from dalle_cli.evaluation.tables import NAMES
 from dalle_cli.models.pixels import from_uint8, to_uint8
+from dalle_cli.viz.metric_charts import METRICS
 
 DOSES: dict[str, Sequence[float]] = {
     "blur": (0.5, 1, 2, 4, 8),  # standard deviation in pixels
@@ -157,7 +157,7 @@ class Trial:
 
 def _cells(scores: Mapping[str, Any]) -> Row:
     """Those of the scores that have an interval."""
-    found = {name: scores[name] for name in NAMES if isinstance(scores.get(name), dict)}
+    found = {name: scores[name] for name in METRICS if isinstance(scores.get(name), dict)}
     return {name: Cell(told["value"], told["low"], told["high"]) for name, told in found.items() if "low" in told}
 
 
@@ -178,7 +178,7 @@ def verdict(name: str, harmless: Cell, doses: Sequence[float], cells: Sequence[C
 
 def table(harmless: Row, found: Mapping[str, Sequence[Row]], called: str) -> str:
     """Markdown: a row a dose, a column a score; under each kind of harm, what each score saw of it."""
-    names = {**NAMES, "frechet": called}
+    names = {name: title for name, (title, *_) in METRICS.items()} | {"frechet": called}
     columns = [name for name in names if name in harmless]
     lines = [["harm", "dose", *(names[name] for name in columns)], ["---"] * (2 + len(columns))]
     lines.append(["none", "", *(_figure(harmless[name]) for name in columns)])

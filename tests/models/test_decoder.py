@@ -16,7 +16,15 @@ from dalle_cli.data.pairs import Conditions
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder, DecoderConfig
-from dalle_cli.sampling.decoder import SamplerConfig, invert, sample_images, to_images, unet_process
+from dalle_cli.sampling.decoder import (
+    CaptionBatch,
+    SamplerConfig,
+    invert,
+    sample_images,
+    to_images,
+    to_signed,
+    unet_process,
+)
 from dalle_cli.training.decoder import DecoderTask, DecoderTrain, loss_of
 from dalle_cli.training.denoising import denoising
 from dalle_cli.training.loop import Trainer
@@ -169,7 +177,7 @@ def painted(model, brush, rows=range(3), **more):
     have = {**told(), **more}
     rows = list(rows)
     sampled = sample_images(
-        model, have["embeddings"][rows], have["tokens"][rows], have["lengths"][rows], brush,
+        model, have["embeddings"][rows], CaptionBatch(have["tokens"][rows], have["lengths"][rows]), brush,
         row_noise(5, rows, "decoder"), have["given"][rows],
     )  # fmt: skip
     assert sampled.dtype == torch.float32
@@ -225,10 +233,10 @@ def test_eta_and_steps_count(soft):
 def test_inversion_is_the_way_back():
     """From the noise that it finds, ddim paints the picture again; from other noise, or told another, it does not."""
     model = randomized(Decoder(config(prediction="v")), scale=0.15).eval()
-    rows = told()["embeddings"], told()["tokens"], told()["lengths"]
+    rows = told()["embeddings"], CaptionBatch(told()["tokens"], told()["lengths"])
     pictures = to_images(randn(3, 3, 8, 8) / 4)
     brush, noise = SamplerConfig(20, "ddim"), row_noise(1, range(3), "decoder")
-    start = invert(model, pictures, *rows, brush, iterations=10)
+    start = invert(model, to_signed(pictures), *rows, brush, iterations=10)
 
     def sampled(*rows, **more):
         return to_images(sample_images(model, *rows, brush, noise, **more))
@@ -312,9 +320,9 @@ def test_a_small_one_learns_the_colors(tmp_path, prediction):
     batches.close()
     names = list(COLORS)
     rows = torch.eye(6)[[0, 1, 2, 3] * 2]
-    none = torch.zeros(8, 0, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
+    none = CaptionBatch(torch.zeros(8, 0, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
     for brush in (SamplerConfig(12), SamplerConfig(12, guidance=2.0), SamplerConfig(25, "ddpm")):
-        pictures = to_images(sample_images(trainer.ema.model, rows, *none, brush, row_noise(1, range(8), "decoder")))
+        pictures = to_images(sample_images(trainer.ema.model, rows, none, brush, row_noise(1, range(8), "decoder")))
         for number, picture in enumerate(pictures.numpy()):
             mean = picture.reshape(3, -1).mean(1)
             near = min(names, key=lambda name, m=mean: np.abs(m - COLORS[name]).sum())
