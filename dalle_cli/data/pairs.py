@@ -67,6 +67,7 @@ class Pairs:
             self._code_sizes = (latents.require("grid", int),) * 2, latents.require("n_vocab", int)
             _check(latents, latents.array("codes")[:0], *self._code_sizes)
         self._captions, self._latents = RowsById(caption_ids, self.ids), RowsById(latent_ids, self.ids)
+        self.normalized = True
         self.unmatched = len(set(latent_ids) ^ set(caption_ids))
 
     def __len__(self) -> int:
@@ -106,13 +107,19 @@ class Pairs:
         """The embeddings' width: D."""
         return int(self.latents.array("embeddings").shape[1])
 
+    def unnormalized(self) -> "Pairs":
+        """The same pairs, with z_i as long as they are stored."""
+        kept = copy(self)
+        kept.normalized = False
+        return kept
+
     def embeddings(self, rows: Ints) -> Floats:
-        """z_i of these rows, normalized to length 1: (B, D) float32."""
-        return _normalized(self.latents, rows)
+        """z_i of these rows, normalized to length 1 if `normalized`: (B, D) float32."""
+        return _embeddings(self.latents, rows, self.normalized)
 
     def text_embeddings(self, rows: Ints) -> Floats:
         """z_t of these captions, normalized to length 1: (B, D) float32."""
-        return _normalized(self.captions, rows)
+        return _embeddings(self.captions, rows, True)
 
     def _check_encoder(self) -> None:
         """Raises: DalleError if captions have no embeddings, or those of another CLIP."""
@@ -186,13 +193,13 @@ class Conditions:
         return embeddings, tokens, lengths
 
 
-def _normalized(source: Artifact, rows: Ints) -> Floats:
+def _embeddings(source: Artifact, rows: Ints, normalized: bool) -> Floats:
     """Raises: DalleError if an embedding is not finite, or has no length."""
     z = np.asarray(source.array("embeddings")[rows]).astype(np.float32)
     length = np.linalg.norm(z, axis=-1, keepdims=True)
     if not (np.isfinite(length) & (length > 0)).all():
         raise DalleError(f"expected embeddings of finite length, found others in {source.path}; make it again")
-    return np.asarray(z / length)
+    return np.asarray(z / length) if normalized else z
 
 
 def _check(source: Artifact, rows: Ints, shape: tuple[int, ...], n_vocab: int) -> None:

@@ -6,21 +6,27 @@ import numpy as np
 import pytest
 import torch
 from artifact_files import array, strings
-from conftest import run_bad, run_ok
+from comparisons import assert_equal
+from conftest import run_bad, run_cli, run_ok
 from karlo_publication import WIDTH, components, in_double, publish
 from PIL import Image
+from stage_runs import lasting_rows
 from tensor_lists import n_parameters, published_shapes
 
 from dalle_cli import pipelines
 from dalle_cli.artifacts import digest_file, open_artifact
+from dalle_cli.artifacts.weights import load_tensors
 from dalle_cli.devices import arithmetic
 from dalle_cli.diffusion.noise import noise_for, row_noise
 from dalle_cli.importing import karlo
 from dalle_cli.pipelines.decoder import ImageDecoder
 from dalle_cli.pipelines.editing import Editor, SourceImage
+from dalle_cli.pipelines.prior import open_prior
 from dalle_cli.pipelines.prompts import SamplerInputs, candidates
 from dalle_cli.sampling.decoder import upsample
 from dalle_cli.sampling.defaults import check_sampling_defaults
+from dalle_cli.sampling.embeddings import PromptBatch
+from dalle_cli.training.states import StatesOf
 
 PROMPT, N, SEED = "a red bear on the blue grass", 2, 3
 STEPS = (25, 25, 7)  # the published ones, which our side has to know from the bundle
@@ -111,7 +117,22 @@ def test_every_stage(bundle, theirs):
 def test_generate(bundle, theirs, tmp_path):
     """The command's images are theirs, rounded; and so by `sample | decode`."""
     kept = tmp_path / "kept.safetensors"
-    run_ok("generate", PROMPT, "-n", N, "--keep", N, "--seed", SEED, "-m", bundle, "--images", kept, "-o", "x.png")
+    run_ok(
+        "generate",
+        PROMPT,
+        "-n",
+        N,
+        "--keep",
+        N,
+        "--seed",
+        SEED,
+        "-m",
+        bundle,
+        "--images",
+        kept,
+        "-o",
+        tmp_path / "x.png",
+    )
     expected = (255 * theirs["images"]).numpy()
     order = [int(name.split("-")[1]) for name in strings(kept, "ids")]
     assert np.abs(array(kept, "images")[np.argsort(order)] - expected).max() < 0.5 + 255 * 1e-4
@@ -119,12 +140,10 @@ def test_generate(bundle, theirs, tmp_path):
     run_ok("sample", PROMPT, "-n", N, "--seed", SEED, "-m", bundle, "-o", z)
     run_ok("decode", z, "--seed", SEED, "-m", bundle, "-o", images)
     assert np.abs(array(images, "images") - expected).max() < 0.5 + 255 * 1e-4
+    how = ("-n", N, "--keep", N, "--seed", SEED, "-m", bundle, "-o", tmp_path / "y.png", "--force")
     for option in ("--decoder-guidance", "--guidance"):  # neither of which may do nothing
         other = tmp_path / f"other{option}.safetensors"
-        run_ok(
-            "generate", PROMPT, "-n", N, "--keep", N, "--seed", SEED, "-m", bundle, "--images", other, "-o", "y.png",
-            option, 1, "--force",
-        )  # fmt: skip
+        run_ok("generate", PROMPT, *how, "--images", other, option, 1)
         assert np.abs(np.sort(array(other, "images"), 0) - np.sort(expected, 0)).max() > 20
 
 
@@ -265,3 +284,69 @@ def test_every_published_tensor():
         "steps": 7, "sampler": "ddpm", "spacing": "linspace", "variance": "fixed_small", "clip": 1.0,
     }  # fmt: skip
     assert (decoder.sizes.image_size, upsampler.sizes.low_size, upsampler.sizes.image_size) == (64, 64, 256)
+
+
+@pytest.fixture(scope="module")
+def inputs(bundle, data, tmp_path_factory):
+    """Captions in the tokens of Karlo's CLIP, and embeddings of the images as long as it gives them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    captions, embeddings = folder / "captions.safetensors", folder / "embeddings.safetensors"
+    length = ("--set", "tokenizer.length=77")
+    run_ok("tokenize", data, "-t", bundle / "clip-tokenizer.json", "-m", bundle, *length, "-o", captions)
+    run_ok("encode-images", data, "-m", bundle, "-o", embeddings)
+    return captions, embeddings
+
+
+def training(**settings):
+    values = {"batch_size": 8, "warmup": 1, "validation": 0.25, "log_every": 5, "drawn_steps": 3, **settings}
+    return [word for k, v in values.items() for word in ("--set", f"embedding_prior.diffusion.train.{k}={v}")]
+
+
+def test_fine_tuning_the_prior(bundle, inputs, tmp_path):
+    """From its weights on, with its statistics; captions are states of its CLIP."""
+    still, tuned = tmp_path / "still.safetensors", tmp_path / "prior.safetensors"
+    how = ("--init", bundle, "--dtype", "float32")
+    run_ok("train-prior", *inputs, *how, *training(steps=1, lr=0.0), "-o", still)
+    before, same = (load_tensors(open_artifact(path)) for path in (bundle / "prior.safetensors", still))
+    assert_equal(same, before)
+    run_ok("train-prior", *inputs, *how, *training(steps=30, lr=3e-3, ema=0.5), "-o", tuned)
+    rows = [row for row in lasting_rows(tuned) if "loss_held_out" in row]
+    first = [row for row in lasting_rows(still) if "loss_held_out" in row]
+    assert rows[-1]["loss_held_out"] < 0.5 * first[-1]["loss_held_out"]
+    after = load_tensors(open_artifact(tuned))
+    assert all(torch.equal(after[name], before[name]) for name in ("principal.mean", "principal.std"))
+    assert open_artifact(tuned).config["sampling"] == open_artifact(bundle / "prior.safetensors").config["sampling"]
+    for name in ("clip.safetensors", "clip-tokenizer.json"):
+        (tmp_path / name).write_bytes((bundle / name).read_bytes())
+    z = pipelines.load(tuned).sample(PROMPT, N, steps=3)
+    assert np.isfinite(z).all()
+    assert run_cli("doctor", tuned, *inputs).status in (0, 1)
+
+
+def test_states_in_training_are_those_of_sampling(bundle, inputs):
+    captions = open_artifact(inputs[0])
+    states = StatesOf.find(captions, bundle)
+    texts = captions.strings("text")[:3]
+    read = [torch.from_numpy(captions.array(name)[:3].astype(np.int64)) for name in ("tokens", "lengths")]
+    prior = open_prior(open_artifact(bundle / "prior.safetensors"), CPU, str(bundle))
+    got, expected = states(PromptBatch(*read, torch.zeros(3, WIDTH))), prior.prompt_batch(texts)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    dropped = states(PromptBatch(read[0], torch.zeros_like(read[1]), torch.zeros(3, WIDTH)))
+    for one, null, other in zip(dropped, states.null, prior.prompt_batch([""]), strict=True):
+        torch.testing.assert_close(one[1:2], other, rtol=0, atol=1e-5)
+        torch.testing.assert_close(null, other, rtol=0, atol=1e-5)
+
+
+def test_training_that_cannot_be(bundle, inputs, data, tmp_path):
+    short = tmp_path / "short.safetensors"
+    words = ("-t", bundle / "clip-tokenizer.json", "-m", bundle, "--set", "tokenizer.length=20", "-o", short)
+    run_ok("tokenize", data, *words)
+    lone = tmp_path / "lone" / "prior.safetensors"
+    lone.parent.mkdir()
+    lone.write_bytes((bundle / "prior.safetensors").read_bytes())
+    once = (*training(steps=1), "--set", "embedding_prior.diffusion.time=false")
+    out = ("-o", tmp_path / "out" / "prior.safetensors")
+    assert "n_text = 77" in run_bad("train-prior", short, inputs[1], "--init", bundle, *training(steps=1), *out)
+    assert "whose states the model takes" in run_bad("train-prior", *inputs, "--init", lone, *training(steps=1), *out)
+    assert "expected a prior with timesteps to train" in run_bad("train-prior", *inputs, *once, *out)
