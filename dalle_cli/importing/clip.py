@@ -261,8 +261,8 @@ def _tokenizer(source: Source, folder: str, length: int) -> bytes:
 def _license(source: Source, shapes: Shapes) -> str:
     """What the model card says; OpenAI's own is MIT."""
     if "README.md" in source.files:
-        card = source.data("README.md").decode(errors="replace")
-        if match := re.match(r"---\n(?:.*\n)*?license: *['\"]?([\w.-]+)", card):
+        head = [*source.data("README.md").decode(errors="replace").split("---\n", 2), "", ""][1]
+        if match := re.search(r"^license: *['\"]?([\w.-]+)", head, re.MULTILINE):
             return match[1]
     openai = any(map(NUMBERS.fullmatch, shapes)) or "openai/clip-" in source.name
     return "mit" if openai else "unknown"

@@ -16,6 +16,7 @@ from dalle_cli.devices import Arithmetic
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
+from dalle_cli.models.movq import MOVQ
 from dalle_cli.models.upsampler import Upsampler
 from dalle_cli.options import DecoderOptions
 from dalle_cli.pipelines import loading
@@ -40,7 +41,9 @@ LOW_NOISE = "--low-noise"
 
 
 class ImageDecoder:
-    """A diffusion decoder, its tokenizer if it reads captions, and the upsamplers of the same bundle in order."""
+    """A diffusion decoder and, of the same bundle: its tokenizer if it reads captions, its autoencoder if it samples
+    latents, and the upsamplers in order.
+    """
 
     kind = "embeddings"
 
@@ -53,9 +56,10 @@ class ImageDecoder:
         self.model, self.decoder = model, loading.decoder(self.weights, machine.device, machine.dtype)
         self.of_states = self.decoder.config.captions == "states"
         self.tokenizer = loading.tokenizer(self.weights) if self.decoder.config.n_text and not self.of_states else None
+        self.autoencoder = self._autoencoder() if self.decoder.config.channels != 3 else None
         found = bundles.upsamplers(model)
         models = [loading.upsampler(weights, machine.device, machine.dtype) for weights in found]
-        order = upsampler_order([m.config for m in models], self.decoder.config.image_size)
+        order = upsampler_order([m.config for m in models], self.small_size)
         self.upsamplers = [(found[i], models[i]) for i in order]
         self.set(options, seed)
 
@@ -96,10 +100,24 @@ class ImageDecoder:
         """The CLIP whose text tower a decoder of states reads captions with."""
         return shared_clip(find_clip(self.weights, self.model), self.machine)
 
+    def _autoencoder(self) -> tuple[Artifact, MOVQ]:
+        """The autoencoder of the bundle. Raises: DalleError if there is none, or it is of other latents."""
+        weights, channels = bundles.weights(self.model, "weights.autoencoder"), self.decoder.config.channels
+        autoencoder = loading.autoencoder(weights, self.machine.device, self.machine.dtype)
+        if (found := autoencoder.config.n_latent) != channels:
+            raise DalleError(f"expected an autoencoder of {channels} channels, found {found} in {weights.path}")
+        return weights, autoencoder
+
+    @property
+    def small_size(self) -> int:
+        """Side of the images in pixels, before the first upsampler."""
+        side = self.decoder.config.image_size
+        return side * self.autoencoder[1].config.reduction if self.autoencoder else side
+
     @property
     def size(self) -> int:
         """Side of the images in pixels, after the last upsampler."""
-        return self.upsamplers[-1][1].config.image_size if self.upsamplers else self.decoder.config.image_size
+        return self.upsamplers[-1][1].config.image_size if self.upsamplers else self.small_size
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -120,7 +138,8 @@ class ImageDecoder:
     def inputs(self) -> dict[str, Artifact]:
         """The weights, as a history names them."""
         upsamplers = {f"upsampler_{i}": weights for i, (weights, _) in enumerate(self.upsamplers, 1)}
-        return {"decoder": self.weights, **upsamplers}
+        autoencoder = {"autoencoder": self.autoencoder[0]} if self.autoencoder else {}
+        return {"decoder": self.weights, **autoencoder, **upsamplers}
 
     def check(self, embeddings: Artifact) -> None:
         """Raises: DalleError if they are of another CLIP than the decoder was trained with."""
@@ -147,8 +166,15 @@ class ImageDecoder:
             captions, noise = self._captions(texts[part]), row_noise(self.seed, numbers[part], "decoder")
             first = None if start is None else start[part]
             with self.machine.autocast():
-                parts.append(sample_images(self.decoder, rows[part], captions, self.config, noise, start=first).cpu())
+                x = sample_images(self.decoder, rows[part], captions, self.config, noise, start=first)
+                parts.append(self._pixels(x).cpu())
         return torch.cat(parts).numpy()
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """Images of what the decoder samples: decoded from its latents, or the same."""
+        if self.autoencoder is None:
+            return x
+        return torch.cat([self.autoencoder[1].decode(x[part]) for part in batched(len(x), at_once(self.small_size))])
 
     def enlarge(self, images: Any, numbers: Sequence[int]) -> Any:
         """Enlarge what `decode_small` made of the rows of these numbers: (B, 3, s, s) -> (B, 3, S, S) uint8."""
@@ -167,12 +193,14 @@ class ImageDecoder:
     def invert(self, images: Any, embeddings: Any, iterations: int) -> Tensor:
         """DDIM inversion (sec. 3): the noise from which the decoder samples the images again, without captions.
 
-        (B, 3, s, s) uint8, (B, D) -> (B, 3, s, s) float32 on the CPU; s is the decoder's size.
+        (B, 3, s, s) uint8, (B, D) -> (B, 3, s, s) float32 on the CPU, or latents; s is `small_size`.
         """
-        captions, pixels = self._captions([""] * len(images)), to_signed(torch.from_numpy(images))
+        captions, x = self._captions([""] * len(images)), to_signed(torch.from_numpy(images))
         rows = torch.from_numpy(np.asarray(embeddings).astype(np.float32))
         with self.machine.autocast():
-            return invert(self.decoder, pixels, rows, captions, self.config, iterations).cpu()
+            if self.autoencoder:
+                x = self.autoencoder[1].encode(x.to(self.machine.device))
+            return invert(self.decoder, x, rows, captions, self.config, iterations).cpu()
 
     def _captions(self, texts: Sequence[str]) -> CaptionBatch:
         """Captions as the decoder takes them; an empty text is the null caption."""

@@ -157,7 +157,7 @@ class Editor:
 
     def invert(self, z: Tensor, *sources: SourceImage) -> Tensor:
         """DDIM inversion of B images with their embeddings (B, D): their noise (B, 3, s, s) float32."""
-        size = self.decoder.decoder.config.image_size
+        size = self.decoder.small_size
         with self.progress("invert", len(sources), unit="images") as advance:
             noise = self.decoder.invert(np.stack([s.pixels(size) for s in sources]), z, ITERATIONS)
             advance(len(sources))

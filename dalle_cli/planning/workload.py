@@ -207,11 +207,13 @@ def _decoder(table: Mapping[str, Any], name: str) -> list[Workload]:
     known = condition_sizes(table)
     if isinstance(table[name], dict) and table[name].get("n_text") == 0:
         known = {key: n for key, n in known.items() if key == "n_embedding"}
-    config, train = recipes.section(table, name, trainable(table).model, known, train=DecoderTrain)
+    config, train = recipes.section(table, name, trainable(table[name]).model, known, train=DecoderTrain)
 
     def batch(n: int) -> Batch:
         embeddings = torch.randn(n, config.n_embedding), torch.ones(n, dtype=torch.bool)
         captions = _captions(n, config.n_text_vocab, config.n_text)
+        if config.captions == "states":
+            captions = torch.randn(n, config.n_text, config.text_width), captions[1], torch.randn(n, config.n_embedding)
         return (*_noised(n, config.image_size, config.n_timestep), *embeddings, *captions)
 
     return [Workload(name, train, lambda train: DecoderTask(config, train, NO_DATA, NO_DATA, 0, 0), batch)]

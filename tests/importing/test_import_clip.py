@@ -13,6 +13,7 @@ import torch
 from conftest import run_bad, run_ok
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tensor_lists import published_shapes
 from torch.nn import functional as F
 
 from dalle_cli.artifacts import open_artifact
@@ -51,17 +52,15 @@ class Listed:
 
 
 class Table:
-    def __init__(self, path):
-        rows = [line.split("\t") for line in path.read_text().splitlines()]
-        self.shapes = {name: tuple(json.loads(shape)) for name, shape in rows}
+    def __init__(self, name):
+        self.shapes = published_shapes(name)
 
     def dtype(self, name):
         return torch.float32
 
 
-def listed(request, tokenizer_json, files, **small):
-    keys = request.path.parent / "keys"
-    tables = {name: Table(keys / f"{table}.tsv") for name, table in files.items()}
+def listed(tokenizer_json, files, **small):
+    tables = {name: Table(table) for name, table in files.items()}
     return Listed(tables, {**tokenizer_json, **{name.replace("__", "/") + ".json": x for name, x in small.items()}})
 
 
@@ -89,9 +88,9 @@ LISTS = {
 
 
 @pytest.mark.parametrize("layout", LISTS)
-def test_the_published_tensors_are_ours_at_full_size(request, tokenizer_json, layout):
+def test_the_published_tensors_are_ours_at_full_size(tokenizer_json, layout):
     files, small, (n, text_heads, vision_heads, activation) = LISTS[layout]
-    source = listed(request, tokenizer_json, files, **small)
+    source = listed(tokenizer_json, files, **small)
     assert clip.IMPORTER.recognize(source)
     assert {*files, *tokenizer_json} <= set(clip.IMPORTER.files(source))
     check_full_size(source, clip.IMPORTER.plan(source), n)
@@ -109,10 +108,10 @@ def check_full_size(source, made, n):
     ("text_encoder", "karlo_text_encoder", 123_650_304, 12),
     ("text_encoder", "kandinsky22_text_encoder_bigg", 694_659_840, 20),
 ])  # fmt: skip
-def test_text_encoders_alone_at_full_size(request, tokenizer_json, folder, table, n, heads):
+def test_text_encoders_alone_at_full_size(tokenizer_json, folder, table, n, heads):
     config = {"model_type": "clip_text_model", "num_attention_heads": heads, "hidden_act": "gelu"}
     source = listed(
-        request, tokenizer_json, {f"{folder}/model.safetensors": table}, **{f"{folder}__config": config}
+        tokenizer_json, {f"{folder}/model.safetensors": table}, **{f"{folder}__config": config}
     )  # fmt: skip
     made = clip.parts(source, (f"{folder}/",), name="text")
     check_full_size(source, made, n)
@@ -200,6 +199,16 @@ def test_openai(tmp_path, archive):
     assert (scorer.clip.config.activation, scorer.clip.config.vision_heads) == ("quick_gelu", 2)
     check_openai_names(scorer, theirs, tmp_path)
     assert "license: mit" in (tmp_path / "made" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("card", "license_"), [
+    (None, "unknown"), ("# A CLIP\nlicense: gpl\n", "unknown"),
+    ("---\ntags: x\nlicense: apache-2.0\n---\n", "apache-2.0"),
+])  # fmt: skip
+def test_the_license_is_that_of_the_card(tokenizer_json, card, license_):
+    small = {"README.md": card.encode()} if card else {}
+    source = Listed({"open_clip_model.safetensors": Table("open_clip_vit_b32")}, {**tokenizer_json, **small})
+    assert clip.parts(source).license == license_
 
 
 def test_openai_against_its_own_code(tmp_path):

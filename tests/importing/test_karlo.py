@@ -350,5 +350,5 @@ def test_training_that_cannot_be(bundle, inputs, data, tmp_path):
     once = (*training(steps=1), "--set", "embedding_prior.diffusion.time=false")
     out = ("-o", tmp_path / "out" / "prior.safetensors")
     assert "n_text = 77" in run_bad("train-prior", short, inputs[1], "--init", bundle, *training(steps=1), *out)
-    assert "whose states the prior takes" in run_bad("train-prior", *inputs, "--init", lone, *training(steps=1), *out)
+    assert "whose states the model takes" in run_bad("train-prior", *inputs, "--init", lone, *training(steps=1), *out)
     assert "expected a prior with timesteps to train" in run_bad("train-prior", *inputs, *once, *out)
