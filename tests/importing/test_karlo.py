@@ -221,7 +221,7 @@ def test_a_prior_in_its_place(published, bundle, tmp_path):
     assert "ECLIPSE" in card
     assert "openrail++" in card
     cases = {
-        "expected a prior over CLIP embeddings alone": ("import", source, "--prior", clip, "--clip", clip),
+        "expected weights.prior.embeddings alone for --prior": ("import", source, "--prior", clip, "--clip", clip),
         "expected no --prior for ECLIPSE": ("import", eclipse, "--prior", eclipse, "--clip", clip),
     }
     for expected, words in cases.items():
