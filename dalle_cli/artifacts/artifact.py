@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dalle_cli.artifacts.container import SHARDS, Header, digest_bytes, digest_file, read_header
+from dalle_cli.artifacts.container import MAX_SHARDS, SHARDS, Header, digest_bytes, read_header
 from dalle_cli.artifacts.strings import Part, Strings
 from dalle_cli.errors import DalleError
 
@@ -114,7 +114,7 @@ class Artifact:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the file; of a folder, SHA-256 of its shards' digests in order."""
-        digests = [digest_file(header.path) for header in self.headers]
+        digests = [header.digest() for header in self.headers]
         return digests[0] if len(digests) == 1 and self.path.is_file() else digest_bytes("".join(digests).encode())
 
 
@@ -129,6 +129,8 @@ def _open_shards(path: Path) -> list[Header]:
         raise DalleError(f"expected an artifact, found a folder without shards (00000.safetensors ...): {path}")
     headers = [read_header(file) for file in files]
     first, total = headers[0], headers[0].config.get("shards", len(files))
+    if type(total) is not int or not 1 <= total <= MAX_SHARDS:
+        raise DalleError(f"expected a number of shards, found {total!r} in {files[0]}; make {path} again")
     if len(files) != total or files[-1].stem != f"{total - 1:05d}":
         raise DalleError(f"expected {total} shards, found {len(files)} in {path}; run the stage that writes it again")
     for header in headers[1:]:
