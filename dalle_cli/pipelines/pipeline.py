@@ -241,7 +241,7 @@ class Pipeline:
         decoder.check(prior.weights)
         if not decoder.upsamplers:
             return LatentDecoder(decoder.decode, None, decoder.settings, decoder.inputs)
-        options = {**decoder.settings, "ranked_size": decoder.decoder.config.image_size}
+        options = {**decoder.settings, "ranked_size": decoder.small_size}
         return LatentDecoder(decoder.decode_small, None, options, decoder.inputs, small=True)
 
     def sample(self, prompts: str | Sequence[str], n: int = 8, **settings: Any) -> Any:

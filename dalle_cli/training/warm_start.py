@@ -50,11 +50,16 @@ def model_settings(
     or "added", a part that trained weights may lack.
 
     Raises:
-        DalleError: the inputs have another size than the weights.
+        DalleError: the inputs have another size than the weights, or the weights are of a model without training.
     """
     if found is None:
         return dict(known)
     own = found.require("model", dict)
+    if "kind" in own and not hasattr(model, "kind"):
+        raise DalleError(
+            f"expected weights of a model that is trained here, found a {own['kind']} in {found.path}; it can be "
+            "sampled here, not trained"
+        )
     for name, value in known.items():
         fewer = name == "n_text_vocab" and isinstance(own.get(name), int) and value < own[name]  # a part of the table
         if own.get(name, value) != value and not fewer:

@@ -77,7 +77,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """One item, or two with a relation: the first stands left, right, above, below, beside or with the second or walks it."""
+    """One item, or two: the first is `left` of the second, or right, above, below, beside, with it, or `walks` it."""
 
     items: tuple[Item, ...]
     relation: str = ""
@@ -200,7 +200,8 @@ def _tables() -> dict[str, dict[str, str]]:
     }
     for thing in things.table().values():
         found["en"][thing.name.lower()] = thing.name
-        found["many"][thing.plural.lower()] = thing.name
+        if not thing.bare:
+            found["many"][thing.plural.lower()] = thing.name
         found["ko"][thing.korean] = thing.name
     for target, source in (("size", SIZES), ("size", KOREAN_SIZES), ("color", COLORS), ("ground", KOREAN_GROUNDS)):
         found[target] |= {word: name for name, words in source.items() for word in (name, *words)}
@@ -223,10 +224,10 @@ def _patterns(language: str) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 def _modified(words: list[str], item: Item) -> tuple[list[str], Item]:
     """Take size and color off the front of a noun phrase."""
-    for name in ("size", "color"):
-        if len(words) > 1 and words[0] in _tables()[name]:
-            item = replace(item, **{name: _tables()[name][words[0]]})
-            words = words[1:]
+    if len(words) > 1 and (size := _tables()["size"].get(words[0])):
+        words, item = words[1:], replace(item, size=size)
+    if len(words) > 1 and (color := _tables()["color"].get(words[0])):
+        words, item = words[1:], replace(item, color=color)
     return words, item
 
 

@@ -1,7 +1,7 @@
 """What no model is shown: combinations withheld by a hash of their names, and those of the prompts of the sheets.
 
-One in ten of (color, thing), of unordered pairs of things, of (worn, thing) and of (walker, walked) never occurs in a scene
-to train on. A thing by itself in its own color always does.
+One in ten of (color, thing), of unordered pairs of things, of (worn, thing) and of (walker, walked) never occurs in a
+scene to train on. A thing by itself in its own color always does.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ def combinations(scene: Scene, own: Callable[[str], str]) -> Iterator[Combinatio
             yield "worn", item.worn, item.thing
     if len(scene.items) == 2:
         a, b = (item.thing for item in scene.items)
-        yield "pair", *sorted((a, b))
+        yield "pair", min(a, b), max(a, b)
         if scene.relation == "walks":
             yield "walked", a, b
 

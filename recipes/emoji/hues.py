@@ -34,8 +34,8 @@ NAMES = (
     ("orange", 16, 36.5, 0.9, 0.64),
     ("yellow", 36.5, 62, 0.85, 0.72),
     ("green", 62, 165, 0.35, 0.7),
-    ("blue", 190, 250, 0.5, 0.8),
-    ("purple", 250, 312, 0.3, 0.7),
+    ("blue", 190, 238, 0.5, 0.8),
+    ("purple", 238, 312, 0.3, 0.7),
     ("pink", 312, 345, 0.5, 0.9),
     ("red", 345, 360, 0.6, 0.66),
 )
@@ -46,7 +46,7 @@ INKED = 0.4  # of the ink that is saturated, from which an image has a hue at al
 
 
 class Leading(NamedTuple):
-    """An image's leading hue, mean saturation and lightness of the ink that has it, and which share of the ink that is."""
+    """An image's leading hue, mean saturation and lightness of the ink that has it, and its share of all ink."""
 
     hue: float
     saturation: float
@@ -71,7 +71,8 @@ def to_rgb(hue: Floats, saturation: Floats, lightness: Floats) -> Floats:
     """The inverse of `to_hsl`."""
     reach = saturation * np.minimum(lightness, 1 - lightness)
     k = (np.array([0, 8, 4], np.float32) + hue[..., None] / 30) % 12
-    return lightness[..., None] - reach[..., None] * np.clip(np.minimum(k - 3, 9 - k), -1, 1)
+    wave: Floats = np.clip(np.minimum(k - 3, 9 - k), -1, 1).astype(np.float32)
+    return lightness[..., None] - reach[..., None] * wave
 
 
 def apart(a: Floats | float, b: float) -> Floats:
@@ -82,7 +83,7 @@ def apart(a: Floats | float, b: float) -> Floats:
 def leading(image: Pixels) -> Leading | None:
     """The hue that leads in an image with alpha, or None where there is none."""
     ink = image[..., 3] > 127
-    hue, saturation, lightness = to_hsl(image[ink][:, :3].astype(np.float32) / 255)
+    hue, saturation, lightness = to_hsl(image[ink][:, :3].astype(np.float32) / np.float32(255))
     weight = saturation * (1 - np.abs(2 * lightness - 1))  # chroma: what an eye sees of a hue
     seen = weight > 0.16
     if seen.mean() < INKED:
@@ -120,7 +121,7 @@ def name(own: Leading) -> str:
 
 def turn(image: Pixels, own: Leading, color: str) -> Pixels:
     """The image with its leading hue turned to a named color; lightness, alpha and other hues stay."""
-    hue, saturation, lightness = to_hsl(image[..., :3].astype(np.float32) / 255)
+    hue, saturation, lightness = to_hsl(image[..., :3].astype(np.float32) / np.float32(255))
     target, most, wanted = TARGETS[color]
     gain = max(1.0, VIVID / own.saturation) if wanted is None else wanted / own.saturation
     offset = apart(hue, own.hue)

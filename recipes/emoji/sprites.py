@@ -1,8 +1,8 @@
 """Images of single things on nothing, cut to their ink and fitted into squares of the code grid.
 
-Run `python recipes/emoji/sprites.py CACHE OUT.tar`, CACHE being a folder into which `npm pack` fetched PACKAGES (`--packages`
-prints them); it needs the package resvg-py. OUT.tar then holds each thing of things.tsv in each style, STYLE/NAME.png, 96
-pixels wide. `--only NAMES.txt` writes fewer things: so small.sprites.tar was made, which lies in the repository.
+Run `python recipes/emoji/sprites.py CACHE OUT.tar`, CACHE being a folder into which `npm pack` fetched PACKAGES
+(`--packages` prints them); it needs the package resvg-py. OUT.tar then holds each thing of things.tsv in each style,
+STYLE/NAME.png, 96 pixels wide. `--only small-things.txt` writes fewer, in one style: so small.sprites.tar was made.
 """
 
 import argparse
@@ -59,6 +59,16 @@ def fit(image: Image.Image, size: int, margin: float = MARGIN) -> Image.Image:
     return square
 
 
+def wide(image: Image.Image, width: int) -> Image.Image:
+    """An image `width` pixels wide, as high as that makes it."""
+    return image.resize((width, max(1, round(width * image.height / image.width))), Image.Resampling.HAMMING)
+
+
+def art(name: str) -> str:
+    """An SVG of our own."""
+    return (HERE / "art" / f"{name}.svg").read_text("utf-8")
+
+
 def package(path: Path) -> dict[str, str]:
     """The SVG of each icon of a package of Iconify, by name."""
     with tarfile.open(path, "r:gz") as tar:
@@ -94,12 +104,7 @@ def pictures(cache: Path) -> Iterator[tuple[str, str, Image.Image]]:
             elif not own and thing.icon in icons:
                 yield style, thing.name, fit(draw(icons[thing.icon], 384), STORED)
     for extra in EXTRA:
-        image = cut(draw((HERE / "art" / f"{extra}.svg").read_text("utf-8"), 384))
-        yield (
-            "extra",
-            extra,
-            image.resize((STORED, round(STORED * image.height / image.width)), Image.Resampling.HAMMING),
-        )
+        yield "extra", extra, wide(cut(draw(art(extra), 384)), STORED)
 
 
 def measure(name: str, image: Image.Image) -> dict[str, Any]:
@@ -161,12 +166,9 @@ class Sprites:
         return image
 
     def _worn(self, name: str, width: int) -> Pixels:
-        """What is worn, or the legs, `width` pixels wide and as high as that makes it."""
-        source = (
-            self.sources.get(f"extra/worn-{name}") or self.sources.get(f"extra/{name}") or self.sources[f"noto/{name}"]
-        )
-        ink = cut(source)
-        return np.asarray(ink.resize((width, max(1, round(width * ink.height / ink.width))), Image.Resampling.HAMMING))
+        """What is worn, or the legs, `width` pixels wide."""
+        names = (f"extra/worn-{name}", f"extra/{name}", f"noto/{name}")
+        return np.asarray(wide(cut(next(self.sources[n] for n in names if n in self.sources)), width))
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """The things of the world: their names in English and Korean, what they may wear, who walks and who is walked.
 
-things.tsv has one a line. Places are shares of the thing's square in hundredths: `head` is where a hat's lower edge lies (x,
-y, width), `eyes` and `neck` the middles of glasses and scarf, `waist` that of a tutu, `collar` (x, y) where a leash ends.
+things.tsv has one a line. Places are shares of the thing's square in hundredths: `head` is where a hat's lower edge
+lies (x, y, width), `eyes` and `neck` the middles of glasses and scarf, `waist` that of a tutu, `collar` (x, y) where a
+leash ends.
 `walks` is "yes", or "legs" for what is given a pair of legs when it walks something.
 """
 

@@ -1,8 +1,8 @@
 """Scenes of the emoji's world with captions in English and Korean, each a function of (seed, stream, number).
 
-Run `python recipes/emoji/world.py SPRITES.tar OUT`, SPRITES.tar being what sprites.py wrote. OUT then holds train-*.tar and
-truth.tar (WebDataset: a PNG, and JSON with the captions), and prompts/KIND-seen.txt and KIND-withheld.txt, in Korean
-KIND-seen-ko.txt and so on. Nothing withheld (holdout.py) is in train-*.tar or in prompts that are called seen.
+Run `python recipes/emoji/world.py SPRITES.tar OUT`, SPRITES.tar being what sprites.py wrote. OUT then holds train-*.tar
+and truth.tar (WebDataset: a PNG, and JSON with the captions), and prompts/KIND-seen.txt and KIND-withheld.txt, in
+Korean KIND-seen-ko.txt and so on. Nothing withheld (holdout.py) is in train-*.tar or in prompts that are called seen.
 """
 
 import argparse
@@ -34,16 +34,7 @@ LEASH = (198, 32, 62)
 # How often each kind of scene is generated for training. Pairs are learned last.
 KINDS = {"thing": 0.1, "color": 0.17, "count": 0.1, "pair": 0.31, "worn": 0.14, "walked": 0.13, "style": 0.05}
 RELATIONS = {"left": 0.21, "right": 0.21, "above": 0.19, "below": 0.19, "beside": 0.12, "with": 0.08}
-COLORED = {
-    "thing": 0.0,
-    "color": 1.0,
-    "count": 0.3,
-    "pair": 0.35,
-    "worn": 0.12,
-    "walked": 0.12,
-    "style": 0.0,
-    "ground": 0.0,
-}
+COLORED = {"color": 1.0, "count": 0.3, "pair": 0.35, "worn": 0.12, "walked": 0.12}  # share of the kind's things
 GROUNDED = 0.2  # share of scenes on a background that is not white
 SIZED = 0.25  # share of pairs that name sizes
 DRESSED = 0.25  # share of walkers that wear something
@@ -51,6 +42,7 @@ DRESSED = 0.25  # share of walkers that wear something
 NEW = {"color": "color", "pair": "pair", "worn": "worn", "walked": "walked"}
 
 Spot = tuple[int, int]
+Sample = tuple[Scene, Pixels, list[str]]
 
 
 class Stamp(NamedTuple):
@@ -112,9 +104,8 @@ def _cord(hand: Spot, collar: Spot) -> Pixels:
     line = []
     for t in np.linspace(0, 1, 24):
         a, b, c = (1 - t) ** 2, 2 * t * (1 - t), t**2
-        line.append(
-            tuple(float(fine * (a * h + b * m + c * e + 0.5)) for h, m, e in zip(hand, middle, collar, strict=True))
-        )
+        curve = (a * h + b * m + c * e for h, m, e in zip(hand, middle, collar, strict=True))
+        line.append(tuple(float(fine * (at + 0.5)) for at in curve))
     draw.line(line, fill=(*LEASH, 255), width=7, joint="curve")
     x, y = line[-1]
     draw.ellipse((x - 7, y - 7, x + 7, y + 7), fill=(*LEASH, 255))
@@ -186,7 +177,7 @@ class World:
         """A scene's images at random places that its caption allows."""
         first = scene.items[0]
         if scene.relation == "walks":
-            return self.walk(*scene.items, rng.choice(self.grounds(first)))
+            return self.walk(first, scene.items[1], rng.choice(self.grounds(first)))
         if len(scene.items) == 2:
             sizes = [{"small": SMALL, "large": LARGE}.get(item.size, PART) for item in scene.items]
             spots = rng.choice(pair_spots(scene.relation, *sizes))
@@ -204,6 +195,19 @@ class World:
         image = self.sprites.get(first.thing, size, first.color, scene.style)
         return [Stamp(image, rng.choice(cells(size)), rng.choice(cells(size)))]
 
+    def can_show(self, scene: Scene) -> bool:
+        """Whether there is an image of a scene: its things come in its colors, and wear and walk what it says."""
+        table, names = things.table(), [item.thing for item in scene.items]
+        if not set(names) <= set(self.names) or (scene.style == "flat" and not set(names) <= set(self.sprites.flat)):
+            return False
+        for item in scene.items:
+            colored = not item.color or item.color in (*self.sprites.choices(item.thing), self.sprites.own(item.thing))
+            if not colored or (item.worn and item.worn not in self.worn[item.thing]):
+                return False
+            if item.count > 1 and (table[item.thing].bare or len(names) > 1):
+                return False
+        return scene.relation != "walks" or (names[0] in self.walkers and names[1] in self.pets)
+
     def render(self, scene: Scene, rng: Random) -> Pixels:
         """Draw a scene: -> (64, 64, 3) uint8."""
         return compose(self.stamps(scene, rng), things.GROUNDS[scene.ground])
@@ -213,7 +217,7 @@ class World:
     def _item(self, name: str, kind: str, rng: Random, **facts: object) -> Item:
         """A thing, with a color as often as the kind has one; its own color is said as seldom as any other."""
         color = ""
-        if rng.random() < COLORED[kind] and self.sprites.choices(name):
+        if rng.random() < COLORED.get(kind, 0) and self.sprites.choices(name):
             options = (*self.sprites.choices(name), self.sprites.own(name))
             color = rng.choice(options)
         return Item(name, color, **facts)  # type: ignore[arg-type]
@@ -244,7 +248,7 @@ class World:
         return Scene((self._item(name, kind, rng, size=size),))
 
     def scene(self, kind: str, rng: Random, unseen: bool = False) -> Scene:
-        """A scene of a kind without anything withheld or, where `unseen`, with nothing else new than its own combination."""
+        """A scene of a kind without what is withheld or, where `unseen`, with only the kind's own combination new."""
         wanted = {NEW[kind]} if unseen else set()
         while True:
             scene = self.propose("thing" if kind == "ground" else kind, rng)
@@ -258,9 +262,7 @@ class World:
                 scene = Scene(scene.items, scene.relation, ground, scene.style)
             return scene
 
-    def sample(
-        self, seed: int, stream: str, number: int, kind: str = "", unseen: bool = False
-    ) -> tuple[Scene, Pixels, list[str]]:
+    def sample(self, seed: int, stream: str, number: int, kind: str = "", unseen: bool = False) -> Sample:
         """Scene, image and a caption in each language: a function of the arguments only. Without `kind`, of any."""
         rng = Random(f"{seed}/{stream}/{number}")
         kind = kind or rng.choices(self.kinds, self.weights)[0]
@@ -294,7 +296,7 @@ def compose(stamps: Iterable[Stamp], ground: tuple[int, int, int]) -> Pixels:
 # Data sets
 
 
-def _members(samples: Iterable[tuple[Scene, Pixels, list[str]]], start: int) -> Iterator[tuple[str, bytes]]:
+def _members(samples: Iterable[Sample], start: int) -> Iterator[tuple[str, bytes]]:
     for number, (scene, image, captions) in enumerate(samples, start):
         png = io.BytesIO()
         Image.fromarray(image).save(png, "PNG", compress_level=4)
@@ -303,7 +305,7 @@ def _members(samples: Iterable[tuple[Scene, Pixels, list[str]]], start: int) -> 
         yield f"{number:07d}.json", json.dumps(row, ensure_ascii=False).encode()
 
 
-def write_tar(path: Path, samples: Iterable[tuple[Scene, Pixels, list[str]]], start: int = 0) -> None:
+def write_tar(path: Path, samples: Iterable[Sample], start: int = 0) -> None:
     """Write scenes as one WebDataset tar whose bytes depend on nothing else."""
     partial = path.with_name(path.name + ".partial")
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:

@@ -2,25 +2,32 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import karlo_publication
 import min_dalle_files
 import msgpack
 import numpy as np
 import pytest
 import torch
+from conftest import run_cli, run_ok
 from min_dalle_files import GUIDANCE, PROMPTS, SIZES, STEPS
+from PIL import Image
 from safetensors.torch import load_file
-from tensor_lists import applied
+from tensor_lists import applied, check_covers, n_parameters, published_shapes
 
 from dalle_cli.artifacts import open_artifact
-from dalle_cli.importing import bundle, dalle_mini
+from dalle_cli.errors import DalleError
+from dalle_cli.importing import bundle, dalle_mini, vqgan
 from dalle_cli.importing.source import open_source
-from dalle_cli.models.bart import EncoderDecoderPrior
+from dalle_cli.models.bart import EncoderDecoderConfig, EncoderDecoderPrior
 from dalle_cli.models.vqgan import VQGAN, VQGANConfig
+from dalle_cli.pipelines.scoring import BY
 from dalle_cli.sampling.autoregressive import sample_codes
 from dalle_cli.sampling.categorical import CategoricalOptions
 
@@ -244,3 +251,198 @@ def test_bundles_of_both_formats(published, flax, tmp_path):
     assert all(torch.equal(alone[name], both[name]) for name in alone)
     assert [open_artifact(folder / "dvae.safetensors").config["model"]["encoder"] for folder in made] == [False, True]
     assert (made[0] / "tokenizer.json").read_bytes() == (made[1] / "tokenizer.json").read_bytes()
+
+
+# ---- the published sizes
+
+
+def on_meta(config: EncoderDecoderConfig) -> EncoderDecoderPrior:
+    with torch.device("meta"):
+        return EncoderDecoderPrior(config)
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes", "parameters"),
+    [("mini", {}, 202_591_224 + 235_242_488), ("mega", MEGA, 1_110_022_144 + 1_477_498_880)],
+)
+def test_published_priors_fit(size, sizes, parameters):
+    files = [published_shapes(f"min_dalle_{size}_{side}") for side in ("encoder", "decoder")]
+    shapes = {
+        f"{side}.pt:{name}": shape
+        for side, file in zip(("encoder", "decoder"), files, strict=True)
+        for name, shape in file.items()
+    }
+    flax = published_shapes(f"dalle_{size}_flax")
+    for names in (shapes, flax):
+        config = dalle_mini.prior_config(names, 16384)
+        assert config == EncoderDecoderConfig(**sizes)
+        check_covers(on_meta(config), dalle_mini.prior_tensors(names, config), names)
+        assert n_parameters(names) == parameters
+    ours = sum(p.numel() for p in on_meta(config).parameters())
+    unused = files[1]["embed_tokens.weight"][0] - 16384  # rows of codes that are never sampled; one is the start
+    assert parameters - ours == (2 * unused - 1) * config.n_embd
+
+
+def test_a_flax_vqgan_has_the_published_sizes():
+    """No list of its tensors is published: that of the same model in PyTorch, in flax's names."""
+    shapes = published_shapes("mindalle_stage1")
+    with torch.device("meta"):
+        model = VQGAN(VQGANConfig())
+        tree = {}
+        for name, shape in shapes.items():
+            stem, leaf = name.rsplit(".", 1)
+            parts = stem.split(".")
+            for i in reversed(range(1, len(parts))):
+                if parts[i].isdigit():
+                    parts[i - 1 : i + 1] = [f"{parts[i - 1]}_{parts[i]}"]
+            kind = "embedding" if parts[-1] == "embedding" else "scale" if "norm" in parts[-1] else "kernel"
+            own = ".".join([*parts, "bias" if leaf == "bias" else kind])
+            tree[own] = (*shape[2:], shape[1], shape[0]) if len(shape) == 4 else shape
+    assert vqgan.vqgan_config(vqgan.flax_shapes(tree)) == VQGANConfig()
+    check_covers(model, vqgan.flax_tensors(tree), tree)
+    assert "encoder.down_4.attn_1.q.kernel" in tree
+
+
+# ---- the command, and what our commands make of the bundle
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> Path:
+    """A folder with a small CLIP as transformers writes it."""
+    folder, words = tmp_path_factory.mktemp("clip"), karlo_publication.tokenizer()
+    karlo_publication.clip(len(words)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(flax, clip, tmp_path_factory) -> Path:
+    """The imported bundle."""
+    out = tmp_path_factory.mktemp("bundles") / "mini"
+    run_ok("import", flax, "--clip", clip, "-o", out)
+    return out
+
+
+def test_generates_from_the_bundle(model, tmp_path):
+    image = tmp_path / "red.png"
+    run_ok("generate", "red", "-n", 2, "--keep", 1, "-m", model, "-o", image, "--no-terminal")
+    with Image.open(image) as shown:
+        assert shown.size[0] >= 256
+
+
+def test_codes_do_not_depend_on_the_batch_size(model, tmp_path):
+    made = []
+    for batch_size in (1, 3):
+        out = tmp_path / f"{batch_size}.safetensors"
+        run_ok("sample", "red", "-n", 3, "-m", model, "-o", out, "--batch-size", batch_size, "--dtype", "float32")
+        made.append(load_file(str(out))["codes"])
+    assert torch.equal(*made)
+    assert len(made[0].unique()) > 10
+    assert open_artifact(out).history[-1]["options"]["guidance"] == 10.0  # of the header
+
+
+def test_encodes_scores_and_inpaints(model, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels).resize((256, 256)).save(images / "a.png")
+    (images / "a.txt").write_text("red")
+    codes, out = tmp_path / "codes.safetensors", tmp_path / "again.safetensors"
+    run_ok("encode-images", images, "-m", model, "-o", codes)
+    scores = [json.loads(run_ok("score", images, "-m", model, "--by", by, "--json", "--force")) for by in BY]
+    assert scores[0]["mean"] < 0
+    assert scores[0]["mean"] != scores[1]["mean"] != 0
+    run_ok("sample", "red", "-m", model, "--image", images / "a.png", "--keep-rows", 8, "-o", out)
+    known, made = load_file(str(codes))["codes"], load_file(str(out))["codes"]
+    assert torch.equal(known[0, :8], made[0, :8])
+    assert not torch.equal(known[0, 8:], made[0, 8:])
+
+
+def test_training_is_refused(model, tmp_path):
+    """In one line, before anything is read."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (256, 256)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("red")
+    run_ok(
+        "tokenize",
+        tmp_path / "images",
+        "-t",
+        model / "tokenizer.json",
+        "--set",
+        "tokenizer.length=8",
+        "-o",
+        tmp_path / "captions.safetensors",
+    )
+    run_ok("encode-images", tmp_path / "images", "-m", model, "-o", tmp_path / "codes.safetensors")
+    tail = ("-o", tmp_path / "new.safetensors", "--init")
+    prior = ("train-prior", tmp_path / "captions.safetensors", tmp_path / "codes.safetensors", *tail)
+    for command, kind in ((prior, "prior"), (("train-dvae", tmp_path / "images", *tail), "dvae")):
+        result = run_cli(*command, model / f"{kind}.safetensors")
+        assert result.status == 1
+        (line,) = result.stderr.strip().splitlines()
+        assert "can be sampled here, not trained" in line
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+# ---- files that are not what they should be
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("encoder_mini.pt", lambda t: t.pop("layers.1.glu.fc0.weight"), "layers.1.glu.fc0.weight"),
+        ("decoder_mini.pt", lambda t: t.update(more=torch.zeros(2)), "found 'decoder_mini.pt:more'"),
+        ("decoder_mini.pt", lambda t: t.update({"final_ln.bias": torch.zeros(3)}), r"\[32\] for norm.bias"),
+        ("decoder_mini.pt", lambda t: t.update({"embed_tokens.weight": torch.zeros(50, 32)}), "a start code behind"),
+        ("detoker.pt", lambda t: t.pop("post_quant_conv.bias"), "post_quant_conv.bias"),
+        ("detoker.pt", None, "DALL-E mini's VQGAN"),
+        ("vocab_mini.json", None, "vocab_mini.json and merges_mini.txt"),
+    ],
+)  # fmt: skip
+def test_other_files_are_refused(published, clip, tmp_path, file, change, message):
+    folder = tmp_path / "files"
+    shutil.copytree(published, folder)
+    if change is None:
+        (folder / file).unlink()
+    else:
+        tensors = torch.load(folder / file)
+        change(tensors)
+        torch.save(tensors, folder / file)
+    result = run_cli("import", folder, "--clip", clip, "-o", tmp_path / "out")
+    assert result.status == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert re.search(message, line), line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files"]
+
+
+def test_another_architecture_is_refused(flax, tmp_path):
+    folder = tmp_path / "files"
+    shutil.copytree(flax, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sinkhorn_iters": 3}))
+    with pytest.raises(DalleError, match="expected sinkhorn_iters 1 in DALL-E mini's JSON, found 3"):
+        planned(folder, tmp_path)
+
+
+def test_a_decoder_alone_does_not_encode(published, clip, tmp_path):
+    run_ok("import", published, "--clip", clip, "-o", tmp_path / "mini")
+    Image.new("RGB", (256, 256)).save(tmp_path / "a.png")
+    result = run_cli(
+        "sample", "red", "-m", tmp_path / "mini", "--image", tmp_path / "a.png", "-o", tmp_path / "b.safetensors"
+    )
+    assert result.status == 1
+    assert "expected a VQGAN with an encoder, found a decoder alone" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_head": 3}, "n_embd a multiple of n_head"),
+        ({"n_layer": 0}, "n_layer of at least 1"),
+        ({"null": ()}, "tokens of the null caption"),
+        ({"null": (0, 99_999)}, "tokens of the null caption"),
+    ],
+)
+def test_impossible_sizes_are_refused(changes, message):
+    with pytest.raises(DalleError, match=message):
+        EncoderDecoderConfig(**changes)
