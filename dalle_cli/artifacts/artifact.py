@@ -13,6 +13,7 @@ from dalle_cli.artifacts.container import MAX_SHARDS, SHARDS, Header, digest_byt
 from dalle_cli.artifacts.strings import Part, Strings
 from dalle_cli.errors import DalleError
 
+MAX_NUMBER = 1 << 31  # of sizes and counts in a header
 F = TypeVar("F", str, int, dict[str, Any])
 
 
@@ -84,8 +85,9 @@ class Artifact:
             DalleError: it is missing or of another type, as it may be in a file that another program wrote.
         """
         value = self.config.get(name)
-        if not isinstance(value, type_) or isinstance(value, bool):
-            found = "nothing" if value is None else repr(value)
+        sane = not isinstance(value, int) or 0 <= value < MAX_NUMBER
+        if not isinstance(value, type_) or isinstance(value, bool) or not sane:
+            found = "nothing" if value is None else repr(value)[:200]
             raise DalleError(
                 f"expected {name} ({type_.__name__}) in the header of {self.path}, found {found}; make it again"
             )
