@@ -155,7 +155,11 @@ def _parse_json(path: Path, raw: bytes | str, what: str) -> dict[str, Any]:
 
 def _tensor_info(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo:
     shape = tuple(entry["shape"])
-    if len(shape) > MAX_DIMENSIONS or max(shape, default=0) >= MAX_NUMBERS or math.prod(n for n in shape if n) >= MAX_NUMBERS:
+    if (
+        len(shape) > MAX_DIMENSIONS
+        or max(shape, default=0) >= MAX_NUMBERS
+        or math.prod(n for n in shape if n) >= MAX_NUMBERS
+    ):
         raise _broken(path, f"an impossible shape of tensor {name[:60]!r}")
     return TensorInfo(entry["dtype"], shape, base + entry["data_offsets"][0])
 

@@ -226,7 +226,7 @@ def _check_column(source: Artifact, name: str, shape: tuple[int, ...], limit: in
     if column.shape[1:] == shape:
         rows = max(1, BLOCK // max(1, column.dtype.itemsize * math.prod(shape)))
         blocks = (column[at : at + rows] for at in range(0, len(column), rows))
-        if all(0 <= block.min() and block.max() < limit for block in blocks):
+        if all(block.min() >= 0 and block.max() < limit for block in blocks):
             return
     raise DalleError(
         f"expected {name} {list(shape)} below {limit}, found {list(column.shape[1:])} or larger numbers in "
