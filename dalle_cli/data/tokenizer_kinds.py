@@ -78,7 +78,7 @@ ENDS = {"sep": _is_pair, "cls": _is_pair, "trim_offsets": is_flag, "add_prefix_s
 # Section -> kind -> the fields that it may have.
 KINDS: dict[str, dict[str, dict[str, Check]]] = {
     "normalizer": {
-        **dict.fromkeys(("Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents"), {}),
+        **{kind: {} for kind in ("Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents")},
         "Strip": STRIP,
         "Prepend": {"prepend": is_mark},
         "Replace": {"pattern": lambda value: True, "content": is_mark},  # checked as a pair
