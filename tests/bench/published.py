@@ -23,7 +23,8 @@ def filled(model: nn.Module) -> nn.Module:
     noise = torch.randn(NOISE) / 50
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            parameter.data.view(-1).copy_(noise.repeat(-(-parameter.numel() // NOISE))[: parameter.numel()])
+            random = noise.repeat(-(-parameter.numel() // NOISE))[: parameter.numel()]
+            parameter.data.copy_(random.view(parameter.shape))
         else:
             parameter.data.fill_(1)
     return model.eval().requires_grad_(False)
