@@ -60,7 +60,7 @@ def prior():
         num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=WIDTH, num_embeddings=TEXT,
         additional_embeddings=4,
     )  # fmt: skip
-    randomized(model, seed=1)
+    randomized(model, seed=1, scale=0.7)  # so that noise and caption move z_i
     model.clip_std.data.abs_().add_(0.5)
     return model
 
@@ -76,18 +76,9 @@ def unets():
         mid_block_type="UNetMidBlock2DSimpleCrossAttn", class_embed_type="identity",
         resnet_time_scale_shift="scale_shift", **own,
     )  # fmt: skip
-    upsamplers = [
-        UNet2DModel(
-            sample_size=32,
-            in_channels=6,
-            out_channels=3,
-            down_block_types=("ResnetDownsampleBlock2D",) * 2,
-            up_block_types=("ResnetUpsampleBlock2D",) * 2,
-            add_attention=False,
-            **own,
-        )  # fmt: skip
-        for _ in range(2)
-    ]
+    kinds = {"down_block_types": ("ResnetDownsampleBlock2D",) * 2, "up_block_types": ("ResnetUpsampleBlock2D",) * 2}
+    sizes = {"sample_size": 32, "in_channels": 6, "out_channels": 3, "add_attention": False}
+    upsamplers = [UNet2DModel(**sizes, **kinds, **own) for _ in range(2)]
     return [randomized(model, seed, 0.15) for seed, model in enumerate([decoder, *upsamplers], 2)]
 
 
@@ -111,6 +102,14 @@ def components():
         "super_res_scheduler": UnCLIPScheduler(**schedule),
     }  # fmt: skip
     return parts, whole
+
+
+def in_double(scheduler):
+    """A scheduler with its tables in float64: in float32 the last step scales what it predicts by 1 - 5e-4."""
+    scheduler.betas, scheduler.one = scheduler.betas.double(), scheduler.one.double()
+    scheduler.alphas = 1 - scheduler.betas
+    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+    return scheduler
 
 
 def publish(parts, whole, folder):

@@ -50,7 +50,11 @@ def _part(about, name, **more):
     return Part(
         file=f"{name}.safetensors", kind=about[name]["kind"], model=model,
         sizes=build(CONFIGS[model], config["model"], "model"), sources=(FILES[name],),
-        tensors=lambda names: {key.removeprefix("net."): From.one(key, _turned) for key in names},
+        tensors=lambda names: {
+            key.removeprefix("net."): From.one(key, _turned)
+            for key in names
+            if key.startswith("net.") and key != "net.position_ids"
+        },
         header={key: value for key, value in config.items() if key not in ("model", "tokenizer", "encoder")},
         ignored=(r"net\.position_ids",), **more,
     )  # fmt: skip

@@ -206,5 +206,13 @@ def test_the_format_names_every_key_that_headers_have(chain):
     assert {name.partition("/")[0] for name in checkpoint.headers[0].tensors} == {"model", "ema", "optimizer", "loop"}
 
 
+def test_the_format_names_every_sampling_default():
+    from dalle_cli.sampling.defaults import RULES
+
+    text = text_of(ARTIFACTS).partition("| entry | value | of |")[2].partition("\n\n")[0]
+    cells = " ".join(row[1:].partition("|")[0] for row in text.splitlines())
+    assert set(re.findall(r"`(\w+)`", cells)) == set(RULES)
+
+
 def test_the_format_names_the_version():
     assert f"specification, version {VERSION}." in text_of(ARTIFACTS).replace("\n", " ")

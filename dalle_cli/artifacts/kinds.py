@@ -71,6 +71,7 @@ KINDS = {
         Kind("weights.clip", "weights of a CLIP"),
         Kind("weights.decoder", "weights of a diffusion decoder"),
         Kind("weights.upsampler", "weights of an upsampler"),
+        Kind("weights.autoencoder", "weights of an autoencoder whose latents a decoder samples"),
         Kind("checkpoint", "the state of a training run"),
     )
 }

@@ -65,7 +65,8 @@ def run(
         console.warn(f"interrupted: these are the best of the first {made.top.seen} of {len(texts) * n}")
     if images is not None:
         output.write_ranked(images, best, made.history, force)
-    shown, labels, scores = [b.image for b in best], [b.candidate.text for b in best], [b.score for b in best]
+    shown, labels = [b.image for b in best], [b.candidate.text for b in best]
+    scores = [b.score for b in best if b.score is not None] or None
     output.write_grid(target, shown, labels, scores, columns=grid.columns, force=force)
     if os.isatty(2) if grid.terminal is None else grid.terminal:
         console.note(output.terminal_preview(shown, grid.columns))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 EXAMPLE = """dalle import hf://kakaobrain/karlo-v1-alpha --dtype bfloat16 -o karlo/
-dalle import 1.3B.tar.gz --clip ViT-B-32.pt -o mindalle/"""
+dalle import 1.3B.tar.gz --clip clip-vit-base-patch32/ -o mindalle/"""
 
 
 def run(

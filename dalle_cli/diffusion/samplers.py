@@ -41,12 +41,17 @@ def sample(
     """
     if sampler not in SAMPLERS:
         raise DalleError(f"expected a sampler among {', '.join(SAMPLERS)}, found {sampler!r}; take one of them")
-    steps = select_timesteps(schedule, n, spacing or ("karras" if sampler == "heun" else "trailing"))
+    steps = select_timesteps(schedule, n, spacing or default_spacing(sampler))
     if sampler == "ddpm":
         return ddpm(denoise, x, steps, noise, variance)
     if sampler == "ddim":
         return ddim(denoise, x, steps, eta, noise)
     return dpm_solver(denoise, x, steps) if sampler == "dpm++" else heun(denoise, x, steps)
+
+
+def default_spacing(sampler: str) -> str:
+    """The spacing of a sampler's timesteps where none is given."""
+    return "karras" if sampler == "heun" else "trailing"
 
 
 @torch.no_grad()

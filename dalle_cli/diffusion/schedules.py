@@ -7,6 +7,7 @@ float64 on the CPU, because near data 1 - alpha_bar has few digits left in float
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from dalle_cli.errors import DalleError
 SCHEDULES = ("cosine", "linear", "flow")
 SPACINGS = ("trailing", "linspace", "leading", "leading+1", "karras")
 MAX_BETA = 0.999  # Nichol & Dhariwal 2021, sec. 3.2: no singularity at the end
+BETAS = (1e-4, 0.02)  # Ho et al. 2020, sec. 4: the first and the last of a linear schedule
 SIGMA_MAX = 80.0  # Karras et al. 2022, table 1; a cosine schedule itself goes up to 20,000
 
 
@@ -97,10 +99,16 @@ def to_alpha_bar(sigma: float) -> float:
     return 1 / (1 + sigma * sigma)
 
 
-def linear(n: int) -> Schedule:
-    """Linear betas from 1e-4 to 0.02 for 1000 timesteps (Ho et al. 2020, sec. 4), times 1000 / n for n."""
-    betas = torch.linspace(1e-4, 0.02, n, dtype=torch.float64) * 1000 / n
-    return Schedule((1 - betas.clamp(max=MAX_BETA)).cumprod(0))
+def linear(n: int, betas: Sequence[float] = BETAS) -> Schedule:
+    """Linear betas from the first to the last for 1000 timesteps (Ho et al. 2020, sec. 4), times 1000 / n for n.
+
+    Raises:
+        DalleError: not two betas in (0, 1), the smaller one first.
+    """
+    if len(betas) != 2 or not 0 < betas[0] <= betas[1] < 1:
+        raise DalleError(f"expected two betas between 0 and 1, the smaller one first, found {list(betas)}; change them")
+    every = torch.linspace(*betas, n, dtype=torch.float64) * 1000 / n
+    return Schedule((1 - every.clamp(max=MAX_BETA)).cumprod(0))
 
 
 def cosine(n: int) -> Schedule:
@@ -126,17 +134,17 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
     return Schedule(((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square())
 
 
-def make_schedule(name: str, n: int, zero_snr: bool = False) -> Schedule:
-    """The schedule of this name with n timesteps.
+def make_schedule(name: str, n: int, zero_snr: bool = False, betas: Sequence[float] = BETAS) -> Schedule:
+    """The schedule of this name with n timesteps; `betas` are those of the linear one.
 
     Raises:
-        DalleError: an unknown name, or fewer than 2 timesteps.
+        DalleError: an unknown name, fewer than 2 timesteps, or betas out of range.
     """
     if name not in SCHEDULES:
         raise DalleError(f"expected a noise schedule among {', '.join(SCHEDULES)}, found {name!r}; take one of them")
     if n < 2:
         raise DalleError(f"expected 2 timesteps or more, found {n}; 1000 is the papers' number")
-    schedule = {"cosine": cosine, "linear": linear, "flow": flow}[name](n)
+    schedule = linear(n, betas) if name == "linear" else {"cosine": cosine, "flow": flow}[name](n)
     return zero_terminal_snr(schedule) if zero_snr else schedule
 
 

@@ -23,6 +23,7 @@ from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.pipelines import loading
 from dalle_cli.training import clip, decoder, dvae, embedding_prior, prior, upsampler
 from dalle_cli.training.config import deterministic
+from dalle_cli.training.states import StatesOf
 
 COUNTED = 4096  # training pairs, evenly spread, whose codes and tokens are counted
 
@@ -137,7 +138,9 @@ def _of_pairs(request: Request) -> Examination:
     chosen = pairs.exclude(others)
     facts = {"digests": {"captions": captions.digest, latents.kind: latents.digest}, "held_out": held_out}
     if not of_codes:
-        return _examination(request, len(chosen), (chosen,), **facts)
+        takes_states = weights.require("model", dict).get("captions") == "states"
+        after = (StatesOf.find(captions, weights.path.parent),) if takes_states else ()
+        return _examination(request, len(chosen), (chosen,), *after, **facts)
     dvae = bundles.find_weights(weights.require("encoder", str), weights.path.parent, latents.path.parent)
     spread = training[np.linspace(0, len(training) - 1, min(len(training), COUNTED)).astype(np.int64)]
     rows, code_rows = pairs.draw(spread, np.zeros((len(spread), 2)))

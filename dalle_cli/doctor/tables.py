@@ -17,7 +17,7 @@ from dalle_cli.doctor.examination import Columns, Examination
 from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.models.pixels import from_uint8
 from dalle_cli.sampling.categorical import CategoricalOptions
-from dalle_cli.sampling.decoder import SamplerConfig, sample_images, to_images
+from dalle_cli.sampling.decoder import CaptionBatch, SamplerConfig, sample_images, to_images
 from dalle_cli.sampling.embeddings import PromptBatch, sample_autoregressive, sample_diffusion
 
 COLLAPSE = 0.05  # share of the vocabulary, or of the codes seen, below which a codebook has collapsed
@@ -89,8 +89,9 @@ def embedding_prior(s: Examination) -> list[Finding]:
     other, null = (by_bin(s, changed) for changed in (s.of_others("tokens", "lengths", "z_t"), s.null()))
     _, rows = s.task.pairs.draw(s.task.held_out, np.zeros((s.n, 2)))
     stored = np.asarray(s.task.pairs.latents.array("embeddings")[rows]).astype(np.float64)
-    length = float(np.linalg.norm(stored, axis=1).mean())  # stages normalize as they read
+    length = float(np.linalg.norm(stored, axis=1).mean()) if s.task.pairs.normalized else 1.0  # as stages read them
     z_i, (plain, guided) = s.columns["z_i"].double(), (sample(s, guidance) for guidance in (1.0, GUIDANCE))
+    z_i = z_i if s.task.pairs.normalized else F.normalize(z_i, dim=-1)
     right, wrong = ((plain * z).sum(-1) for z in (z_i, z_i[s.others]))
     moved = float((1 - (plain * guided).sum(-1)).mean())
     advice = f"samples do not follow captions: {TRAIN}, or see the losses above"
@@ -233,11 +234,12 @@ def unigram(targets: Tensor, seen: Tensor, n_vocab: int) -> float:
 
 def sample(s: Examination, guidance: float) -> Tensor:
     """One z_i for each caption, from the same noise whatever the guidance: (N, D) float64 of length 1."""
-    prompts = PromptBatch(*(s.columns[name] for name in ("tokens", "lengths", "z_t")))
+    prompts = s.task.captions(PromptBatch(*(s.columns[name] for name in ("tokens", "lengths", "z_t"))))
     numbers, seed = range(s.n), s.request.seed
     if isinstance(s.model, DiffusionPrior):
         steps = min(STEPS, s.model.config.n_timestep)
-        parts = sample_diffusion(s.model, prompts, numbers, seed, steps=steps, best_of=1, guidance_scale=guidance)
+        how = {"steps": steps, "best_of": 1, "guidance_scale": guidance, "null": s.task.null}
+        parts = sample_diffusion(s.model, prompts, numbers, seed, **how)
     else:
         parts = sample_autoregressive(s.model, prompts, numbers, seed, CategoricalOptions(guidance_scale=guidance))
     return F.normalize(torch.cat(list(parts)).double().cpu(), dim=-1)
@@ -246,10 +248,10 @@ def sample(s: Examination, guidance: float) -> Tensor:
 def guided_levels(s: Examination) -> float:
     """Gray levels between images sampled from the same noise with and without guidance."""
     steps, noise = min(DECODER_STEPS, s.model.config.n_timestep), row_noise(s.request.seed, range(s.n), "doctor")
-    z_i, tokens, lengths = (s.columns[name] for name in ("z_i", "tokens", "lengths"))
+    z_i, captions = s.columns["z_i"], CaptionBatch(s.columns["tokens"], s.columns["lengths"])
     with s.request.machine.autocast():
         plain, guided = (
-            sample_images(s.model, z_i, tokens, lengths, SamplerConfig(steps, guidance=guidance), noise)
+            sample_images(s.model, z_i, captions, SamplerConfig(steps, guidance=guidance), noise)
             for guidance in (1.0, GUIDANCE)
         )
     return float((to_images(guided).double() - to_images(plain).double()).abs().mean())

@@ -4,6 +4,7 @@ import filecmp
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dalle_cli.artifacts import Artifact, digest_file, open_artifact
@@ -66,10 +67,19 @@ def weights(model: str | None, *kinds: str) -> Artifact:
     if len(found) > 1:
         names = ", ".join(f.name for f in found)
         raise DalleError(f"expected one file of {wanted}, found {names} in {where}; name one with -m")
-    artifact = open_artifact(found[0], *kinds)
-    if digest := transfer.checked.get(found[0]):
+    return _open(found[0], *kinds)
+
+
+def _open(path: Path, *kinds: str) -> Artifact:
+    artifact = open_artifact(path, *kinds)
+    if digest := transfer.checked.get(path):
         artifact.digest = digest  # just computed: no need to hash the file again
     return artifact
+
+
+def of_kind(folder: Path, kind: str) -> list[Artifact]:
+    """All weights of one kind in a folder, as far as its files can be read; none if it is a file."""
+    return [_open(file, kind) for file in _kinds(folder)[0].get(kind, [])]
 
 
 def upsamplers(model: str | None) -> list[Artifact]:
@@ -176,8 +186,9 @@ def find_tokenizer(digest: str, *folders: Path) -> Path:
     """
     candidates = [path for folder in dict.fromkeys(folders) for path in sorted(folder.glob("*.json"))]
     for path in candidates:
-        if digest_file(path) == digest:
-            return path
+        with suppress(OSError, DalleError):  # a link to nowhere, a folder, a pipe
+            if digest_file(path) == digest:
+                return path
     found = ", ".join(str(path) for path in candidates) or "no .json file"
     where = " or ".join(str(folder) for folder in dict.fromkeys(folders))
     raise DalleError(f"expected the tokenizer of sha256 {digest[:12]} in {where}, found {found}; copy it there")

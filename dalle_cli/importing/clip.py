@@ -32,7 +32,8 @@ COVERED = {
     "vision_cfg": {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"},
     "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers"},
 }
-IGNORED = (r".*\.position_ids", WRAPPED + "(?:input_resolution|context_length|vocab_size)")
+NUMBERS = re.compile(WRAPPED + "(?:input_resolution|context_length|vocab_size)")  # in OpenAI's files alone
+IGNORED = (r".*\.position_ids", r"(?:.*\.)?attn_mask", NUMBERS.pattern)
 PAPER = "CLIP (Radford et al. 2021, arXiv 2103.00020): encoders of images and captions into one space."
 
 
@@ -117,8 +118,8 @@ def _of_openai(shapes: Shapes) -> dict[str, From]:
     made = renamed(shapes, [(WRAPPED + pattern, replacement) for pattern, replacement in rules])
     for name in shapes:
         plain = re.sub(f"^{WRAPPED}", "", name)
-        if ours := {"visual.proj": "visual_projection", "text_projection": "text_projection"}.get(plain):
-            made[f"{ours}.weight"] = From.one(name, Tensor.t)
+        if projection := re.fullmatch(r"(visual)\.proj|(text)_projection", plain):
+            made[f"{projection[1] or projection[2]}_projection.weight"] = From.one(name, Tensor.t)
         if match := re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", plain):
             tower = "vision_model" if match[1] else "text_model"
             for i, letter in enumerate("qkv"):
@@ -147,9 +148,10 @@ def _sizes(made: Mapping[str, From], shapes: Shapes, described: Mapping[str, Any
     (n_text_vocab, text_width), (n_text, _) = (
         shape(f"text_model.embeddings.{name}_embedding.weight") for name in ("token", "position")
     )
+    names: Shapes = dict.fromkeys(made, ())
     sizes: dict[str, Any] = {
         "n_proj": shape("text_projection.weight")[0], "n_text_vocab": n_text_vocab, "n_text": n_text,
-        "text_width": text_width, "text_layers": n_layers(made, r"text_model\.encoder\.layers\.(\d+)\."),
+        "text_width": text_width, "text_layers": n_layers(names, r"text_model\.encoder\.layers\.(\d+)\."),
         "vision_layers": 0,
     }  # fmt: skip
     if "visual_projection.weight" in made:
@@ -157,7 +159,7 @@ def _sizes(made: Mapping[str, From], shapes: Shapes, described: Mapping[str, Any
         hidden = shape("vision_model.encoder.layers.0.mlp.fc1.weight")[0]
         positions = shape("vision_model.embeddings.position_embedding.weight")[0]
         sizes |= {
-            "vision_width": width, "vision_layers": n_layers(made, r"vision_model\.encoder\.layers\.(\d+)\."),
+            "vision_width": width, "vision_layers": n_layers(names, r"vision_model\.encoder\.layers\.(\d+)\."),
             "vision_hidden": 0 if hidden == 4 * width else hidden, "patch_size": patch,
             "image_size": math.isqrt(positions - 1) * patch,
         }  # fmt: skip
@@ -179,7 +181,7 @@ def _described(source: Source, folders: Sequence[str], shapes: Shapes) -> dict[s
         return _described_by_transformers(source, folders)
     if OPEN_CLIP in source.files:
         return _described_by_open_clip(source)
-    openai = any(re.fullmatch(IGNORED[1], name) for name in shapes)  # open_clip's files lack these numbers
+    openai = any(map(NUMBERS.fullmatch, shapes))  # open_clip's files lack these numbers
     quick = openai or "quickgelu" in "".join((source.name, *source.files)).lower()
     return {"activation": "quick_gelu" if quick else "gelu"}
 
@@ -200,7 +202,8 @@ def _described_by_transformers(source: Source, folders: Sequence[str]) -> dict[s
     activations = {tower.get("hidden_act", "quick_gelu") for tower in towers.values()}
     epsilons = {tower.get("layer_norm_eps", 1e-5) for tower in towers.values()}
     if len(activations) > 1 or not activations <= set(ACTIVATIONS) or epsilons != {1e-5}:
-        found = f"{', '.join(map(str, sorted(activations)))} and {', '.join(map(str, epsilons))} in {source.name}"
+        both = (", ".join(sorted(map(str, values))) for values in (activations, epsilons))
+        found = f"{' and '.join(both)} in {source.name}"
         raise DalleError(f"expected one of {', '.join(ACTIVATIONS)} and a layer_norm_eps of 1e-05, found {found}")
     pixels = source.json(PIXELS) if PIXELS in source.files else {}
     return {
@@ -258,10 +261,10 @@ def _tokenizer(source: Source, folder: str, length: int) -> bytes:
 def _license(source: Source, shapes: Shapes) -> str:
     """What the model card says; OpenAI's own is MIT."""
     if "README.md" in source.files:
-        card = source.data("README.md").decode(errors="replace")
-        if match := re.match(r"---\n(?:.*\n)*?license: *['\"]?([\w.-]+)", card):
+        head = [*source.data("README.md").decode(errors="replace").split("---\n", 2), "", ""][1]
+        if match := re.search(r"^license: *['\"]?([\w.-]+)", head, re.MULTILINE):
             return match[1]
-    openai = any(re.fullmatch(IGNORED[1], name) for name in shapes) or "openai/clip-" in source.name
+    openai = any(map(NUMBERS.fullmatch, shapes)) or "openai/clip-" in source.name
     return "mit" if openai else "unknown"
 
 
@@ -270,7 +273,8 @@ def _recognize(source: Source) -> bool:
     if OPEN_CLIP in names or (CONFIG in names and any(name in names for name in WEIGHTS)):
         return OPEN_CLIP in names or source.json(CONFIG).get("model_type") in ("clip", "clip_text_model")
     weights = [name for name in names if name.endswith(TENSOR_FILES)]
-    if len(weights) != 1 or getattr(source, "repository", ""):  # of a repository it would have to be fetched
+    repository: str = getattr(source, "repository", "")  # from one, the whole file would have to be fetched
+    if len(weights) != 1 or repository:
         return False
     tokens = re.compile(WRAPPED + r"(?:text\.)?token_embedding\.weight")
     return any(map(tokens.fullmatch, source.tensors(weights[0]).shapes))

@@ -72,11 +72,12 @@ def importer_of(source: OpenedSource) -> Importer:
     Raises:
         DalleError: no publication has such files.
     """
-    if (found := recognize(source)) is None:
+    if (known := recognize(source)) is None:
         names = ", ".join(importer.name for importer in importers())
         files = ", ".join(sorted(source.files)[:4]) or "no files"
-        raise DalleError(f"expected the files of a known publication ({names}), found {files} in {source.name}")
-    return found
+        found = f"{files} in {source.name}"
+        raise DalleError(f"expected the files of a known publication ({names}), found {found}; give one of these")
+    return known
 
 
 def import_bundle(
@@ -116,18 +117,19 @@ def import_bundle(
             found.insert(0, (other, importer_of(other)))
         planned = [(source, _planned(source, own)) for source, own in _fetched(found)]
         if prior is not None:
-            _check_prior(planned[-2][1])
+            _check_kind(planned[-2][1], "weights.prior.embeddings", "--prior")
         if ranker:
+            _check_kind(planned[0][1], "weights.clip", "--clip")
             planned[0] = (planned[0][0], _with_header(planned[0][1], importer.clip_header))
         bundle.write(planned, folder / "bundle", dtype, progress)
         bundle.replace(folder / "bundle", out)
     return out
 
 
-def _check_prior(made: Publication) -> None:
-    """Raises: DalleError unless a publication is a prior over embeddings alone."""
-    if [part.kind for part in made.parts] != ["weights.prior.embeddings"]:
-        raise DalleError(f"expected a prior over CLIP embeddings alone for --prior, found {made.name}; give another")
+def _check_kind(made: Publication, kind: str, option: str) -> None:
+    """Raises: DalleError unless a publication is one file of this kind."""
+    if [part.kind for part in made.parts] != [kind]:
+        raise DalleError(f"expected {kind} alone for {option}, found {made.name}; give another source")
 
 
 def _with_header(made: Publication, header: Mapping[str, Any]) -> Publication:
@@ -145,7 +147,10 @@ def _clip_source(source: OpenedSource, importer: Importer, clip: str | None) -> 
 
 def _fetched(found: list[tuple[OpenedSource, Importer]]) -> list[tuple[OpenedSource, Importer]]:
     """The sources, with all files that are needed on this machine; how many bytes are ahead is said before."""
-    needed = [(source, list(importer.files(source))) for source, importer in found]
+    needed = []
+    for source, importer in found:
+        with bundle.understood(f"the files of {importer.name}", source):
+            needed.append((source, list(importer.files(source))))
     ahead = sum(source.files[name] for source, names in needed for name in source.missing(names))
     if ahead:
         minutes = ahead / BYTES_PER_MINUTE

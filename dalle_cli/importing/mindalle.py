@@ -72,7 +72,7 @@ def n_heads(config: bytes) -> int | None:
     Raises:
         DalleError: it is no such file, or says that the model approximates the GELU.
     """
-    import yaml  # of huggingface-hub
+    import yaml  # type: ignore[import-untyped]  # comes with huggingface-hub
 
     try:
         stage = (yaml.safe_load(config) or {}).get("stage2") or {}

@@ -16,7 +16,7 @@ from dalle_cli.artifacts.region import Region, RegionFile
 from dalle_cli.errors import DalleError
 from dalle_cli.importing.publication import Shape
 
-MAX_STEPS = 2_000_000  # instructions of one pickle
+MAX_STEPS = 1_000_000  # instructions of one pickle
 MAX_TABLES = 200_000  # tables, modules and tensors of a checkpoint
 MAX_DEPTH = 64  # of tables and modules within each other
 STORAGES = {

@@ -152,3 +152,14 @@ def n_layers(names: Shapes, pattern: str) -> int:
         missing = next(i for i in range(len(found)) if i not in found)
         raise DalleError(f"expected tensors of every layer, found none of layer {missing} named like {pattern}")
     return len(found)
+
+
+def check_values(config: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Check what a JSON file says; what it leaves out is as expected.
+
+    Raises:
+        DalleError: another value.
+    """
+    for key, value in expected.items():
+        if config.get(key, value) != value:
+            raise DalleError(f"expected {key} {value!r} in {where}, found {config[key]!r}; this version knows no other")

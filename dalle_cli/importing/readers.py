@@ -90,7 +90,7 @@ def open_tensors(region: Region) -> TensorFile:
     head = bytes(region.view[:64])
     if head[:4] == b"PK\x03\x04":
         return torch_files.open_zip(region)
-    if head.startswith(torch_files.OLDER):
+    if head[:1] == b"\x80" and torch_files.OLDER in head[:32]:
         return torch_files.open_older(region)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER:
         return SafetensorsFile(region)

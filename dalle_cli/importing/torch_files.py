@@ -13,7 +13,7 @@ from dalle_cli.importing.pickles import Interpreter, Storage, StoredTensor, name
 from dalle_cli.importing.publication import Shapes
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first of the older format's pickles
-OLDER = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # that pickle
+OLDER = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # as that pickle ends
 PROTOCOL = 1001
 MAX_PICKLE = 1 << 26  # bytes
 BLOCK = 1 << 26

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dalle_cli.errors import DalleError
-from dalle_cli.importing.publication import From, Part, Shapes, Source, n_layers, renamed
+from dalle_cli.importing.publication import From, Part, Shapes, Source, check_values, n_layers, renamed
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -102,9 +102,7 @@ def unclip_schedule(source: Source, folder: str, prediction: str) -> dict[str, A
     name = f"{folder}/scheduler_config.json"
     own = source.json(name)
     expected = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction}
-    for key, value in expected.items():
-        if own.get(key, value) != value:
-            raise DalleError(f"expected {key} {value!r} in {name}, found {own[key]!r}; this version knows no other")
+    check_values(own, expected, name)
     if (variance := VARIANCES.get(own.get("variance_type", "fixed_small_log"))) is None:
         raise DalleError(f"expected a variance_type among {', '.join(VARIANCES)} in {name}, found another")
     clip = own.get("clip_sample_range", 1.0) if own.get("clip_sample", True) else 0.0

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dalle_cli.errors import DalleError
-from dalle_cli.importing.publication import From, Shapes, n_layers, renamed
+from dalle_cli.importing.publication import From, Shapes, check_values, n_layers, renamed
+from dalle_cli.importing.unclip_prior import shape_of
 from dalle_cli.models.decoder import DecoderConfig
 from dalle_cli.models.upsampler import UpsamplerConfig
 
@@ -146,9 +147,7 @@ def upsampler_sizes(
 
 def _unet_sizes(shapes: Shapes, config: Mapping[str, Any], channels: int, file: str = "") -> dict[str, Any]:
     """The fields of `UNetConfig`, for images of so many channels."""
-    for key, value in BLOCKS.items():
-        if config.get(key, value) != value:
-            raise DalleError(f"expected {key} {value!r} in a U-Net's config.json, found {config[key]!r}; it is another")
+    check_values(config, BLOCKS, "a U-Net's config.json")
     n_levels, depth = _counts(shapes, file)
     levels = [f"{file}down_blocks.{level}" for level in range(n_levels)]
     widths = [shape_of(shapes, f"{level}.resnets.0.conv1.weight")[0] for level in levels]
@@ -177,17 +176,10 @@ def _head_width(config: Mapping[str, Any]) -> int:
     return width
 
 
-def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
-    """The shape of a tensor. Raises: DalleError if there is none."""
-    if name not in shapes:
-        raise DalleError(f"expected a tensor {name}, found none; the file is of another model")
-    return shapes[name]
-
-
 def _concatenated(*parts: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _token_major(rows: Tensor, width: int) -> Tensor:
     """Rows by channel, then token, to rows by token, then channel: (K n, ...) -> (n K, ...)."""
-    return rows.unflatten(0, (width, -1)).transpose(0, 1).flatten(0, 1)
+    return rows.view(width, -1, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)

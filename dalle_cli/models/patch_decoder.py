@@ -46,8 +46,10 @@ class PatchDecoderConfig:
     prediction: str = "x_start"
     zero_snr: bool = False
 
-    sketch = 0  # the U-Net's options that a patch transformer lacks
+    # what a patch transformer has no choice of
+    sketch = 0
     learned_variance = False
+    channels, captions, betas = 3, "tokens", (1e-4, 0.02)
 
     def __post_init__(self) -> None:
         if self.kind != "patch":

@@ -1,6 +1,6 @@
 """U-Net that predicts the noise in an image (Dhariwal & Nichol 2021, "ADM"; Nichol et al. 2022, "GLIDE").
 
-Blocks compute what those of `diffusers` do in the layout of published unCLIP weights (tests/models/test_unet.py).
+Blocks compute what those of `diffusers` do in the layout of published unCLIP weights (tests/importing/test_unets.py).
 
 Shapes: B batch, C channels, H W pixels, E width of the timestep's embedding, T context tokens, K their width,
 N heads, D their width.
@@ -39,6 +39,7 @@ class UNetConfig:
     scale_shift: bool = True  # the timestep scales and shifts (AdaGN); else only shifts
     resample_blocks: bool = True  # resize within residual blocks; else by a convolution between them
     schedule: str = "cosine"
+    betas: tuple[float, ...] = (1e-4, 0.02)  # of schedule "linear": the first and the last of 1000 timesteps
     n_timestep: int = 1000
     prediction: str = "epsilon"
     learned_variance: bool = True
@@ -46,7 +47,7 @@ class UNetConfig:
     channels: int = 3  # of the images; 4 where they are latents of another model
 
     def __post_init__(self) -> None:
-        for name in ("multipliers", "attention"):  # TOML and JSON only know lists
+        for name in ("multipliers", "attention", "betas"):  # TOML and JSON only know lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("image_size", "width", "depth", "head_width", "groups", "n_timestep", "channels"):
             if getattr(self, name) < 1:

@@ -7,6 +7,7 @@ Shapes: B batch, V vocabulary, D width of a code's vector, H W code grid, C chan
 S = H * reduction.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -91,24 +92,27 @@ def group_norm(width: int) -> nn.GroupNorm:
     return nn.GroupNorm(GROUPS, width, eps=EPS)
 
 
+Norm = Callable[[int], nn.Module]  # makes a layer's normalization from its width
+
+
 def conv_3x3(n_in: int, n_out: int) -> nn.Conv2d:
     """A convolution that keeps the size."""
     return nn.Conv2d(n_in, n_out, 3, padding=1)
 
 
 class VQGANBlock(StackedBlock):
-    """Pre-activation residual block: (GroupNorm, SiLU, 3x3) twice, and a 1x1 convolution where the width changes."""
+    """Pre-activation residual block: (norm, SiLU, 3x3) twice, and a 1x1 convolution where the width changes."""
 
-    def __init__(self, n_in: int, n_out: int) -> None:
+    def __init__(self, n_in: int, n_out: int, norm: Norm = group_norm) -> None:
         super().__init__()
-        self.norm1, self.conv1 = group_norm(n_in), conv_3x3(n_in, n_out)
-        self.norm2, self.conv2 = group_norm(n_out), conv_3x3(n_out, n_out)
+        self.norm1, self.conv1 = norm(n_in), conv_3x3(n_in, n_out)
+        self.norm2, self.conv2 = norm(n_out), conv_3x3(n_out, n_out)
         self.nin_shortcut = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, n_in, H, W) -> (B, n_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x: Tensor, *z: Tensor) -> Tensor:
+        """(B, n_in, H, W) -> (B, n_out, H, W); norms of more than x take it from `z`."""
+        h = self.conv1(F.silu(self.norm1(x, *z)))
+        h = self.conv2(F.silu(self.norm2(h, *z)))
         out: Tensor = (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
         return out
 
@@ -116,14 +120,14 @@ class VQGANBlock(StackedBlock):
 class VQGANAttention(StackedBlock):
     """Every position attends to all, with one head as wide as the feature map; residual."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: Norm = group_norm) -> None:
         super().__init__()
-        self.norm = group_norm(width)
+        self.norm = norm(width)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *z: Tensor) -> Tensor:
         """(B, C, H, W) -> same."""
-        h = self.norm(x)
+        h = self.norm(x, *z)
         q, k, v = (layer(h).permute(0, 2, 3, 1).flatten(1, 2)[:, None] for layer in (self.q, self.k, self.v))
         h = kernels.attention(q, k, v).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
         out: Tensor = x + self.proj_out(h)
@@ -148,27 +152,26 @@ class VQGANResize(nn.Module):
 class VQGANLevel(nn.Module):
     """The blocks of one size, each followed by attention or none, then a change of the size."""
 
-    def __init__(self, widths: list[int], attends: bool, resize: str = "") -> None:
+    def __init__(self, widths: list[int], attends: bool, resize: str = "", norm: Norm = group_norm) -> None:
         """`widths` are those before and after each block; `resize` is "downsample", "upsample", or "" for neither."""
         super().__init__()
-        self.block = nn.ModuleList(VQGANBlock(*pair) for pair in pairwise(widths))
-        self.attn = nn.ModuleList(VQGANAttention(width) for width in widths[1:] if attends)
+        self.block = nn.ModuleList(VQGANBlock(*pair, norm) for pair in pairwise(widths))
+        self.attn = nn.ModuleList(VQGANAttention(width, norm) for width in widths[1:] if attends)
         self.resize = resize
         if resize:
             self.add_module(resize, VQGANResize(widths[-1], resize == "downsample"))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *z: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
         for j, block in enumerate(self.block):
-            x = self.attn[j](block(x)) if len(self.attn) else block(x)
+            x = self.attn[j](block(x, *z), *z) if len(self.attn) else block(x, *z)
         return getattr(self, self.resize)(x) if self.resize else x
 
 
-def middle(width: int) -> nn.Sequential:
+def middle(width: int, norm: Norm = group_norm) -> nn.Sequential:
     """Build the blocks at the smallest size."""
-    return stack(
-        {"block_1": VQGANBlock(width, width), "attn_1": VQGANAttention(width), "block_2": VQGANBlock(width, width)}
-    )
+    first, second = (VQGANBlock(width, width, norm) for _ in range(2))
+    return stack({"block_1": first, "attn_1": VQGANAttention(width, norm), "block_2": second})
 
 
 def vqgan_encoder(config: VQGANConfig) -> nn.Sequential:
@@ -182,15 +185,16 @@ def vqgan_encoder(config: VQGANConfig) -> nn.Sequential:
     return stack({**head, "mid": middle(widths[-1]), **tail, "conv_out": conv_3x3(widths[-1], config.n_latent)})
 
 
-def vqgan_decoder(config: VQGANConfig) -> nn.Sequential:
+def vqgan_decoder(config: VQGANConfig, norm: Norm = group_norm) -> nn.Sequential:
     """Build the decoder: (B, n_latent, H, W) -> pixels (B, 3, S, S). Its levels are numbered from the full size."""
     widths, up = [*config.widths, config.widths[-1]], {}
     for level in reversed(range(len(config.widths))):
         blocks = [widths[level + 1]] + [widths[level]] * (config.depth + 1)
-        up[str(level)] = VQGANLevel(blocks, config.sides[level] in config.attention, "upsample" if level else "")
-    head: dict[str, nn.Module] = {"conv_in": conv_3x3(config.n_latent, widths[-1]), "mid": middle(widths[-1])}
+        attends, resize = config.sides[level] in config.attention, "upsample" if level else ""
+        up[str(level)] = VQGANLevel(blocks, attends, resize, norm)
+    head: dict[str, nn.Module] = {"conv_in": conv_3x3(config.n_latent, widths[-1]), "mid": middle(widths[-1], norm)}
     tail: dict[str, nn.Module] = {
-        "norm_out": group_norm(widths[0]),
+        "norm_out": norm(widths[0]),
         "silu": nn.SiLU(),
         "conv_out": conv_3x3(widths[0], 3),
     }

@@ -6,6 +6,7 @@ Shapes: B batch, N captions, D width of an embedding, S side of the images in pi
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from dalle_cli.models.pixels import from_uint8
 from dalle_cli.pipelines import loading
 
 BATCH = 256  # captions to embed at once
+_open: "WeakValueDictionary[tuple[str, ...], ClipScorer]" = WeakValueDictionary()
 
 
 class ClipScorer:
@@ -102,3 +104,12 @@ class ClipScorer:
 
     def _pixels(self, images: Any) -> Tensor:
         return from_uint8(torch.from_numpy(np.array(images)).to(self.machine.device))
+
+
+def shared_clip(weights: Artifact, machine: Arithmetic) -> ClipScorer:
+    """The CLIP of these weights; the same object while one is in use, as a prior, a decoder and ranking share one."""
+    key = (weights.digest, str(machine.device), machine.name)
+    scorer = _open.get(key)
+    if scorer is None:
+        scorer = _open[key] = ClipScorer(weights, machine)
+    return scorer

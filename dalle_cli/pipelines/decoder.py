@@ -4,6 +4,7 @@ Shapes: B batch, D embedding width, T caption length, S side of the images in pi
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,34 @@ from dalle_cli.devices import Arithmetic
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
+from dalle_cli.models.movq import MOVQ
 from dalle_cli.models.upsampler import Upsampler
 from dalle_cli.options import DecoderOptions
 from dalle_cli.pipelines import loading
-from dalle_cli.pipelines.prompts import token_tensors
-from dalle_cli.sampling.decoder import SamplerConfig, invert, sample_images, to_images, upsample, upsampler_order
+from dalle_cli.pipelines.clip import ClipScorer, shared_clip
+from dalle_cli.pipelines.prior import find_clip
+from dalle_cli.pipelines.prompts import batched, token_tensors
+from dalle_cli.sampling.decoder import (
+    CaptionBatch,
+    SamplerConfig,
+    invert,
+    sample_images,
+    to_images,
+    to_signed,
+    upsample,
+    upsampler_order,
+)
 from dalle_cli.sampling.defaults import sampling_defaults
 
 STEPS, SAMPLER, UPSAMPLER_STEPS = 20, "dpm++", 10
+PIXELS_AT_ONCE = 64 * 64**2  # of all images that a network computes at once, which bounds the memory
 LOW_NOISE = "--low-noise"
 
 
 class ImageDecoder:
-    """A diffusion decoder, its tokenizer if it reads captions, and the upsamplers of the same bundle in order."""
+    """A diffusion decoder and, of the same bundle: its tokenizer if it reads captions, its autoencoder if it samples
+    latents, and the upsamplers in order.
+    """
 
     kind = "embeddings"
 
@@ -37,12 +53,13 @@ class ImageDecoder:
         self.weights, self.machine = bundles.weights(model, "weights.decoder"), machine
         self.defaults = sampling_defaults(self.weights)
         decoder_config(options, self.defaults)  # refuse wrong ones before anything is loaded
-        self.decoder = loading.decoder(self.weights, machine.device, machine.dtype)
-        n_text = self.decoder.config.n_text
-        self.tokenizer = loading.tokenizer(self.weights) if n_text else None
+        self.model, self.decoder = model, loading.decoder(self.weights, machine.device, machine.dtype)
+        self.of_states = self.decoder.config.captions == "states"
+        self.tokenizer = loading.tokenizer(self.weights) if self.decoder.config.n_text and not self.of_states else None
+        self.autoencoder = self._autoencoder() if self.decoder.config.channels != 3 else None
         found = bundles.upsamplers(model)
         models = [loading.upsampler(weights, machine.device, machine.dtype) for weights in found]
-        order = upsampler_order([m.config for m in models], self.decoder.config.image_size)
+        order = upsampler_order([m.config for m in models], self.small_size)
         self.upsamplers = [(found[i], models[i]) for i in order]
         self.set(options, seed)
 
@@ -78,10 +95,29 @@ class ImageDecoder:
             raise DalleError(f"expected {LOW_NOISE} in [0, {most}], as {weights.path} was trained with, {found}")
         return low_noise
 
+    @cached_property
+    def clip(self) -> ClipScorer:
+        """The CLIP whose text tower a decoder of states reads captions with."""
+        return shared_clip(find_clip(self.weights, self.model), self.machine)
+
+    def _autoencoder(self) -> tuple[Artifact, MOVQ]:
+        """The autoencoder of the bundle. Raises: DalleError if there is none, or it is of other latents."""
+        weights, channels = bundles.weights(self.model, "weights.autoencoder"), self.decoder.config.channels
+        autoencoder = loading.autoencoder(weights, self.machine.device, self.machine.dtype)
+        if (found := autoencoder.config.n_latent) != channels:
+            raise DalleError(f"expected an autoencoder of {channels} channels, found {found} in {weights.path}")
+        return weights, autoencoder
+
+    @property
+    def small_size(self) -> int:
+        """Side of the images in pixels, before the first upsampler."""
+        side = self.decoder.config.image_size
+        return side * self.autoencoder[1].config.reduction if self.autoencoder else side
+
     @property
     def size(self) -> int:
         """Side of the images in pixels, after the last upsampler."""
-        return self.upsamplers[-1][1].config.image_size if self.upsamplers else self.decoder.config.image_size
+        return self.upsamplers[-1][1].config.image_size if self.upsamplers else self.small_size
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -102,7 +138,8 @@ class ImageDecoder:
     def inputs(self) -> dict[str, Artifact]:
         """The weights, as a history names them."""
         upsamplers = {f"upsampler_{i}": weights for i, (weights, _) in enumerate(self.upsamplers, 1)}
-        return {"decoder": self.weights, **upsamplers}
+        autoencoder = {"autoencoder": self.autoencoder[0]} if self.autoencoder else {}
+        return {"decoder": self.weights, **autoencoder, **upsamplers}
 
     def check(self, embeddings: Artifact) -> None:
         """Raises: DalleError if they are of another CLIP than the decoder was trained with."""
@@ -117,36 +154,75 @@ class ImageDecoder:
         The noise of a row depends on the seed and its number alone. A missing or empty caption is null. `start`
         (B, 3, s, s), from `invert`, replaces the decoder's initial noise.
         """
-        tokens, lengths = self._tokens(list(texts) if texts is not None else [""] * len(numbers))
-        rows = torch.from_numpy(np.asarray(embeddings).astype(np.float32))
-        with self.machine.autocast():
-            noise = row_noise(self.seed, numbers, "decoder")
-            images = sample_images(self.decoder, rows, tokens, lengths, self.config, noise, start=start)
-            for (_, upsampler), config, low_noise in zip(
-                self.upsamplers, self.upsampler_configs, self.low_noise, strict=True
-            ):
-                noise = row_noise(self.seed, numbers, f"upsampler {upsampler.config.image_size}")
-                images = upsample(upsampler, images, config, noise, low_noise)
-        return to_images(images).cpu().numpy()
+        return self.enlarge(self.decode_small(embeddings, numbers, texts, start), numbers)
+
+    def decode_small(
+        self, embeddings: Any, numbers: Sequence[int], texts: Sequence[str] | None = None, start: Tensor | None = None
+    ) -> Any:
+        """What the decoder alone makes, before the upsamplers, as `decode`: -> (B, 3, s, s) float32 in [-1, 1]."""
+        texts = [""] * len(numbers) if texts is None else texts
+        rows, parts = torch.from_numpy(np.asarray(embeddings).astype(np.float32)), []
+        for part in batched(len(rows), at_once(self.decoder.config.image_size)):
+            captions, noise = self._captions(texts[part]), row_noise(self.seed, numbers[part], "decoder")
+            first = None if start is None else start[part]
+            with self.machine.autocast():
+                x = sample_images(self.decoder, rows[part], captions, self.config, noise, start=first)
+                parts.append(self._pixels(x).cpu())
+        return torch.cat(parts).numpy()
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """Images of what the decoder samples: decoded from its latents, or the same."""
+        if self.autoencoder is None:
+            return x
+        return torch.cat([self.autoencoder[1].decode(x[part]) for part in batched(len(x), at_once(self.small_size))])
+
+    def enlarge(self, images: Any, numbers: Sequence[int]) -> Any:
+        """Enlarge what `decode_small` made of the rows of these numbers: (B, 3, s, s) -> (B, 3, S, S) uint8."""
+        x = torch.from_numpy(np.asarray(images))
+        for (_, upsampler), config, low_noise in zip(
+            self.upsamplers, self.upsampler_configs, self.low_noise, strict=True
+        ):
+            parts, size = [], upsampler.config.image_size
+            for part in batched(len(x), at_once(size)):
+                noise = row_noise(self.seed, numbers[part], f"upsampler {size}")
+                with self.machine.autocast():
+                    parts.append(upsample(upsampler, x[part], config, noise, low_noise).cpu())
+            x = torch.cat(parts)
+        return to_images(x).numpy()
 
     def invert(self, images: Any, embeddings: Any, iterations: int) -> Tensor:
         """DDIM inversion (sec. 3): the noise from which the decoder samples the images again, without captions.
 
-        (B, 3, s, s) uint8, (B, D) -> (B, 3, s, s) float32 on the CPU; s is the decoder's size.
+        (B, 3, s, s) uint8, (B, D) -> (B, 3, s, s) float32 on the CPU, or latents; s is `small_size`.
         """
-        tokens, lengths = self._tokens([""] * len(images))
-        rows, pixels = torch.from_numpy(np.asarray(embeddings).astype(np.float32)), torch.from_numpy(images)
+        captions, x = self._captions([""] * len(images)), to_signed(torch.from_numpy(images))
+        rows = torch.from_numpy(np.asarray(embeddings).astype(np.float32))
         with self.machine.autocast():
-            noise = invert(self.decoder, pixels, rows, tokens, lengths, self.config, iterations)
-        return noise.cpu()
+            if self.autoencoder:
+                x = self.autoencoder[1].encode(x.to(self.machine.device))
+            return invert(self.decoder, x, rows, captions, self.config, iterations).cpu()
 
-    def _tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T) and lengths (B,), int64; an empty text has length 0."""
+    def _captions(self, texts: Sequence[str]) -> CaptionBatch:
+        """Captions as the decoder takes them; an empty text is the null caption."""
+        if self.of_states:
+            unique = list(dict.fromkeys([*texts, ""]))
+            states = CaptionBatch(*self.clip.text_states(unique))
+            return states.rows([unique.index(text) for text in texts])._replace(null=states.rows([unique.index("")]))
         length = self.decoder.config.n_text
         if self.tokenizer is None:
-            return torch.zeros(len(texts), length, dtype=torch.int64), torch.zeros(len(texts), dtype=torch.int64)
+            return CaptionBatch(torch.zeros(len(texts), length).long(), torch.zeros(len(texts)).long())
         tokens, lengths = token_tensors(self.tokenizer, texts, length, "captions")
-        return tokens, lengths * torch.tensor([bool(text) for text in texts])
+        return CaptionBatch(tokens, lengths * torch.tensor([bool(text) for text in texts]))
+
+
+def at_once(side: int) -> int:
+    """How many images of this side a network computes at once."""
+    return max(1, PIXELS_AT_ONCE // side**2)
+
+
+def to_bytes(images: Any) -> Any:
+    """Images (B, 3, s, s) as uint8, of float32 in [-1, 1] or of uint8."""
+    return images if images.dtype == np.uint8 else to_images(torch.from_numpy(images)).numpy()
 
 
 def decoder_config(options: DecoderOptions, defaults: Mapping[str, Any]) -> SamplerConfig:

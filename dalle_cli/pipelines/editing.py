@@ -22,7 +22,7 @@ from dalle_cli.hub import bundles
 from dalle_cli.models.embeddings import Principal
 from dalle_cli.options import DecoderOptions, EditOptions
 from dalle_cli.pipelines import loading
-from dalle_cli.pipelines.clip import ClipScorer
+from dalle_cli.pipelines.clip import shared_clip
 from dalle_cli.pipelines.decoder import ImageDecoder
 from dalle_cli.pipelines.output import check_outputs, terminal_preview, write_grid, write_labelled
 from dalle_cli.pipelines.prior import find_clip
@@ -86,7 +86,7 @@ class Editor:
             self.decoder.config = replace(self.decoder.config, steps=min(STEPS, n_timestep))
         # eta is for the decoder; upsamplers keep their usual sampler
         self.decoder.set_upsamplers(DecoderOptions(upsampler_steps=options.upsampler_steps))
-        self.clip = ClipScorer(find_clip(self.decoder.weights, model), machine)
+        self.clip = shared_clip(find_clip(self.decoder.weights, model), machine)
 
     def vary(self, source: SourceImage, n: int = 8) -> Edited:
         """n variations: sample from the image's embedding and noise, with eta > 0 (sec. 3.1)."""
@@ -157,7 +157,7 @@ class Editor:
 
     def invert(self, z: Tensor, *sources: SourceImage) -> Tensor:
         """DDIM inversion of B images with their embeddings (B, D): their noise (B, 3, s, s) float32."""
-        size = self.decoder.decoder.config.image_size
+        size = self.decoder.small_size
         with self.progress("invert", len(sources), unit="images") as advance:
             noise = self.decoder.invert(np.stack([s.pixels(size) for s in sources]), z, ITERATIONS)
             advance(len(sources))

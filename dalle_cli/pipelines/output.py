@@ -64,11 +64,12 @@ def write_grid(
 
 
 def write_ranked(path: Path, ranked: Sequence[Ranked], history: list[dict[str, Any]], force: bool = False) -> None:
-    """Write ranked candidates as an artifact of images with their scores."""
-    score = np.array([one.score for one in ranked], dtype=np.float32)
+    """Write ranked candidates as an artifact of images with their scores, if they have any."""
+    known = [one.score for one in ranked if one.score is not None]
+    scores = {"score": np.array(known, dtype=np.float32)} if known else {}
     columns = {"ids": [one.candidate.id for one in ranked], "text": [one.candidate.text for one in ranked]}
     images = np.stack([one.image for one in ranked])
-    write_artifact(path, "images", {"images": images, "score": score, **columns}, {}, history, force)
+    write_artifact(path, "images", {"images": images, **scores, **columns}, {}, history, force)
 
 
 def write_labelled(

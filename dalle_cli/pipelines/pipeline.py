@@ -3,6 +3,7 @@
 Shapes: N candidates, B of them in a batch, H W code grid, D embedding width, S side of the images in pixels.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,15 +18,16 @@ from dalle_cli.devices import Arithmetic, arithmetic
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
 from dalle_cli.options import DecoderOptions, InpaintingOptions, SamplingOptions, refuse_given
-from dalle_cli.pipelines.clip import ClipScorer
+from dalle_cli.pipelines.clip import ClipScorer, shared_clip
 from dalle_cli.pipelines.codec import Codec
-from dalle_cli.pipelines.decoder import ImageDecoder
+from dalle_cli.pipelines.decoder import ImageDecoder, at_once, to_bytes
 from dalle_cli.pipelines.editing import Editor, SourceImage
 from dalle_cli.pipelines.inpainting import InpaintingMask, read_mask
 from dalle_cli.pipelines.prior import BATCH, PRIORS, EmbeddingPrior, TokenPrior, open_prior
-from dalle_cli.pipelines.prompts import Progress, Quiet, batched, candidates
+from dalle_cli.pipelines.prompts import Candidate, Progress, Quiet, batched, candidates
 from dalle_cli.pipelines.ranking import TopK, check_keep
 
+log = logging.getLogger("dalle_cli")
 KEEP = 4  # images kept of each prompt by default
 AT_ONCE = 64  # images decoded and scored at once, whatever the batch size of sampling
 GROUPS: dict[str, type[Any]] = {"sampling": SamplingOptions, "decoder": DecoderOptions, "inpainting": InpaintingOptions}
@@ -74,7 +76,7 @@ class Generated:
     interrupted: bool = False
 
     def pil(self) -> list[Image.Image]:
-        """The images, best first, each with `.score` and `.info` (prompt, candidate number)."""
+        """The images, best first, each with `.score`, None if nothing ranked them, and `.info` (prompt, candidate)."""
         images = []
         for ranked in self.top.ranked():
             image = Image.fromarray(np.ascontiguousarray(ranked.image.transpose(1, 2, 0)))
@@ -91,6 +93,7 @@ class LatentDecoder(NamedTuple):
     mask: InpaintingMask | None
     options: dict[str, Any]
     inputs: dict[str, Artifact]
+    small: bool = False  # whether upsamplers follow, so that images are float32 in [-1, 1] until then
 
 
 class Pipeline:
@@ -128,8 +131,18 @@ class Pipeline:
 
     @cached_property
     def scorer(self) -> ClipScorer:
-        """The CLIP that scores images against captions."""
-        return ClipScorer(bundles.weights(self.model, "weights.clip"), self.machine)
+        """The CLIP that scores images against captions.
+
+        Raises:
+            DalleError: there is none that reads images, or several.
+        """
+        found = self._whole_clips()
+        return shared_clip(found[0] if len(found) == 1 else bundles.weights(self.model, "weights.clip"), self.machine)
+
+    def _whole_clips(self) -> list[Artifact]:
+        """The CLIPs of the bundle that are not text encoders alone."""
+        found = bundles.of_kind(self.path, "weights.clip")
+        return [weights for weights in found if weights.require("model", dict).get("vision_layers") != 0]
 
     @cached_property
     def _decoder(self) -> ImageDecoder:
@@ -152,33 +165,67 @@ class Pipeline:
         return self.run(_texts(prompts), Settings.of(**settings), progress).pil()
 
     def run(self, texts: Sequence[str], settings: Settings, progress: Progress = Quiet) -> Generated:
-        """As `generate`, with scores and history; if interrupted (Ctrl-C), return the best images so far."""
+        """As `generate`, with scores and history; if interrupted (Ctrl-C), return the best images so far.
+
+        The images are ranked as small as the decoder makes them, and only those kept are enlarged.
+        """
         rows = candidates(texts, settings.n)
         check_keep([row.text for row in rows], settings.n_keep)
-        prior, decoder, scorer, top = self.prior, self._latent_decoder(settings), self.scorer, TopK(settings.n_keep)
-        options: dict[str, Any] = {"keep": settings.n_keep, "dtype": self.machine.name, **decoder.options}
-        interrupted, by_code = False, prior.kind == "codes"
+        prior, decoder, scorer = self.prior, self._latent_decoder(settings), self._ranking(settings)
+        top = TopK(settings.n if scorer is None and settings.keep is None else settings.n_keep)
+        options: dict[str, Any] = {"keep": top.keep, "dtype": self.machine.name, **decoder.options}
+        interrupted = False
         try:
             with progress("generate", len(rows), unit="candidates") as advance:
-                report = CandidateProgress(prior.n_parts, advance, top)
-                for latents in prior.sample(
-                    rows, settings.sampling, mask=decoder.mask, batch_size=settings.batch_size,
-                    compiled=settings.compiled, progress=report if by_code else None,
-                ):  # fmt: skip
-                    for part in batched(len(latents), AT_ONCE):
-                        numbers = range(top.seen, top.seen + part.stop - part.start)
-                        own = [rows[number] for number in numbers]
-                        images = decoder.decode(latents[part], numbers, [row.text for row in own])
-                        top.add(own, scorer.score(images, [row.text for row in own]), images)
-                        report(0 if by_code else len(own))
+                self._sample_and_rank(rows, settings, decoder, scorer, top, advance)
         except KeyboardInterrupt:
             if not top.seen:
                 raise
             interrupted, options["seen"] = True, top.seen
+        if decoder.small:
+            self._enlarge(top, progress)
         sampled = prior.history(settings.n, settings.sampling, decoder.mask)
-        made = history("generate", options, **decoder.inputs, clip=scorer.weights)
+        ranked_by = {} if scorer is None else {"clip": scorer.weights}
+        made = history("generate", options, **decoder.inputs, **ranked_by)
         whole = [*sampled, *(entry for entry in made if entry not in sampled)]
         return Generated(top, whole, decoder.mask, interrupted)
+
+    def _sample_and_rank(
+        self, rows: Sequence[Candidate], settings: Settings, decoder: LatentDecoder, scorer: ClipScorer | None,
+        top: TopK, advance: Any,
+    ) -> None:  # fmt: skip
+        """Sample and decode candidates batch by batch, and add them to `top` with their scores."""
+        prior = self.prior
+        by_code, report = prior.kind == "codes", CandidateProgress(prior.n_parts, advance, top)
+        for latents in prior.sample(
+            rows, settings.sampling, mask=decoder.mask, batch_size=settings.batch_size, compiled=settings.compiled,
+            progress=report if by_code else None,
+        ):  # fmt: skip
+            for part in batched(len(latents), AT_ONCE):
+                numbers = range(top.seen, top.seen + part.stop - part.start)
+                own = [rows[number] for number in numbers]
+                images = decoder.decode(latents[part], numbers, texts := [row.text for row in own])
+                top.add(own, None if scorer is None else scorer.score(to_bytes(images), texts), images)
+                report(0 if by_code else len(own))
+
+    def _enlarge(self, top: TopK, progress: Progress) -> None:
+        """Replace the small images of `top` by those of the upsamplers."""
+        small, images, decoder = top.ranked(), [], self._decoder
+        with progress("enlarge", len(small), unit="images") as advance:
+            for part in batched(len(small), at_once(decoder.size)):
+                rows = [one.row for one in small[part]]
+                images += list(decoder.enlarge(np.stack([one.image for one in small[part]]), rows))
+                advance(len(rows))
+        top.replace_images(images)
+
+    def _ranking(self, settings: Settings) -> ClipScorer | None:
+        """The CLIP that ranks candidates; None, with a warning, for a bundle without one that reads images."""
+        if self._whole_clips():
+            return self.scorer
+        kept = "all are kept" if settings.keep is None else f"the first {settings.n_keep} of each prompt are kept"
+        if settings.n > 1:
+            log.warning("no CLIP in %s reads images, so nothing ranks them: %s", self.path.name, kept)
+        return None
 
     def _latent_decoder(self, settings: Settings) -> LatentDecoder:
         """The dVAE or the diffusion decoder; refuses the settings that are for the other one."""
@@ -192,7 +239,10 @@ class Pipeline:
         refuse_given(settings.inpainting, "a prior over embeddings")
         decoder = self.decoder(settings.decoder, prior.settings(settings.sampling)["seed"])
         decoder.check(prior.weights)
-        return LatentDecoder(decoder.decode, None, decoder.settings, decoder.inputs)
+        if not decoder.upsamplers:
+            return LatentDecoder(decoder.decode, None, decoder.settings, decoder.inputs)
+        options = {**decoder.settings, "ranked_size": decoder.small_size}
+        return LatentDecoder(decoder.decode_small, None, options, decoder.inputs, small=True)
 
     def sample(self, prompts: str | Sequence[str], n: int = 8, **settings: Any) -> Any:
         """Latents of n candidates of each prompt: codes (N, H, W) uint16, or embeddings (N, D) float32."""
@@ -236,7 +286,8 @@ class CandidateProgress:
     def __call__(self, n: int) -> None:
         self.parts += n
         new, self.done = self.parts // self.n_parts - self.done, self.parts // self.n_parts
-        self.advance(new, **({"best": self.top.best()} if self.top.seen else {}))
+        best = self.top.best()
+        self.advance(new, **({} if best is None else {"best": best}))
 
 
 def load(model: str | Path | None = None, **options: Any) -> Pipeline:

@@ -19,7 +19,7 @@ from dalle_cli.models.diffusion_prior import DiffusionPrior
 from dalle_cli.models.packed import pack
 from dalle_cli.options import AUTO, SamplingOptions, flag, given, refuse_given
 from dalle_cli.pipelines import loading
-from dalle_cli.pipelines.clip import ClipScorer
+from dalle_cli.pipelines.clip import ClipScorer, shared_clip
 from dalle_cli.pipelines.inpainting import InpaintingMask
 from dalle_cli.pipelines.prompts import Candidate, SamplerInputs, batched, token_tensors
 from dalle_cli.sampling import memory
@@ -185,7 +185,7 @@ class EmbeddingPrior(PriorPipeline):
     @cached_property
     def clip(self) -> ClipScorer:
         """The CLIP that embeds captions."""
-        return ClipScorer(self.clip_weights, self.machine)
+        return shared_clip(self.clip_weights, self.machine)
 
     @property
     def inputs(self) -> dict[str, Artifact | str]:

@@ -5,8 +5,8 @@ Shapes: B candidates of a batch, S side of the images in pixels.
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,34 +33,46 @@ def best(scores: Any, groups: Sequence[str], keep: int) -> Any:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A candidate with its score and its image (3, S, S) uint8."""
+    """A candidate with its score, if there is one, its image (3, S, S), and its number among the candidates of all."""
 
     candidate: Candidate
-    score: float
+    score: float | None
     image: Any
+    row: int
 
 
 class TopK:
-    """The best `keep` candidates of each prompt so far (0: all), in the order of `best`; the others are dropped."""
+    """The best `keep` candidates of each prompt so far (0: all), in the order of `best`; the others are dropped.
+
+    Without scores they are the first.
+    """
 
     def __init__(self, keep: int):
         self.keep, self.seen = keep, 0
         self.groups: dict[str, list[Ranked]] = {}
 
     def add(self, rows: Sequence[Candidate], scores: Any, images: Any) -> None:
-        """Add a batch and drop what is not among the best: B candidates, (B,) scores, (B, 3, S, S) uint8."""
-        for row, score, image in zip(rows, scores.tolist(), images, strict=True):
+        """Add a batch and drop what is not among the best: B candidates, (B,) scores or None, (B, 3, S, S)."""
+        known = [None] * len(rows) if scores is None else scores.tolist()
+        for row, score, image in zip(rows, known, images, strict=True):
             group = self.groups.setdefault(row.text, [])
-            at = bisect_right([-ranked.score for ranked in group], -score)  # after its equals, which came before
+            # after its equals, which came before
+            at = len(group) if score is None else bisect_right([-(one.score or 0.0) for one in group], -score)
             if not self.keep or at < self.keep:
-                group.insert(at, Ranked(row, score, image.copy()))  # a view would hold the whole batch
+                group.insert(at, Ranked(row, score, image.copy(), self.seen))  # a view would hold the whole batch
                 del group[self.keep or len(group) :]
-        self.seen += len(rows)
+            self.seen += 1
+
+    def replace_images(self, images: Iterable[Any]) -> None:
+        """Give the candidates other images, in the order of `ranked`."""
+        new = iter(images)
+        for text, group in self.groups.items():
+            self.groups[text] = [replace(one, image=next(new)) for one in group]
 
     def ranked(self) -> list[Ranked]:
         """Prompts in order of appearance, best first."""
-        return [ranked for group in self.groups.values() for ranked in group[: self.keep or None]]
+        return [ranked for group in self.groups.values() for ranked in group]
 
-    def best(self) -> float:
-        """The highest score of all."""
-        return max(ranked.score for ranked in self.ranked())
+    def best(self) -> float | None:
+        """The highest score of all, if there are any."""
+        return max((one.score for one in self.ranked() if one.score is not None), default=None)

@@ -5,7 +5,7 @@ Shapes: B batch, D width of an embedding, T caption length, S side in pixels. Im
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from dalle_cli.diffusion.denoiser import Denoiser, Guidance, Threshold, denoiser
 from dalle_cli.diffusion.noise import Noise
 from dalle_cli.diffusion.process import Process
-from dalle_cli.diffusion.samplers import SAMPLERS, VARIANCES, ddim_invert, sample
+from dalle_cli.diffusion.samplers import SAMPLERS, VARIANCES, ddim_invert, default_spacing, sample
 from dalle_cli.diffusion.schedules import Schedule, Timesteps, make_schedule, select_timesteps
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder
@@ -58,10 +58,42 @@ class SamplerConfig:
         """What clips x_start."""
         return Threshold(self.clip) if self.clip else None
 
+    def timesteps(self, schedule: Schedule) -> Timesteps:
+        """The timesteps of these steps."""
+        return select_timesteps(schedule, self.steps, self.spacing or default_spacing(self.sampler))
+
     def sample(self, denoise: Denoiser, schedule: Schedule, x: Tensor, noise: Noise) -> Tensor:
         """Sample with these settings: (B, ...) noise -> (B, ...) data."""
         more: dict[str, Any] = {"eta": self.eta, "spacing": self.spacing, "variance": self.variance}
         return sample(self.sampler, denoise, schedule, x, self.steps, noise, **more)
+
+
+class CaptionBatch(NamedTuple):
+    """Captions as a decoder takes them: tokens (B, T) int64, lengths (B,); or CLIP's states (B, T, W), lengths, z_t.
+
+    z_t (B, D) is not normalized. `null`, one row, is what guidance is relative to; by default a caption of length 0.
+    """
+
+    text: Tensor
+    lengths: Tensor
+    z_t: Tensor | None = None
+    null: "CaptionBatch | None" = None
+
+    @property
+    def nulls(self) -> "CaptionBatch":
+        """As many null captions."""
+        if self.null is None:
+            return CaptionBatch(self.text, torch.zeros_like(self.lengths), self.z_t)
+        n = len(self.lengths)
+        return CaptionBatch(*(x.expand(n, *x.shape[1:]) for x in self.null.to(self.lengths.device)))
+
+    def rows(self, rows: Sequence[int]) -> "CaptionBatch":
+        """Some of them, with the same null caption."""
+        return CaptionBatch(*(x[list(rows)] for x in self.to(self.lengths.device)))._replace(null=self.null)
+
+    def to(self, device: torch.device) -> list[Tensor]:
+        """The tensors that there are, in order."""
+        return [x.to(device) for x in (self.text, self.lengths, self.z_t) if x is not None]
 
 
 def unet_process(config: DenoiserConfig) -> Process:
@@ -70,7 +102,7 @@ def unet_process(config: DenoiserConfig) -> Process:
     Raises:
         DalleError: a schedule or a prediction that does not exist.
     """
-    schedule = make_schedule(config.schedule, config.n_timestep, config.zero_snr)
+    schedule = make_schedule(config.schedule, config.n_timestep, config.zero_snr, config.betas)
     return Process(schedule, config.prediction, config.learned_variance)
 
 
@@ -85,15 +117,15 @@ def to_images(x: Tensor) -> Tensor:
 
 
 def _denoiser(
-    decoder: DecoderNetwork, process: Process, embeddings: Tensor, tokens: Tensor, lengths: Tensor,
-    present: Tensor | None, config: SamplerConfig,
+    decoder: DecoderNetwork, process: Process, embeddings: Tensor, captions: CaptionBatch, present: Tensor | None,
+    config: SamplerConfig,
 ) -> Denoiser:  # fmt: skip
     """A denoiser conditioned once for all timesteps; with guidance, a second half of the rows is null."""
     device, n = decoder.null_embedding.device, len(embeddings)
     present = torch.ones(n, dtype=torch.bool, device=device) if present is None else present.to(device)
-    rows = [embeddings.to(device), present, tokens.to(device), lengths.to(device)]
+    rows = [embeddings.to(device), present, *captions.to(device)]
     if config.guidance != 1:
-        nulls = [rows[0], torch.zeros_like(present), rows[2], torch.zeros_like(rows[3])]
+        nulls = [rows[0], torch.zeros_like(present), *captions.nulls.to(device)]
         rows = [torch.cat(pair) for pair in zip(rows, nulls, strict=True)]
     conditioning = decoder.condition(*rows)
     network = lambda x, t: decoder(x, t, conditioning.first(len(x)))  # noqa: E731
@@ -102,34 +134,34 @@ def _denoiser(
 
 @torch.inference_mode()
 def sample_images(
-    decoder: DecoderNetwork, embeddings: Tensor, tokens: Tensor, lengths: Tensor, config: SamplerConfig, noise: Noise,
+    decoder: DecoderNetwork, embeddings: Tensor, captions: CaptionBatch, config: SamplerConfig, noise: Noise,
     present: Tensor | None = None, start: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Sample images of embeddings and captions: (B, D), (B, T) and (B,) int64 -> (B, 3, S, S) float32 in [-1, 1].
+    """Sample images of B embeddings (B, D) and captions: -> (B, 3, S, S) float32 in [-1, 1], or latents (B, C, S, S).
 
-    A caption of length 0 is null, and so is an embedding that is not `present` (B,) bool. Guidance is relative to both
-    being null. `start` (B, 3, S, S), from `invert`, replaces the initial noise.
+    Guidance is relative to a null caption and a null embedding, as one is that is not `present` (B,) bool. `start`
+    (B, 3, S, S), from `invert`, replaces the initial noise.
     """
-    process, side = unet_process(decoder.config), decoder.config.image_size
-    denoise = _denoiser(decoder, process, embeddings, tokens, lengths, present, config)
-    x = (noise(0, (3, side, side)) if start is None else start).to(decoder.null_embedding.device)
+    c, process = decoder.config, unet_process(decoder.config)
+    denoise = _denoiser(decoder, process, embeddings, captions, present, config)
+    x = noise(0, (c.channels, c.image_size, c.image_size)) if start is None else start
+    x = x.to(decoder.null_embedding.device)
     return config.sample(denoise, process.schedule, x, noise)
 
 
 @torch.inference_mode()
 def invert(
-    decoder: DecoderNetwork, images: Tensor, embeddings: Tensor, tokens: Tensor, lengths: Tensor, config: SamplerConfig,
+    decoder: DecoderNetwork, images: Tensor, embeddings: Tensor, captions: CaptionBatch, config: SamplerConfig,
     iterations: int = 1, present: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """DDIM inversion: the noise from which `sample_images`, by ddim with this config, samples images (2022, sec. 3).
 
-    (B, 3, S, S) uint8 -> (B, 3, S, S) float32. Timesteps, guidance and threshold are those of sampling, because that
-    trajectory is the one to invert.
+    (B, 3, S, S) in [-1, 1] -> (B, 3, S, S) float32. Timesteps, guidance and threshold are those of sampling, because
+    that trajectory is the one to invert.
     """
     process = unet_process(decoder.config)
-    denoise = _denoiser(decoder, process, embeddings, tokens, lengths, present, config)
-    x = to_signed(images.to(decoder.null_embedding.device))
-    at = select_timesteps(process.schedule, config.steps, config.spacing or "trailing")
+    denoise = _denoiser(decoder, process, embeddings, captions, present, config)
+    x, at = images.to(decoder.null_embedding.device), config.timesteps(process.schedule)
     if config.steps == 1:
         return ddim_invert(denoise, x, at, iterations)
     x = ddim_invert(denoise, x, Timesteps(at.timesteps[1:], at.alphas_cumprod[1:]), iterations)
@@ -151,13 +183,13 @@ def _invert_first_step(denoise: Denoiser, x: Tensor, at: Timesteps, iterations: 
     return found
 
 
-def enlarge_noised(process: Process, low: Tensor, factor: int, t: Tensor, noise: Tensor) -> Tensor:
+def enlarge_noised(process: Process, low: Tensor, factor: int, t: Tensor, noise: Tensor, clamp: bool = True) -> Tensor:
     """Small images as the upsampler gets them: enlarged, clamped to [-1, 1], then noised to timesteps t.
 
     (B, 3, s, s) in [-1, 1], t (B,) int64 with -1 for no noise, noise (B, 3, s, s) -> (B, 3, f s, f s). The noise is
     that of the small image (conditioning augmentation, Ho et al. 2021, sec. 4.2), so it is enlarged as well.
     """
-    enlarged = enlarge(low, factor)
+    enlarged = enlarge(low, factor, clamp)
     noised = process.add_noise(enlarged, t.clamp(min=0).cpu(), resize(noise, factor))
     return torch.where((t < 0)[:, None, None, None], enlarged, noised)
 
@@ -179,12 +211,16 @@ def upsample(upsampler: Upsampler, low: Tensor, config: SamplerConfig, noise: No
     process, x_low = unet_process(c), low.to(device)
     low_t = torch.full((len(low),), int(low_noise * c.n_timestep) - 1, device=device)
     if low_noise:
-        condition = enlarge_noised(process, x_low, c.factor, low_t, noise(-1, x_low.shape[1:]).to(device))
+        condition = enlarge_noised(process, x_low, c.factor, low_t, noise(-1, x_low.shape[1:]).to(device), c.clamp)
     else:
-        condition = enlarge(x_low, c.factor)
-    denoise = denoiser(lambda x, t: upsampler(x, t, condition, low_t), process, threshold=config.threshold)
+        condition = enlarge(x_low, c.factor, c.clamp)
+
+    def denoiser_of(last: bool) -> Denoiser:
+        return denoiser(lambda x, t: upsampler(x, t, condition, low_t, last), process, threshold=config.threshold)
+
+    usual, final, end = denoiser_of(False), denoiser_of(True), config.timesteps(process.schedule).timesteps[-1]
     x = noise(0, condition.shape[1:]).to(device)
-    return config.sample(denoise, process.schedule, x, noise)
+    return config.sample(lambda x, t: (final if t == end else usual)(x, t), process.schedule, x, noise)
 
 
 def upsampler_order(configs: Sequence[UpsamplerConfig], size: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Training the priors over CLIP embeddings (Ramesh et al. 2022, sec. 2.2).
 
-B batch, T caption length, D embedding width, N images; z_i and z_t, of image and text, have length 1.
+B batch, T caption length, D embedding width, N images; z_i and z_t, of image and text, have length 1 unless a diffusion
+prior's config says that z_i keep their own.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dalle_cli import config as recipes
 from dalle_cli import console
@@ -21,11 +23,14 @@ from dalle_cli.diffusion.noise import noise_for
 from dalle_cli.errors import DalleError
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
-from dalle_cli.models.embeddings import Principal, off_scale
+from dalle_cli.models.embeddings import MeanStd, Principal, off_scale
 from dalle_cli.sampling.embeddings import PromptBatch, prior_process, sample_autoregressive, sample_diffusion
+from dalle_cli.training import warm_start
 from dalle_cli.training.config import TrainConfig, check_among, check_at_least, check_sampling, check_share, setting
 from dalle_cli.training.options import TrainingOptions
+from dalle_cli.training.rounding import sampling_autocast
 from dalle_cli.training.stage import StageInputs, Trainable, TrainingStage
+from dalle_cli.training.states import StatesOf
 from dalle_cli.training.task import Batch, EqualParts, PairTask, seeded
 
 MEASURED = 1 << 18  # embeddings, spread over all, that statistics are taken of
@@ -100,6 +105,9 @@ class EmbeddingPriorTask(EqualParts, PairTask, ABC):
 
         Warns if the recipe's scale leaves them far from unit variance.
         """
+        if isinstance(self.model.principal, MeanStd):
+            self.model.principal.fit(chunks(self.pairs, self.places))
+            return
         found = measured(self.pairs, self.places, self.options.scale)
         self.model.principal.load_state_dict(found.state_dict())
         std = float(found.scale * found.spectrum.mean().sqrt())
@@ -109,6 +117,10 @@ class EmbeddingPriorTask(EqualParts, PairTask, ABC):
                 f"with scale {float(found.scale):.4g} the entries of z_i have a standard deviation of {std:.3g} "
                 f"beside noise of 1; {fit} would fit, and scale = 0 finds it"
             )
+
+    def captions(self, read: PromptBatch) -> PromptBatch:
+        """Captions as the model takes them, of tokens, lengths (0 is null) and z_t."""
+        return read
 
     def batch(self, step: int) -> Batch:
         """Tokens (B, T), lengths (B,), z_t (B, D), z_i (B, D), and the columns of `_more`.
@@ -153,9 +165,9 @@ class EmbeddingPriorTask(EqualParts, PairTask, ABC):
         ]
         sampled, true = [], []
         for read, z_i, numbers in self._held_out(self.options.drawn_captions, device):
-            with torch.autocast(device.type, enabled=False):
-                sampled.append(self._sample(model, read, numbers).double())
-            true.append(z_i.double())
+            with sampling_autocast(model, device):
+                sampled.append(self._sample(model, self.captions(read), numbers).double())
+            true.append(z_i.double() if self.pairs.normalized else F.normalize(z_i.double(), dim=-1))
         n = sum(size for _, size in losses)
         metrics = {"loss_held_out": sum(loss * size for loss, size in losses) / n} if n else {}
         return {**metrics, **cosines(torch.cat(sampled), torch.cat(true))} if sampled else metrics
@@ -184,8 +196,18 @@ class DiffusionPriorTask(EmbeddingPriorTask):
 
     model: DiffusionPrior
 
-    def __init__(self, config: DiffusionPriorConfig, train: EmbeddingPriorTrain, pairs: Pairs, seed: int):
-        super().__init__(train, pairs, seed)
+    def __init__(
+        self, config: DiffusionPriorConfig, train: EmbeddingPriorTrain, pairs: Pairs, seed: int,
+        states: StatesOf | None = None,
+    ):  # fmt: skip
+        """`states` is for a prior that takes captions as states of CLIP.
+
+        Raises: DalleError for a prior of one pass, which has no timestep to be trained at.
+        """
+        if not config.time:
+            raise DalleError("expected a prior with timesteps to train, found one without; set time = true")
+        super().__init__(train, pairs if config.normalized else pairs.unnormalized(), seed)
+        self.states = states
         self.model = seeded(seed, lambda: DiffusionPrior(config))
         self.process = prior_process(self.model)
         self._measure()
@@ -200,11 +222,20 @@ class DiffusionPriorTask(EmbeddingPriorTask):
         tokens, lengths, z_t, z_i, t, noise = batch
         return self._loss(self.model, PromptBatch(tokens, lengths, z_t), z_i, t, noise)
 
+    def captions(self, read: PromptBatch) -> PromptBatch:
+        """Captions as the model takes them: as they are, or the states of their tokens and a z_t of its own length."""
+        return read if self.states is None else self.states(read)
+
+    @property
+    def null(self) -> PromptBatch | None:
+        """The null caption of a model that takes states; None of one that takes tokens."""
+        return None if self.states is None else self.states.null
+
     def _loss(
         self, model: DiffusionPrior, read: PromptBatch, z_i: Tensor, t: Tensor, noise: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         x_start = model.principal.standardize(z_i)
-        return model.loss(self.process.add_noise(x_start, t, noise), t, *read, x_start)
+        return model.loss(self.process.add_noise(x_start, t, noise), t, *self.captions(read), x_start)
 
     def _held_out_loss(self, model: Any, read: PromptBatch, z_i: Tensor, numbers: range) -> Tensor:
         """At timesteps spread evenly over the images."""
@@ -214,7 +245,8 @@ class DiffusionPriorTask(EmbeddingPriorTask):
 
     def _sample(self, model: Any, read: PromptBatch, numbers: range) -> Tensor:
         steps = min(self.options.drawn_steps, model.config.n_timestep)
-        return torch.cat(list(sample_diffusion(model, read, numbers, self.seed, steps=steps, best_of=1)))
+        z = torch.cat(list(sample_diffusion(model, read, numbers, self.seed, steps=steps, best_of=1)))
+        return z if self.pairs.normalized else F.normalize(z, dim=-1)
 
 
 class AutoregressivePriorTask(EmbeddingPriorTask):
@@ -301,9 +333,17 @@ def train_embedding_prior(pairs: Pairs, inputs: StageInputs, out: Path, options:
     inputs.sizes |= {"kind": kind, "n_embedding": pairs.width}
     if options.init is None and kind == "autoregressive" and not numbers.get("n_component"):
         numbers = {**numbers, "n_component": n_component(numbers, pairs)}
-    stage = TrainingStage(TRAINABLES[kind], out, options, inputs, {f"{SECTION}.{kind}": numbers})
-    task = DiffusionPriorTask if kind == "diffusion" else AutoregressivePriorTask
-    return stage.run(lambda: task(stage.model, stage.train, pairs, options.seed))
+    trainable = TRAINABLES[kind]
+    start = warm_start.open_weights(options.init, trainable.kind, trainable.stage)
+    takes_states = (numbers if start is None else start.require("model", dict)).get("captions") == "states"
+    if takes_states:
+        del inputs.sizes["n_text_vocab"]  # the CLIP's
+    stage = TrainingStage(trainable, out, options, inputs, {f"{SECTION}.{kind}": numbers})
+    if kind == "autoregressive":
+        return stage.run(lambda: AutoregressivePriorTask(stage.model, stage.train, pairs, options.seed))
+    folders = [out.parent] if start is None else [start.path.parent, out.parent]
+    states = StatesOf.find(pairs.captions, *folders) if takes_states else None
+    return stage.run(lambda: DiffusionPriorTask(stage.model, stage.train, pairs, options.seed, states))
 
 
 def n_component(numbers: Mapping[str, Any], pairs: Pairs) -> int:

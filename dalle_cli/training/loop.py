@@ -16,12 +16,13 @@ from dalle_cli.artifacts import Artifact
 from dalle_cli.artifacts.weights import stored_as
 from dalle_cli.devices import Arithmetic, compiled, keep_freed_memory
 from dalle_cli.errors import DalleError
+from dalle_cli.training import resuming
 from dalle_cli.training.blocks import blocks, recompute, wrap_forward
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.distributed import DataParallel, ProcessGroup, ReadsShard, SingleProcess, process_group
 from dalle_cli.training.interrupt import Interrupt
 from dalle_cli.training.metrics import Averages, Meter, Silent
-from dalle_cli.training.optim import EMA, load_optimizer_state, optimizer_state, optimizers
+from dalle_cli.training.optim import EMA, load_optimizer_state, optimizer_state, optimizers, to_bfloat16
 from dalle_cli.training.run import Board, Run
 from dalle_cli.training.scaling import BlockScales
 from dalle_cli.training.schedules import Plateau, learning_rate
@@ -51,6 +52,11 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         sharded = self.group.world > 1 and config.parallel == "shard"  # FSDP: no rank holds the full weights
+        if config.weights_dtype == "bfloat16":
+            if machine.dtype != torch.bfloat16:
+                found = f"found {machine.name}"
+                raise DalleError(f"expected --dtype bfloat16 beside weights_dtype = 'bfloat16', {found}; give it")
+            to_bfloat16(task.model)
         self.model = (task.model if sharded else task.model.to(self.device)).train()
         self.ema = EMA(self.model, config.ema)
         self.strategy = self._strategy(sharded)
@@ -114,15 +120,17 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the last checkpoint, if there is one."""
         found = None
+        scales = self.scales.state() if self.scales else {}
+        fits = resuming.fits(self.model, {name: tuple(tensor.shape) for name, tensor in scales.items()})
 
         def find() -> tuple[bool, float]:
             nonlocal found
             self.run.sweep()
-            found = self.run.latest()
+            found = self.run.latest(fits)
             return found is not None, self.run.rewind_log(found[0] if found else -1)
 
         exists, seconds = self.group.first(find)
-        found = found if self.group.rank == 0 else self.run.latest() if exists else None
+        found = found if self.group.rank == 0 else self.run.latest(fits) if exists else None
         if found is None:
             return
         self.step, tensors = found

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dalle_cli.artifacts import Artifact, open_artifact
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.order import Order
-from dalle_cli.data.pairs import Ints, Pairs
+from dalle_cli.data.pairs import Ints, Pairs, vocabulary
 from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
@@ -32,6 +32,7 @@ from dalle_cli.training import warm_start
 from dalle_cli.training.config import TrainConfig, check_at_least, check_sampling, check_share, setting
 from dalle_cli.training.embedding_prior import train_embedding_prior
 from dalle_cli.training.options import TrainingOptions
+from dalle_cli.training.rounding import sampling_autocast
 from dalle_cli.training.stage import Trainable, TrainingStage, pair_inputs
 from dalle_cli.training.task import Batch, PairTask, int64, mix, seeded
 from dalle_cli.viz.grid import image_grid
@@ -265,7 +266,7 @@ class PriorTask(PairTask):
             return None
         captions, _ = self.pairs.draw(places)
         tokens, lengths = int64(*self.pairs.tokens(captions))
-        with torch.autocast(device.type, enabled=False):
+        with sampling_autocast(model, device):
             options = CategoricalOptions(temperature=o.temperature, guidance_scale=o.guidance)
             how: dict[str, Any] = {"sketch_guidance": o.sketch_guidance}
             codes = sample_codes(model, tokens, lengths, range(len(places)), self.seed, options, **how)
@@ -293,14 +294,18 @@ def train_prior(
     pairs, inputs = pair_inputs(texts, found, o)
     if found.kind == "embeddings":
         return train_embedding_prior(pairs, inputs, Path(out), o)
-    inputs.sizes |= {"n_image_vocab": found.require("n_vocab", int), "grid": found.require("grid", int)}
+    inputs.sizes |= {"n_image_vocab": vocabulary(found), "grid": found.require("grid", int)}
     stage = TrainingStage(TRAINABLE, out, o, inputs)
     _check_initial_sketch(stage)
     bpe, (read_with, encoder) = None, (inputs.header[name] for name in ("tokenizer", "encoder"))
+    beside = [stage.out.parent, *([] if stage.start is None else [stage.start.path.parent])]
     if stage.train.bpe_dropout:
-        bpe = tokenizers.load(tokenizer or bundles.find_tokenizer(read_with, stage.out.parent, texts.path.parent))
+        bpe = tokenizers.load(tokenizer or bundles.find_tokenizer(read_with, *beside, texts.path.parent))
         bundles.check_digest("tokenizer", bpe.digest, read_with, texts.path)
-    dvae = bundles.find_weights(encoder, stage.out.parent, found.path.parent)
+        if bpe.vocab_size != (n := inputs.sizes["n_text_vocab"]):
+            raise DalleError(f"expected captions of {bpe.vocab_size} tokens, found {n} in {texts.path}; tokenize again")
+        bpe.encode_dropout("", stage.train.bpe_dropout, np.random.default_rng(0))  # refuses tokenizers that cannot
+    dvae = bundles.find_weights(encoder, *beside, found.path.parent)
     return stage.run(lambda: PriorTask(stage.model, stage.train, pairs, bpe, o.seed, dvae))
 
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from dalle_cli import console
 from dalle_cli.artifacts import open_artifact, write_artifact
+from dalle_cli.errors import DalleError
 from dalle_cli.models.cache import FEW
 from dalle_cli.models.packed import pack
 from dalle_cli.models.prior import Prior, PriorConfig
-from dalle_cli.pipelines import loading, pipeline
+from dalle_cli.pipelines import load, loading, pipeline
 from dalle_cli.pipelines.codec import Codec
 from dalle_cli.pipelines.prior import TokenPrior
 from dalle_cli.pipelines.prompts import Candidate
@@ -79,7 +80,7 @@ def test_without_options_the_best_four_of_eight_are_kept_and_a_terminal_shows_th
     assert shown == {(t, m): m == ("--terminal",) or (t and m == ()) for t, m in shown}
 
 
-def most_alive(monkeypatch, prior, decoder, run):
+def most_alive(monkeypatch, prior, decoder, run, method="decode"):
     """How many arrays of latents and images were alive at a time, and how many there were in all."""
     refs, most = [], 0
 
@@ -93,7 +94,7 @@ def most_alive(monkeypatch, prior, decoder, run):
         return array
 
     with monkeypatch.context() as patched:
-        patched.setattr(decoder, "decode", lambda *a, decode=decoder.decode: watch(decode(*a)))
+        patched.setattr(decoder, method, lambda *a, decode=getattr(decoder, method): watch(decode(*a)))
         sample = prior.sample
         patched.setattr(prior, "sample", lambda *a, **k: map(watch, sample(*a, **k)))
         assert run().status == 0
@@ -140,9 +141,9 @@ def test_the_top_ranks_as_rerank_does(rows, keep):
     assert top.best() == scores.max()
 
 
-def interrupt(monkeypatch, decoder, call):
+def interrupt(monkeypatch, decoder, call, method="decode"):
     """Ctrl-C while the batch of this number, from 1, is decoded."""
-    calls, decode = [], decoder.decode
+    calls, decode = [], getattr(decoder, method)
 
     def stop(*arguments):
         calls.append(1)
@@ -150,7 +151,7 @@ def interrupt(monkeypatch, decoder, call):
             raise KeyboardInterrupt
         return decode(*arguments)
 
-    monkeypatch.setattr(decoder, "decode", stop)
+    monkeypatch.setattr(decoder, method, stop)
 
 
 def test_an_interrupt_keeps_the_best_so_far(chain, tmp_path, monkeypatch):
@@ -172,6 +173,55 @@ def test_an_interrupt_before_the_first_batch_leaves_nothing(chain, tmp_path, mon
     result = generate(chain, tmp_path, "--batch-size", 4)
     assert (result.status, result.stdout) == (130, "")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- a bundle without a CLIP that reads images
+
+
+@pytest.fixture(scope="module", params=["none", "text"])
+def unranked(chain, tmp_path_factory, request):
+    """The chain's bundle without its CLIP, or with the text encoder of one alone."""
+    folder = tmp_path_factory.mktemp("unranked") / "model"
+    shutil.copytree(chain.model, folder, ignore=shutil.ignore_patterns("*.run", "clip*"))
+    if request.param == "text":
+        clip = open_artifact(chain.clip)
+        header = {**clip.config, "model": {**clip.config["model"], "vision_layers": 0}}
+        write_artifact(folder / "clip.safetensors", "weights.clip", {"logit_scale": np.float32([1])}, header, [])
+    return folder
+
+
+def test_without_a_clip_all_are_kept_as_they_were_sampled(chain, unranked, tmp_path):
+    for folder in ("plain", "ranked"):
+        (tmp_path / folder).mkdir()
+    out = ("-o", tmp_path / "plain" / "a.png", "--images", tmp_path / "plain" / "a.safetensors")
+    result = run_cli("generate", PROMPT, OTHER, "-n", 6, "-m", unranked, *out)
+    assert result.status == 0, result.stderr
+    assert "nothing ranks them: all are kept" in result.stderr
+    assert "kept 12, of 12" in result.stderr
+    assert "best" not in result.stderr
+    assert generate(chain, tmp_path / "ranked", "--keep", 0, n=6, prompts=(PROMPT, OTHER)).status == 0
+    plain, ranked = tmp_path / "plain/a.safetensors", tmp_path / "ranked/a.safetensors"
+    ids = strings(plain, "ids")
+    assert ids == sorted(ids)
+    assert "score" not in open_artifact(plain)
+    assert open_artifact(plain).history[-1]["inputs"].keys() == {"dvae"}
+    order = [strings(ranked, "ids").index(name) for name in ids]
+    np.testing.assert_array_equal(array(plain, "images"), array(ranked, "images")[order])
+
+
+def test_without_a_clip_the_first_are_kept(unranked, tmp_path, caplog):
+    model = load(str(unranked))
+    images = model.generate([PROMPT, OTHER], n=4, keep=2)
+    assert caplog.messages == [
+        "no CLIP in model reads images, so nothing ranks them: the first 2 of each prompt are kept"
+    ]
+    assert [image.info["candidate"] for image in images] == [0, 1] * 2
+    assert [image.score for image in images] == [None] * 4
+    caplog.clear()
+    assert len(model.generate(PROMPT, n=1)) == 1
+    assert caplog.messages == []
+    with pytest.raises(DalleError, match="expected "):
+        model.scorer  # noqa: B018
 
 
 def reported(monkeypatch):

@@ -16,6 +16,7 @@ from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
 from dalle_cli.models.embedding_prior import AutoregressivePrior, AutoregressivePriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
+from dalle_cli.pipelines import decoder as decoders
 from dalle_cli.pipelines import pipeline
 from dalle_cli.pipelines.decoder import ImageDecoder
 from dalle_cli.pipelines.prior import EmbeddingPrior
@@ -83,15 +84,16 @@ def pictures(model, folder, *more):
 
 @pytest.fixture(scope="module")
 def piped(models, tmp_path_factory):
-    """The four stages one after another: 12 candidates of two prompts, the best three of each."""
+    """The stages one after another: 12 candidates of two prompts, the best three of each by their small images."""
     folders = {}
     for kind, model in models.items():
         folder = folders[kind] = tmp_path_factory.mktemp(kind)
-        sampled, images, best = (folder / f"{name}.safetensors" for name in ("sampled", "images", "best"))
+        sampled, images, small, best = (folder / f"{n}.safetensors" for n in ("sampled", "images", "small", "best"))
         run_ok("sample", PROMPT, OTHER, "-n", 6, "-m", model, *SAMPLING[kind], "-o", sampled)
         run_ok("decode", sampled, "-m", model, *DECODING, "--upsampler-steps", 2, "--seed", 5, "-o", images)
-        run_ok("rerank", images, "-m", model, "--keep", 3, "-o", best)
-        run_ok("show", best, "-o", folder / "best.png")
+        alone = shutil.copytree(model, folder / "alone", ignore=shutil.ignore_patterns("larger*"))
+        run_ok("decode", sampled, "-m", alone, *DECODING, "--seed", 5, "-o", small)
+        run_ok("rerank", small, "-m", alone, "--keep", 3, "-o", best)
     return folders
 
 
@@ -106,11 +108,19 @@ def test_generate_is_the_four_stages(models, piped, tmp_path, monkeypatch, kind,
     made, best = tmp_path / "a.safetensors", piped[kind] / "best.safetensors"
     assert strings(made, "ids") == strings(best, "ids")
     assert strings(made, "text") == strings(best, "text") == [PROMPT] * 3 + [OTHER] * 3
-    np.testing.assert_allclose(array(made, "images").astype(int), array(best, "images").astype(int), atol=2)
     np.testing.assert_allclose(array(made, "score"), array(best, "score"), atol=1e-3)
-    if batch_size != 5:  # the same batches all the way
-        assert array(made, "images").tobytes() == array(best, "images").tobytes()
-        assert (tmp_path / "a.png").read_bytes() == (piped[kind] / "best.png").read_bytes()
+    every = piped[kind] / "images.safetensors"  # all of them enlarged, of which those are picked
+    picked = [strings(every, "ids").index(name) for name in strings(made, "ids")]
+    np.testing.assert_allclose(array(made, "images").astype(int), array(every, "images")[picked].astype(int), atol=2)
+
+
+def test_only_what_is_kept_is_enlarged(models, tmp_path, monkeypatch):
+    enlarged, upsample = [], decoders.upsample
+    monkeypatch.setattr(
+        decoders, "upsample", lambda model, low, *a: enlarged.append(len(low)) or upsample(model, low, *a)
+    )
+    assert generate(models["diffusion"], tmp_path, "--keep", 2, n=8, prompts=(PROMPT, OTHER)).status == 0
+    assert sum(enlarged) == 4
 
 
 def test_a_candidate_is_the_same_among_few(models, tmp_path):
@@ -158,7 +168,7 @@ def test_the_history_tells_how_and_by_what(models, tmp_path, kind):
     assert sampled["options"] == {"n": 4, "guidance": 2.0, "seed": 5, "dtype": "float32", **said}
     assert made["stage"] == "generate"
     painted = {"decoder_steps": 3, "decoder_sampler": "ddim", "decoder_guidance": 3.0, "eta": 0.5, "seed": 5}
-    assert made["options"] == {"keep": 1, "dtype": "float32", "upsampler_steps": 2, **painted}
+    assert made["options"] == {"keep": 1, "dtype": "float32", "upsampler_steps": 2, "ranked_size": 8, **painted}
     files = {"decoder": "decoder", "upsampler_1": "larger", "clip": "clip"}
     assert made["inputs"] == {name: digest_file(model / f"{file}.safetensors") for name, file in files.items()}
     ours = {"model": digest_file(model / "drawer.safetensors"), "clip": digest_file(model / "clip.safetensors")}
@@ -173,7 +183,7 @@ def test_nothing_of_the_others_is_alive(models, tmp_path, monkeypatch):
 
     def alive(n):
         run = lambda: generate(models["diffusion"], tmp_path, "--keep", 2, "--batch-size", 4, n=n)  # noqa: E731
-        most, total = most_alive(monkeypatch, EmbeddingPrior, ImageDecoder, run)
+        most, total = most_alive(monkeypatch, EmbeddingPrior, ImageDecoder, run, "decode_small")
         assert total == 2 * n / 4
         return most
 
@@ -181,7 +191,7 @@ def test_nothing_of_the_others_is_alive(models, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_keeps_the_best_so_far(models, tmp_path, monkeypatch):
-    interrupt(monkeypatch, ImageDecoder, 3)
+    interrupt(monkeypatch, ImageDecoder, 3, "decode_small")
     result = generate(models["diffusion"], tmp_path, "--keep", 2, "--batch-size", 4, n=12)
     assert (result.status, result.stdout) == (130, f"{tmp_path / 'a.png'}\n")
     assert "interrupted: these are the best of the first 8 of 12" in result.stderr
@@ -192,8 +202,10 @@ def test_an_interrupt_keeps_the_best_so_far(models, tmp_path, monkeypatch):
 def test_progress_tells_of_decoded_candidates_and_the_best(models, tmp_path, monkeypatch):
     calls = reported(monkeypatch)
     assert generate(models["diffusion"], tmp_path, "--keep", 2, "--batch-size", 5, n=12).status == 0
-    assert [n for n, _ in calls[1:] if n] == [5, 5, 2]
-    check_progress(calls, tmp_path / "a.safetensors")
+    enlarging = calls.index((2, {"unit": "images"}))
+    assert [n for n, _ in calls[1:enlarging] if n] == [5, 5, 2]
+    assert calls[enlarging + 1 :] == [(2, {})]
+    check_progress(calls[:enlarging], tmp_path / "a.safetensors")
 
 
 # Which system, and what it has no use for

@@ -7,21 +7,22 @@ test of its own. Importing them takes some seconds, so this file holds nothing e
 import pytest
 import torch
 
-from dalle_cli.diffusion.denoiser import Threshold, denoiser
+from dalle_cli.diffusion.denoiser import Guidance, Threshold, denoiser
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.process import PREDICTIONS, Process
-from dalle_cli.diffusion.samplers import ddim, ddim_invert, ddpm, dpm_solver, heun
+from dalle_cli.diffusion.samplers import ddim, ddim_invert, ddpm, dpm_solver, heun, sample
 from dalle_cli.diffusion.schedules import Schedule, cosine, karras, linear, make_schedule, select_timesteps, to_sigma
 
 pytest.importorskip("diffusers", reason="the oracle of this file")
 from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     HeunDiscreteScheduler,
     UnCLIPScheduler,
 )
-from diffusers.schedulers import scheduling_dpmsolver_multistep, scheduling_unclip
+from diffusers.schedulers import scheduling_ddpm, scheduling_dpmsolver_multistep, scheduling_unclip
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs
 TYPES = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}
@@ -82,6 +83,58 @@ def test_ddpm_is_unclip(monkeypatch, prediction, limit, learned, n):
     torch.testing.assert_close(found, x, rtol=1e-8, atol=1e-8)
 
 
+def guided_network(x, t):
+    """An epsilon and a variance parameter; the second half of the rows is null, and another in both."""
+    conditional = torch.arange(len(x)).view(-1, 1, 1, 1) < len(START)
+    return torch.cat([network(x, t), torch.sin(5 * x)], 1) * torch.where(conditional, 1.0, 0.6)
+
+
+def guided_as_published(output, scale):
+    """Guidance of epsilon alone; the variance is that of the conditional half."""
+    (conditional, variance), (null, _) = (half.chunk(2, dim=1) for half in output.chunk(2))
+    return null + scale * (conditional - null), variance
+
+
+def test_guidance_with_learned_variance_is_karlos(monkeypatch):
+    schedule, scale = cosine(1000), 8.0
+    scheduler = equip(UnCLIPScheduler(variance_type="learned_range", prediction_type="epsilon"), schedule)
+    scheduler.one = torch.tensor(1.0, dtype=torch.double)
+    scheduler.set_timesteps(25)
+    x = START
+    for i, t in enumerate(scheduler.timesteps.tolist()):
+        monkeypatch.setattr(scheduling_unclip, "randn_tensor", lambda shape, i=i, **_: noise(i + 1, SHAPE))
+        previous = int(scheduler.timesteps[i + 1]) if i + 1 < 25 else None
+        output = torch.cat(guided_as_published(guided_network(torch.cat([x, x]), torch.full((6,), t)), scale), 1)
+        x = scheduler.step(output, t, x, prev_timestep=previous).prev_sample
+    denoise = denoiser(guided_network, Process(schedule, "epsilon", True), Guidance(scale), Threshold(1.0))
+    found = sample("ddpm", denoise, schedule, START, 25, noise, spacing="linspace")
+    torch.testing.assert_close(found, x, rtol=1e-8, atol=1e-8)
+    fixed = sample("ddpm", denoise, schedule, START, 25, noise, spacing="linspace", variance="fixed_small")
+    assert (fixed - x).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("n", [7, 50, 100])
+def test_fixed_variance_beside_learned_channels_is_kandinskys(monkeypatch, n):
+    """Betas of their range, timesteps with an offset, x_start of any size; the variance's channels are unused."""
+    schedule, scale = make_schedule("linear", 1000, betas=(0.00085, 0.012)), 4.0
+    betas = {"beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012, "variance_type": "fixed_small"}
+    spaced = {"timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False}
+    scheduler = equip(DDPMScheduler(**betas, **spaced), schedule)
+    scheduler.one = torch.tensor(1.0, dtype=torch.double)
+    scheduler.set_timesteps(n)
+    x = START
+    for i, t in enumerate(scheduler.timesteps.tolist()):
+        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda shape, i=i, **_: noise(i + 1, SHAPE))
+        epsilon, _ = guided_as_published(guided_network(torch.cat([x, x]), torch.full((6,), t)), scale)
+        x = scheduler.step(epsilon, t, x).prev_sample
+    denoise = denoiser(guided_network, Process(schedule, "epsilon", True), Guidance(scale))
+    how = {"spacing": "leading+1", "variance": "fixed_small"}
+    assert scheduler.timesteps.tolist() == list(select_timesteps(schedule, n, "leading+1").timesteps)
+    torch.testing.assert_close(sample("ddpm", denoise, schedule, START, n, noise, **how), x, rtol=1e-8, atol=1e-8)
+    for other in ({**how, "spacing": "leading"}, {**how, "variance": None}):
+        assert (sample("ddpm", denoise, schedule, START, n, noise, **other) - x).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("threshold", [None, Threshold(0.8), Threshold(1.0, 0.7)], ids=["free", "clip", "dynamic"])
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -122,6 +175,13 @@ def test_spacings(spacing, n):
     if spacing == "linspace" and n == 1:
         return  # theirs takes the timestep nearest to data
     assert scheduler.timesteps.tolist() == list(select_timesteps(linear(1000), n, spacing).timesteps)
+
+
+def test_every_number_of_steps_on_a_line_is_karlos():
+    scheduler, schedule = UnCLIPScheduler(), linear(1000)
+    for n in range(2, 1001):
+        scheduler.set_timesteps(n)
+        assert scheduler.timesteps.tolist() == list(select_timesteps(schedule, n, "linspace").timesteps)
 
 
 def test_inversion_is_ddim_inverse():

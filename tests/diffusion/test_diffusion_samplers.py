@@ -214,6 +214,10 @@ def test_learned_variance_lies_between_the_fixed_ones():
     middle = ddpm(lambda x, t: Denoised(0 * x, x, torch.full_like(x, 0.5)), x, one, noise)
     ends = [ddpm(lambda x, t: Denoised(0 * x, x), x, one, noise, variance) for variance in FIXED]
     none = ddpm(lambda x, t: Denoised(0 * x, x), x, one, lambda step, shape: torch.zeros(8, *shape))
+    with pytest.raises(DalleError, match="a learned variance for learned_range"):
+        ddpm(lambda x, t: Denoised(0 * x, x), x, one, noise, "learned_range")
+    with pytest.raises(DalleError, match="a variance among learned_range, fixed_small, fixed_large, found 'large'"):
+        ddpm(lambda x, t: Denoised(0 * x, x), x, one, noise, "large")
     geometric = none + (noise(1, (2,)).sign() * ((ends[0] - none) * (ends[1] - none)).sqrt())
     torch.testing.assert_close(middle, geometric, rtol=0, atol=1e-12)
 

@@ -82,6 +82,11 @@ def test_bad_settings_are_refused():
         select_timesteps(linear(10), 11)
     with pytest.raises(DalleError, match="expected a spacing"):
         select_timesteps(linear(10), 5, "even")
+    with pytest.raises(DalleError, match="expected 1 to 9 steps"):
+        select_timesteps(linear(10), 10, "leading+1")
+    for betas in ((0.02, 1e-4), (0.0, 0.02), (0.1, 1.0), (0.1,)):
+        with pytest.raises(DalleError, match="expected two betas between 0 and 1, the smaller one first"):
+            make_schedule("linear", 10, betas=betas)
     with pytest.raises(DalleError, match="expected a prediction"):
         Process(linear(10), "noise")
     with pytest.raises(DalleError, match="all noise, found epsilon"):

@@ -1,6 +1,5 @@
 """Tokenizers of published models give the publishers' own ids, on a thousand captions in many languages."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from caption_samples import EDGES, WORDS, captions
+from package_files import by_path
 from tokenizers import Tokenizer as Library
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
@@ -21,16 +21,6 @@ from reference import youtokentome
 
 CAPTIONS = captions()
 LENGTH = 77
-
-
-def by_path(package, file):
-    """A module of an installed package without the package's own `__init__`, which would import much more."""
-    spec = importlib.util.find_spec(package)
-    path = Path(next(iter(spec.submodule_search_locations))) / file
-    found = importlib.util.spec_from_file_location(f"{package}_{path.stem}", path)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
 
 
 def files(library, **names):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from karlo_publication import in_double
 from tensor_lists import applied, check_covers, n_parameters, published_shapes
 
 from dalle_cli.diffusion.noise import noise_for
@@ -94,11 +95,8 @@ def their_samples(oracle, given, null, indices, steps, scale, clip, monkeypatch)
     from diffusers import UnCLIPScheduler
     from diffusers.schedulers import scheduling_unclip
 
-    scheduler = UnCLIPScheduler(variance_type="fixed_small_log", clip_sample_range=clip, prediction_type="sample")
-    # in float32 its first beta over 1 - alphas_cumprod, which should be 1, is off by 3e-4
-    scheduler.betas, scheduler.one = scheduler.betas.double(), scheduler.one.double()
-    scheduler.alphas = 1 - scheduler.betas
-    scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+    how = {"variance_type": "fixed_small_log", "clip_sample_range": clip, "prediction_type": "sample"}
+    scheduler = in_double(UnCLIPScheduler(**how))
     scheduler.set_timesteps(steps)
     both = PromptBatch(*(torch.cat([n.expand_as(g), g]) for n, g in zip(null, given, strict=True)))
     x, times = noise_of(indices, 0), scheduler.timesteps

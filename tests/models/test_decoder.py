@@ -16,7 +16,15 @@ from dalle_cli.data.pairs import Conditions
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder, DecoderConfig
-from dalle_cli.sampling.decoder import SamplerConfig, invert, sample_images, to_images, unet_process
+from dalle_cli.sampling.decoder import (
+    CaptionBatch,
+    SamplerConfig,
+    invert,
+    sample_images,
+    to_images,
+    to_signed,
+    unet_process,
+)
 from dalle_cli.training.decoder import DecoderTask, DecoderTrain, loss_of
 from dalle_cli.training.denoising import denoising
 from dalle_cli.training.loop import Trainer
@@ -169,7 +177,7 @@ def painted(model, brush, rows=range(3), **more):
     have = {**told(), **more}
     rows = list(rows)
     sampled = sample_images(
-        model, have["embeddings"][rows], have["tokens"][rows], have["lengths"][rows], brush,
+        model, have["embeddings"][rows], CaptionBatch(have["tokens"][rows], have["lengths"][rows]), brush,
         row_noise(5, rows, "decoder"), have["given"][rows],
     )  # fmt: skip
     assert sampled.dtype == torch.float32
@@ -200,6 +208,29 @@ def test_guidance(soft):
     assert differs(painted(soft, SamplerConfig(4, guidance=3.0), **nulls), null) <= 1
 
 
+def test_guidance_of_a_decoder_of_states():
+    """It is relative to the null caption given, the states and z_t of "", beside a null embedding."""
+    sizes = {"captions": "states", "text_width": 10, "prediction": "x_start"}
+    model = randomized(Decoder(config(**sizes)), scale=0.2).eval()
+    null = CaptionBatch(randn(1, 5, 10, seed=3), torch.tensor([2]), randn(1, 6, seed=4))
+    captions = CaptionBatch(randn(3, 5, 10), torch.full((3,), 4), randn(3, 6, seed=2), null)
+    other = null._replace(text=null.text + 1, z_t=null.z_t - 1)
+
+    def sampled(captions, guidance, given=None):
+        noise = row_noise(5, range(3), "decoder")
+        return sample_images(model, randn(3, 6, seed=6), captions, SamplerConfig(4, guidance=guidance), noise, given)
+
+    none = torch.zeros(3, dtype=torch.bool)
+    of_null = CaptionBatch(*captions.nulls[:3], null)
+    torch.testing.assert_close(sampled(captions, 0.0), sampled(of_null, 1.0, none), rtol=0, atol=1e-5)
+    plain, guided = sampled(captions, 1.0), sampled(captions, 3.0)
+    assert (guided - plain).abs().max() > 0.05
+    for part in ({"text": other.text}, {"z_t": other.z_t}, {"lengths": null.lengths + 1}):
+        changed = captions._replace(null=null._replace(**part))
+        assert torch.equal(sampled(changed, 1.0), plain)
+        assert (sampled(changed, 3.0) - guided).abs().max() > 1e-3, part
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 1.0), ("dpm++", 0.0), ("heun", 0.0)])
 def test_a_picture_does_not_depend_on_its_batch(soft, sampler, eta, guidance):
@@ -225,10 +256,10 @@ def test_eta_and_steps_count(soft):
 def test_inversion_is_the_way_back():
     """From the noise that it finds, ddim paints the picture again; from other noise, or told another, it does not."""
     model = randomized(Decoder(config(prediction="v")), scale=0.15).eval()
-    rows = told()["embeddings"], told()["tokens"], told()["lengths"]
+    rows = told()["embeddings"], CaptionBatch(told()["tokens"], told()["lengths"])
     pictures = to_images(randn(3, 3, 8, 8) / 4)
     brush, noise = SamplerConfig(20, "ddim"), row_noise(1, range(3), "decoder")
-    start = invert(model, pictures, *rows, brush, iterations=10)
+    start = invert(model, to_signed(pictures), *rows, brush, iterations=10)
 
     def sampled(*rows, **more):
         return to_images(sample_images(model, *rows, brush, noise, **more))
@@ -312,9 +343,9 @@ def test_a_small_one_learns_the_colors(tmp_path, prediction):
     batches.close()
     names = list(COLORS)
     rows = torch.eye(6)[[0, 1, 2, 3] * 2]
-    none = torch.zeros(8, 0, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
+    none = CaptionBatch(torch.zeros(8, 0, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
     for brush in (SamplerConfig(12), SamplerConfig(12, guidance=2.0), SamplerConfig(25, "ddpm")):
-        pictures = to_images(sample_images(trainer.ema.model, rows, *none, brush, row_noise(1, range(8), "decoder")))
+        pictures = to_images(sample_images(trainer.ema.model, rows, none, brush, row_noise(1, range(8), "decoder")))
         for number, picture in enumerate(pictures.numpy()):
             mean = picture.reshape(3, -1).mean(1)
             near = min(names, key=lambda name, m=mean: np.abs(m - COLORS[name]).sum())

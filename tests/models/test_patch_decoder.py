@@ -14,7 +14,7 @@ from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.schedules import flow
 from dalle_cli.errors import DalleError
 from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig, from_patches, to_patches
-from dalle_cli.sampling.decoder import SamplerConfig, sample_images, to_images, unet_process
+from dalle_cli.sampling.decoder import CaptionBatch, SamplerConfig, sample_images, to_images, unet_process
 from dalle_cli.training.decoder import DecoderTask, DecoderTrain, build, trainable
 from dalle_cli.training.denoising import draws
 from dalle_cli.training.loop import Trainer
@@ -153,9 +153,9 @@ def test_it_learns_the_color_of_an_embedding(tmp_path):
     for _ in range(train.steps):
         trainer.update(next(batches))
     batches.close()
-    none = torch.zeros(6, 0, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)
     z = torch.eye(6)[: len(COLORS)]
+    none = CaptionBatch(torch.zeros(len(z), 0).long(), torch.zeros(len(z)).long())
     sampler, noise = SamplerConfig(10, "ddim", 2.0), row_noise(0, range(len(z)), "decoder")
-    images = to_images(sample_images(task.model.eval(), z, *(n[: len(z)] for n in none), sampler, noise))
+    images = to_images(sample_images(task.model.eval(), z, none, sampler, noise))
     wanted = torch.tensor(list(COLORS.values()), dtype=torch.float32)
     assert (images.float().mean((2, 3)) - wanted).abs().max() < 25

@@ -1,4 +1,4 @@
-"""The U-Net: against its slow twin, and against `diffusers` in the layout of published unCLIP weights."""
+"""The U-Net against its slow twin; tests/importing/test_unets.py has it against `diffusers`."""
 
 import numpy as np
 import pytest
@@ -50,6 +50,18 @@ def test_attention(context):
     state = {f"a.{k}": v for k, v in numbers(attention.state_dict()).items()}
     expected = reference.attention(state, "a", x.numpy(), told.numpy(), 4, 4)
     np.testing.assert_allclose(attention(x, told).detach().numpy(), expected, rtol=0, atol=1e-10)
+
+
+def test_attention_to_visible_tokens_alone():
+    """Each row as if its hidden tokens did not exist."""
+    attention = randomized(UNetAttention(8, 4, 4, K)).double()
+    x, context = randn(2, 8, 3, 2), randn(2, 5, K, seed=2)
+    visible = torch.tensor([[True, False, True, False, False], [True] * 5])
+    got = attention(x, context, visible)
+    for row in range(2):
+        alone = attention(x[row : row + 1], context[row : row + 1, visible[row]])
+        torch.testing.assert_close(got[row : row + 1], alone, rtol=0, atol=1e-12)
+    assert (got - attention(x, context))[0].abs().max() > 1e-3
 
 
 def test_attention_over_more_keys_than_queries():
@@ -109,94 +121,6 @@ def test_pictures_of_another_size():
 def test_sizes_that_do_not_fit(wrong, says):
     with pytest.raises(DalleError, match=says):
         config(**wrong)
-
-
-# Parity with `diffusers`
-
-TIMES = ("time_embedding.linear_1", "time_embedding.linear_2")
-INNER = {"norm1": "norm1", "conv1": "conv1", "time_emb_proj": "time", "norm2": "norm2", "conv2": "conv2",
-         "conv_shortcut": "shortcut"}  # fmt: skip
-
-
-def places(c):
-    """Their blocks by ours: `down.0` -> (`down_blocks.0.resnets.0`, `down_blocks.0.attentions.0`)."""
-    levels, each = len(c.multipliers), c.depth + 1
-    found = {"middle.0": ("mid_block.resnets.0", "mid_block.attentions.0"), "middle.1": ("mid_block.resnets.1", "")}
-    for level in range(levels):
-        down, up = f"down_blocks.{level}", f"up_blocks.{level}"
-        for j in range(c.depth):
-            found[f"down.{level * each + j}"] = (f"{down}.resnets.{j}", f"{down}.attentions.{j}")
-        for j in range(each):
-            found[f"up.{level * (each + 1) + j}"] = (f"{up}.resnets.{j}", f"{up}.attentions.{j}")
-        if level + 1 < levels:
-            found[f"down.{level * each + c.depth}"] = (f"{down}.downsamplers.0", "")
-            found[f"up.{level * (each + 1) + each}"] = (f"{up}.upsamplers.0", "")
-    return found
-
-
-def ours(theirs, c):
-    """Their state dict in our names."""
-    state = {name: theirs[name] for part in (*TIMES, "conv_in", "conv_out") for name in theirs if f"{part}." in name}
-    state |= {name.replace("conv_norm_out", "norm_out"): t for name, t in theirs.items() if "conv_norm_out" in name}
-    for own, (resnet, attention) in places(c).items():
-        for name, inner in INNER.items():
-            for end in ("weight", "bias"):
-                if f"{resnet}.{name}.{end}" in theirs:
-                    state[f"{own}.{inner}.{end}"] = theirs[f"{resnet}.{name}.{end}"]
-        if f"{attention}.to_q.weight" not in theirs:
-            continue
-        for end in ("weight", "bias"):
-            state[f"{own}.attention.norm.{end}"] = theirs[f"{attention}.group_norm.{end}"]
-            state[f"{own}.attention.out.{end}"] = theirs[f"{attention}.to_out.0.{end}"]
-            for name, parts in {"qkv": ("to_q", "to_k", "to_v"), "context_kv": ("add_k_proj", "add_v_proj")}.items():
-                state[f"{own}.attention.{name}.{end}"] = torch.cat([theirs[f"{attention}.{p}.{end}"] for p in parts])
-    return state
-
-
-def test_the_published_decoders_layout():
-    """`UNet2DConditionModel` as in kakaobrain/karlo-v1-alpha's decoder, all sizes small."""
-    diffusers = pytest.importorskip("diffusers")
-    c = config(image_size=16, multipliers=(1, 2, 3, 4), attention=(8, 4, 2), depth=3)
-    torch.manual_seed(0)
-    theirs = diffusers.UNet2DConditionModel(
-        sample_size=16, in_channels=3, out_channels=6, block_out_channels=(8, 16, 24, 32), layers_per_block=3,
-        down_block_types=("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        up_block_types=(*["SimpleCrossAttnUpBlock2D"] * 3, "ResnetUpsampleBlock2D"),
-        cross_attention_dim=K, attention_head_dim=4, class_embed_type="identity", norm_num_groups=4,
-        resnet_time_scale_shift="scale_shift", norm_eps=1e-5,
-    )  # fmt: skip
-    randomized(theirs).eval()
-    unet = UNet(c, 3, K)
-    unet.load_state_dict(ours(theirs.state_dict(), c))
-    x, added, context = randn(2, 3, 16, 16).float(), randn(2, 32).float(), randn(2, 5, K).float()
-    t = torch.tensor([3, 700])
-    with torch.no_grad():
-        expected = theirs(x, t, context, class_labels=added).sample
-        got = unet(x, t, added, context)
-    assert expected.std() > 0.05
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_published_upsamplers_layout():
-    """`UNet2DModel` as in the same repository's super_res_first, all sizes small."""
-    diffusers = pytest.importorskip("diffusers")
-    c = config(multipliers=(1, 2, 3), attention=(), depth=2, scale_shift=False, learned_variance=False)
-    torch.manual_seed(0)
-    theirs = diffusers.UNet2DModel(
-        sample_size=8, in_channels=6, out_channels=3, block_out_channels=(8, 16, 24), layers_per_block=2,
-        down_block_types=("ResnetDownsampleBlock2D",) * 3, up_block_types=("ResnetUpsampleBlock2D",) * 3,
-        add_attention=False, norm_num_groups=4, norm_eps=1e-5,
-    )  # fmt: skip
-    randomized(theirs).eval()
-    unet = UNet(c, 6)
-    unet.load_state_dict(ours(theirs.state_dict(), c))
-    x, t = randn(2, 6, 8, 8).float(), torch.tensor([3, 700])
-    with torch.no_grad():
-        expected = theirs(x, t).sample
-        got = unet(x, t)
-    assert expected.std() > 0.05
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_sinusoids_know_fractions():

@@ -16,7 +16,15 @@ from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Conditioning, DecoderConfig
 from dalle_cli.models.embeddings import Principal
 from dalle_cli.sampling import decoder as painting
-from dalle_cli.sampling.decoder import SamplerConfig, invert, sample_images, to_images, unet_process
+from dalle_cli.sampling.decoder import (
+    CaptionBatch,
+    SamplerConfig,
+    invert,
+    sample_images,
+    to_images,
+    to_signed,
+    unet_process,
+)
 from dalle_cli.sampling.interpolation import between, rising, slerp, text_diff
 
 SHARES = [0.0, 0.125, 0.25, 0.5, 0.9, 1.0]
@@ -184,8 +192,7 @@ def pictures():
     noise = 0.05 * randn(2, 3, 16, 16, seed=10, dtype=torch.float32)
     told = (
         torch.tensor([[0.2, 0.1, -0.1], [-0.3, 0.2, 0.2]]),
-        torch.zeros(2, 0, dtype=torch.int64),
-        torch.zeros(2).long(),
+        CaptionBatch(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2).long()),
     )
     return to_images(means[:, :, None, None] + noise), told
 
@@ -199,7 +206,7 @@ def off(a, b):
 def test_sampling_from_inverted_noise_gives_the_image_back(prediction, guidance):
     model, (images, told) = Exact(prediction), pictures()
     brush, noise = SamplerConfig(50, "ddim", guidance), row_noise(1, range(2), "decoder")
-    start = invert(model, images, *told, brush, 5)
+    start = invert(model, to_signed(images), *told, brush, 5)
 
     def sampled(*told, **more):
         return to_images(sample_images(model, *told, brush, noise, **more))
@@ -218,7 +225,7 @@ def test_brightness_is_not_lost_at_the_first_step(monkeypatch):
 
     def lost():
         brush = SamplerConfig(20, "ddim")
-        start = invert(model, images, *told, brush, 5)
+        start = invert(model, to_signed(images), *told, brush, 5)
         again = to_images(sample_images(model, *told, brush, noise, start=start))
         return off(again.float().mean((2, 3)), images.float().mean((2, 3)))
 
@@ -231,4 +238,4 @@ def test_brightness_is_not_lost_at_the_first_step(monkeypatch):
 
 def test_inversion_in_one_step():
     model, (images, told) = Exact("v"), pictures()
-    assert torch.isfinite(invert(model, images, *told, SamplerConfig(1, "ddim"), 3)).all()
+    assert torch.isfinite(invert(model, to_signed(images), *told, SamplerConfig(1, "ddim"), 3)).all()
