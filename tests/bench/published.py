@@ -39,6 +39,9 @@ def codes(sizes: dict[str, Any], batch: int, dtype: str = "bfloat16") -> Subject
     """The codes of `batch` images of one caption with guidance; the caption is encoded anew each time."""
     with torch.device("meta"):
         made = EncoderDecoderPrior(EncoderDecoderConfig(**sizes))
+    for layer in (layer for block in [*made.encoder, *made.blocks] for layer in block.children()):
+        if isinstance(layer, nn.Linear):
+            layer.to(DTYPES[dtype])  # as a bundle that was imported in it is loaded
     prior = filled(made.to_empty(device="cpu"))
     assert isinstance(prior, EncoderDecoderPrior)
     steps, count = prior.config.grid**2, sum(p.numel() for p in prior.parameters())
