@@ -4,6 +4,7 @@ import filecmp
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dalle_cli.artifacts import Artifact, digest_file, open_artifact
@@ -185,8 +186,9 @@ def find_tokenizer(digest: str, *folders: Path) -> Path:
     """
     candidates = [path for folder in dict.fromkeys(folders) for path in sorted(folder.glob("*.json"))]
     for path in candidates:
-        if digest_file(path) == digest:
-            return path
+        with suppress(OSError, DalleError):  # a link to nowhere, a folder, a pipe
+            if digest_file(path) == digest:
+                return path
     found = ", ".join(str(path) for path in candidates) or "no .json file"
     where = " or ".join(str(folder) for folder in dict.fromkeys(folders))
     raise DalleError(f"expected the tokenizer of sha256 {digest[:12]} in {where}, found {found}; copy it there")

@@ -11,7 +11,7 @@ from dalle_cli.artifacts.weights import check_fit, load_into
 from dalle_cli.config import build
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.tokenizer import Tokenizer
-from dalle_cli.errors import DalleError
+from dalle_cli.errors import DalleError, one_line
 from dalle_cli.hub import bundles
 from dalle_cli.models.bart import EncoderDecoderConfig, EncoderDecoderPrior
 from dalle_cli.models.clip import CLIP, CLIPConfig
@@ -24,6 +24,7 @@ from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
 from dalle_cli.models.prior import Prior, PriorConfig
 from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
 from dalle_cli.models.vqgan import VQGAN, VQGANConfig
+from dalle_cli.pipelines.sizes import check_sizes
 from dalle_cli.sampling.decoder import DecoderNetwork
 
 M = TypeVar("M", bound=nn.Module)
@@ -40,8 +41,6 @@ CONFIGS: dict[type[nn.Module], type[Any]] = {
     Upsampler: UpsamplerConfig,
     MOVQ: MOVQConfig,
 }
-# Sizes that repeat a part of a model. Each repetition has its own tensors, so no size exceeds the number of tensors.
-DEPTHS = ("n_layer", "n_blk_per_group", "vision_layers", "text_layers", "depth")
 
 
 def load_model(model: type[M], weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> M:
@@ -53,14 +52,14 @@ def load_model(model: type[M], weights: Artifact, device: torch.device, dtype: t
     Raises:
         DalleError: the tensors are not those that the header describes.
     """
-    sizes, n_tensors = weights.require("model", dict), len(weights.headers[0].tensors)
-    for name in DEPTHS:  # a wrong header could build thousands of layers, if only on the meta device
-        if isinstance(sizes.get(name), int) and sizes[name] > n_tensors:
-            found = f"{name} {sizes[name]} beside {n_tensors} tensors in {weights.path}"
-            raise DalleError(f"expected the weights that the header describes, found {found}; make it again")
-    config = build(CONFIGS[model], sizes, "model")
-    with torch.device("meta"):
-        made = model(config)
+    check_sizes(weights)
+    config = build(CONFIGS[model], weights.require("model", dict), "model")
+    try:
+        with torch.device("meta"):
+            made = model(config)
+    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:  # products that no tensor has
+        found = f"sizes that no model has ({one_line(str(error), 200)}) in {weights.path}"
+        raise DalleError(f"expected the weights that the header describes, found {found}; make it again") from None
     check_fit(made, weights)  # before a wrong header allocates memory
     if made.state_dict().keys() != {name for name, _ in (*made.named_parameters(), *made.named_buffers())}:
         made = model(config)  # there are buffers that no file has

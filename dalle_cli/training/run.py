@@ -6,6 +6,7 @@ leaves finished weights of the same config and inputs alone.
 
 import glob
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -20,7 +21,10 @@ from dalle_cli.artifacts.container import check_replaceable
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
 from dalle_cli.training.config import TrainConfig, affecting, with_defaults
+from dalle_cli.training.resuming import Fits
 from dalle_cli.training.schedules import same_until
+
+log = logging.getLogger("dalle_cli")
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,8 @@ class Run:
         """Whether a checkpoint's file holds all tensors, and not only those that are never sharded."""
         return any(name.startswith("model/") for name in names)
 
-    def latest(self) -> tuple[int, dict[str, Tensor]] | None:
-        """The last readable checkpoint of this run: its number of updates, and its tensors.
+    def latest(self, fits: Fits = lambda shapes, whole: True) -> tuple[int, dict[str, Tensor]] | None:
+        """The last checkpoint of this run that can be read and `fits`: its number of updates, and its tensors.
 
         Raises:
             DalleError: the checkpoints are those of another config or other inputs.
@@ -140,13 +144,19 @@ class Run:
         for path in reversed(self.checkpoints()):
             try:
                 found = open_artifact(path, "checkpoint")
+                step = found.require("step", int)
             except DalleError:
                 continue  # a damaged file: the checkpoint before it serves
-            if not self.is_whole(found.headers[0].tensors) and not path.with_suffix(".shards").is_dir():
+            whole = self.is_whole(found.headers[0].tensors)
+            if not whole and not path.with_suffix(".shards").is_dir():
                 continue
-            config, step = dict(found.config), found.require("step", int)
-            config.pop("step")
-            if self._same(found, config) or self._same_so_far(found, config, step):
+            shapes = {name: info.shape for name, info in found.headers[0].tensors.items()}
+            config = {name: value for name, value in found.config.items() if name != "step"}
+            same = self._same(found, config) or self._same_so_far(found, config, step)
+            if path != self.checkpoint(step) or (same and not fits(shapes, whole)):
+                log.warning("a checkpoint that does not fit the model, which is left out: %s", path)
+                continue
+            if same:
                 return step, load_tensors(found)
             state = "a finished" if step == found.require("train", dict).get("steps") else "an unfinished"
             raise DalleError(

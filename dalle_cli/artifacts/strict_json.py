@@ -1,0 +1,44 @@
+"""JSON of strangers: one object, no repeated keys, only finite numbers, valid Unicode, no deep nesting."""
+
+import json
+import math
+from typing import Any
+
+MAX_DEPTH = 32  # of tables within tables
+
+
+def parse(raw: bytes | str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: it is something else, or holds what JSON proper or other readers do not have.
+    """
+    try:
+        value = json.loads(
+            raw, object_pairs_hook=_unique_keys, parse_constant=_finite, parse_float=lambda text: _finite(float(text))
+        )
+    except RecursionError:
+        raise ValueError("tables nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, no object")
+    if _too_deep(value, MAX_DEPTH):
+        raise ValueError("tables nested too deeply")
+    json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+    return value
+
+
+def _finite(number: float | str) -> float:
+    if isinstance(number, str) or not math.isfinite(number):
+        raise ValueError("a number that is not finite")
+    return number
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(table := dict(pairs)) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return table
+
+
+def _too_deep(value: object, left: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left == 0 or any(_too_deep(v, left - 1) for v in inner)
