@@ -43,19 +43,21 @@ def to_bfloat16(model: nn.Module) -> None:
     Raises:
         DalleError: a model without such layers.
     """
-    for matrix in _block_matrices(model):
+    for matrix in _block_matrices(model, "weights_dtype = 'bfloat16'", "weights_dtype = 'float32'"):
         matrix.data = matrix.data.to(torch.bfloat16)
 
 
-def _block_matrices(model: nn.Module) -> list[nn.Parameter]:
+def _block_matrices(
+    model: nn.Module, wanted: str = "optimizer = 'muon'", instead: str = "optimizer = 'adamw'"
+) -> list[nn.Parameter]:
     """The trained weights of linear layers in stacked blocks, in the model's order."""
     blocks = [m for m in model.modules() if isinstance(m, StackedBlock)]
     inner = {id(m.weight) for block in blocks for m in block.modules() if isinstance(m, nn.Linear)}
     found = [p for p in model.parameters() if p.requires_grad and id(p) in inner]
     if not found:
         raise DalleError(
-            f"expected residual blocks with linear layers for optimizer = 'muon' and weights_dtype = 'bfloat16', found "
-            f"none in {type(model).__name__}; leave both out"
+            f"expected residual blocks with linear layers for {wanted}, found none in {type(model).__name__}; "
+            f"set {instead}"
         )
     return found
 
