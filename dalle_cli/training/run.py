@@ -211,7 +211,7 @@ class Run:
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # a kill cut this line short
             if isinstance(row, dict) and row.get("step", step) <= step:
                 rows.append(row)
