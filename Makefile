@@ -63,8 +63,8 @@ $(VENV)/.ready-dev: $(READY)
 $(PEERS)/.ready: pyproject.toml constraints.txt tests/bench/constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install -q $(PINS) -e . transformers matplotlib setuptools \
-		attrs requests einops axial-positional-embedding rotary-embedding-torch torchmetrics
-	$(PEERS)/bin/python -m pip install -q $(PINS) --no-deps DALLE-pytorch DALL-E dalle2-pytorch torch-fidelity
+		attrs requests emoji einops axial-positional-embedding rotary-embedding-torch torchmetrics
+	$(PEERS)/bin/python -m pip install -q $(PINS) --no-deps DALLE-pytorch DALL-E dalle2-pytorch torch-fidelity min-dalle
 	touch $@
 
 clean:

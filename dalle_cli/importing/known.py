@@ -72,11 +72,12 @@ def importer_of(source: OpenedSource) -> Importer:
     Raises:
         DalleError: no publication has such files.
     """
-    if (found := recognize(source)) is None:
+    if (known := recognize(source)) is None:
         names = ", ".join(importer.name for importer in importers())
         files = ", ".join(sorted(source.files)[:4]) or "no files"
-        raise DalleError(f"expected the files of a known publication ({names}), found {files} in {source.name}")
-    return found
+        found = f"{files} in {source.name}"
+        raise DalleError(f"expected the files of a known publication ({names}), found {found}; give one of these")
+    return known
 
 
 def import_bundle(

@@ -117,6 +117,9 @@ class TrainConfig:
         1, deterministic=1
     )  # parts that a batch is computed in, one after another, to save memory
     checkpoint_activations: bool = False  # compute each block again in the backward pass, to save memory
+    # of the matrices of a model's blocks in training, of their gradients, moments and average; or "bfloat16", rounded
+    # at random: less than half the memory, for fine-tuning large models
+    weights_dtype: str = "float32"
     compile: bool = False  # the loss by torch.compile; needs a C++ compiler, on a GPU Triton
     tensorboard: bool = setting(False, affects="nothing")  # also write the log for TensorBoard, into the run's folder
     parallel: str = setting("replicate", affects="nothing")  # each process has whole weights; or "shard": FSDP
@@ -133,6 +136,10 @@ class TrainConfig:
         check_among(self, "save_dtype", SAVE_DTYPES)
         check_among(self, "schedule", LEARNING_RATES)
         check_among(self, "parallel", PARALLEL)
+        check_among(self, "weights_dtype", ("float32", "bfloat16"))
+        if self.weights_dtype != "float32" and (self.optimizer != "adamw" or self.parallel != "replicate"):
+            found = f"found {self.optimizer!r} and {self.parallel!r}"
+            raise DalleError(f"expected 'adamw' and 'replicate' beside weights_dtype = 'bfloat16', {found}; change one")
         for name in ("ema", "validation", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise DalleError(f"expected {name} in [0, 1), found {getattr(self, name)}; correct it")

@@ -3,7 +3,7 @@
 Shapes: B batch, S image side, D embedding width, T caption length.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +18,24 @@ from torch.nn import functional as F
 
 from dalle_cli import config as recipes
 from dalle_cli import console
-from dalle_cli.artifacts import open_artifact
+from dalle_cli.artifacts import Artifact, open_artifact
 from dalle_cli.data import loader
 from dalle_cli.data.datasets import Dataset
 from dalle_cli.data.pairs import Conditions
 from dalle_cli.devices import rank
 from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.diffusion.process import Process
+from dalle_cli.errors import DalleError
 from dalle_cli.models.decoder import Decoder, DecoderConfig
 from dalle_cli.models.patch_decoder import PatchDecoder, PatchDecoderConfig
 from dalle_cli.sampling.decoder import CaptionBatch, DecoderNetwork, SamplerConfig, sample_images, to_images, to_signed
+from dalle_cli.sampling.embeddings import PromptBatch
+from dalle_cli.training import warm_start
 from dalle_cli.training.config import check_at_least, check_share, setting
 from dalle_cli.training.denoising import DenoisingTask, DenoisingTrain, Draws, Predict, denoising
 from dalle_cli.training.options import TrainingOptions
 from dalle_cli.training.stage import Trainable, TrainingStage, image_inputs
+from dalle_cli.training.states import StatesOf
 from dalle_cli.training.task import Batch, seeded
 from dalle_cli.viz.grid import image_grid
 
@@ -101,11 +105,11 @@ class DecoderTask(DenoisingTask):
 
     def __init__(
         self, config: DecoderConfig | PatchDecoderConfig, train: DecoderTrain, data: Dataset, conditions: Conditions,
-        seed: int, workers: int,
+        seed: int, workers: int, states: StatesOf | None = None,
     ):  # fmt: skip
-        """Every image of `data` has an embedding in `conditions`."""
+        """Every image of `data` has an embedding in `conditions`; `states` is for a decoder of CLIP's states."""
         super().__init__(config, train, data, seed, workers)
-        self.conditions, self.side = conditions, config.image_size
+        self.conditions, self.side, self.states = conditions, config.image_size, states
         self.model = seeded(seed, lambda: build(config))
 
     def conditioning(self, batch: loader.Batch, own: Draws, pool: ThreadPoolExecutor) -> Batch:
@@ -128,20 +132,29 @@ class DecoderTask(DenoisingTask):
 
     def predict(self, model: Any, conditioning: Sequence[Tensor]) -> Predict:
         """The decoder, conditioned once for all timesteps."""
-        conditioned = model.condition(*conditioning)
+        conditioned = model.condition(*self.inputs(conditioning))
         return lambda x, t: model(x, t, conditioned)
 
     def loss(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the noise, the bound that teaches the variance, and the sketch's error if there is one."""
-        images, noise, t, *inputs = batch
-        return loss_of(self.model, self.process, images, t, noise, inputs, self.options)
+        images, noise, t, *conditioning = batch
+        return loss_of(self.model, self.process, images, t, noise, self.inputs(conditioning), self.options)
+
+    def inputs(self, conditioning: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The arguments of `Decoder.condition`: captions as they are, or CLIP's states of them."""
+        embeddings, given, *captions = conditioning
+        return (embeddings, given, *self._captions(*captions))
+
+    def _captions(self, tokens: Tensor, lengths: Tensor, *more: Tensor) -> Sequence[Tensor]:
+        return (tokens, lengths, *more) if self.states is None else self.states(PromptBatch(tokens, lengths, tokens))
 
     def samples(self, model: nn.Module, device: torch.device) -> Image.Image | None:
         """Held-out originals above what is decoded from their embeddings, always with the same noise."""
         assert isinstance(model, Decoder | PatchDecoder)
         for rows, images, (embeddings, _, tokens, lengths) in self.held_out_batches(self.options.grid_images):
             noise, brush = row_noise(self.seed, rows, "decoder"), SamplerConfig(self.options.grid_steps)
-            decoded = to_images(sample_images(model, embeddings, CaptionBatch(tokens, lengths), brush, noise))
+            read = CaptionBatch(*self._captions(tokens, lengths))
+            decoded = to_images(sample_images(model, embeddings, read, brush, noise))
             title = "held-out originals, and what is decoded from their embeddings"
             return image_grid([*images.numpy(), *decoded.cpu().numpy()], columns=len(rows), title=title)
         return None
@@ -152,11 +165,26 @@ def build(config: DecoderConfig | PatchDecoderConfig) -> DecoderNetwork:
     return PatchDecoder(config) if isinstance(config, PatchDecoderConfig) else Decoder(config)
 
 
-def trainable(table: Mapping[str, Any]) -> Trainable:
-    """The network that a recipe's table [decoder] chooses: a patch transformer by its `kind`, else the U-Net."""
-    body = table.get("decoder")
+def trainable(body: object) -> Trainable:
+    """The network that a recipe's table [decoder], or a header, chooses: a patch transformer by `kind`, or a U-Net."""
     network = PatchDecoderConfig if isinstance(body, dict) and "kind" in body else DecoderConfig
     return Trainable("train-decoder", "weights.decoder", "decoder", network, DecoderTrain)
+
+
+def _states(body: object, texts: Artifact | None, folders: Sequence[Path]) -> StatesOf | None:
+    """What makes states of captions for a decoder of these settings, if it takes them.
+
+    Raises:
+        DalleError: it takes them and there are no captions, or not their CLIP; or its images are latents.
+    """
+    settings = body if isinstance(body, dict) else {}
+    if settings.get("channels", 3) != 3:
+        raise DalleError("expected a decoder of pixels to train, found one of latents; it can be sampled, not trained")
+    if settings.get("captions") != "states":
+        return None
+    if texts is None:
+        raise DalleError("expected captions for a decoder that takes states of them, found none; give --captions")
+    return StatesOf.find(texts, *folders)
 
 
 def train_decoder(
@@ -188,8 +216,13 @@ def train_decoder(
         "n_embedding": conditions.width, "n_text": conditions.n_text, "n_text_vocab": conditions.n_vocab,
     }  # fmt: skip
     table = recipes.read(o.config, o.sets)
-    stage = TrainingStage(trainable(table), out, o, inputs, table)
+    start = warm_start.open_weights(o.init, "weights.decoder", "train-decoder")
+    body = table.get("decoder") if start is None else start.require("model", dict)
+    states = _states(body, texts, [Path(out).parent, *([] if start is None else [start.path.parent])])
+    if states is not None:
+        del inputs.sizes["n_text_vocab"]  # the CLIP's
+    stage = TrainingStage(trainable(body), out, o, inputs, table)
     if (missing := conditions.missing(data.ids)) and rank() == 0:
         console.note(f"{len(missing)} of {len(data)} images have no embedding and are left out")
     data = data.exclude(missing)
-    return stage.run(lambda: DecoderTask(stage.model, stage.train, data, conditions, o.seed, workers))
+    return stage.run(lambda: DecoderTask(stage.model, stage.train, data, conditions, o.seed, workers, states))

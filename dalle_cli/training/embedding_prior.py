@@ -28,6 +28,7 @@ from dalle_cli.sampling.embeddings import PromptBatch, prior_process, sample_aut
 from dalle_cli.training import warm_start
 from dalle_cli.training.config import TrainConfig, check_among, check_at_least, check_sampling, check_share, setting
 from dalle_cli.training.options import TrainingOptions
+from dalle_cli.training.rounding import sampling_autocast
 from dalle_cli.training.stage import StageInputs, Trainable, TrainingStage
 from dalle_cli.training.states import StatesOf
 from dalle_cli.training.task import Batch, EqualParts, PairTask, seeded
@@ -164,7 +165,7 @@ class EmbeddingPriorTask(EqualParts, PairTask, ABC):
         ]
         sampled, true = [], []
         for read, z_i, numbers in self._held_out(self.options.drawn_captions, device):
-            with torch.autocast(device.type, enabled=False):
+            with sampling_autocast(model, device):
                 sampled.append(self._sample(model, self.captions(read), numbers).double())
             true.append(z_i.double() if self.pairs.normalized else F.normalize(z_i.double(), dim=-1))
         n = sum(size for _, size in losses)

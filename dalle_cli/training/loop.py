@@ -22,7 +22,7 @@ from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.distributed import DataParallel, ProcessGroup, ReadsShard, SingleProcess, process_group
 from dalle_cli.training.interrupt import Interrupt
 from dalle_cli.training.metrics import Averages, Meter, Silent
-from dalle_cli.training.optim import EMA, load_optimizer_state, optimizer_state, optimizers
+from dalle_cli.training.optim import EMA, load_optimizer_state, optimizer_state, optimizers, to_bfloat16
 from dalle_cli.training.run import Board, Run
 from dalle_cli.training.scaling import BlockScales
 from dalle_cli.training.schedules import Plateau, learning_rate
@@ -52,6 +52,11 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         sharded = self.group.world > 1 and config.parallel == "shard"  # FSDP: no rank holds the full weights
+        if config.weights_dtype == "bfloat16":
+            if machine.dtype != torch.bfloat16:
+                found = f"found {machine.name}"
+                raise DalleError(f"expected --dtype bfloat16 beside weights_dtype = 'bfloat16', {found}; give it")
+            to_bfloat16(task.model)
         self.model = (task.model if sharded else task.model.to(self.device)).train()
         self.ema = EMA(self.model, config.ema)
         self.strategy = self._strategy(sharded)

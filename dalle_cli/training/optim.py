@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dalle_cli.errors import DalleError
 from dalle_cli.models.blocks import StackedBlock
 from dalle_cli.training.config import TrainConfig
+from dalle_cli.training.rounding import RoundedAdamW, seeded, store_rounded
 from dalle_cli.training.shards import local
 
 
@@ -17,19 +18,33 @@ def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimi
     Weight decay applies to matrices and kernels, not to gains, biases and embeddings (2021, app. B). Muon (Jordan et
     al. 2024) is torch's; its step is scaled to the size of AdamW's, so one learning rate serves both.
 
+    Matrices that `to_bfloat16` has converted have an AdamW of their own.
+
     Raises:
         DalleError: Muon for a model without such layers, or with a torch that lacks it.
     """
     muon = _block_matrices(model) if config.optimizer == "muon" else []
-    in_muon = {id(p) for p in muon}
+    rounded = [p for p in model.parameters() if p.requires_grad and p.dtype == torch.bfloat16]
+    apart = {id(p) for p in (*muon, *rounded)}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in in_muon]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     decayed = [p for p in rest if p.ndim >= 2 and id(p) not in tables]
     plain = [p for p in rest if p.ndim < 2 or id(p) in tables]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], config.lr, betas, config.eps, fused=True)
-    return [adamw, _muon(muon, config)] if muon else [adamw]
+    made = [torch.optim.AdamW([g for g in groups if g["params"]], config.lr, betas, config.eps, fused=True)]
+    made += [RoundedAdamW(rounded, config.lr, betas, config.eps, config.weight_decay)] if rounded else []
+    return [*made, _muon(muon, config)] if muon else made
+
+
+def to_bfloat16(model: nn.Module) -> None:
+    """Store the matrices of linear layers in stacked blocks in bfloat16; all else keeps its dtype.
+
+    Raises:
+        DalleError: a model without such layers.
+    """
+    for matrix in _block_matrices(model):
+        matrix.data = matrix.data.to(torch.bfloat16)
 
 
 def _block_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -39,8 +54,8 @@ def _block_matrices(model: nn.Module) -> list[nn.Parameter]:
     found = [p for p in model.parameters() if p.requires_grad and id(p) in inner]
     if not found:
         raise DalleError(
-            f"expected residual blocks with linear layers for optimizer = 'muon', found none in "
-            f"{type(model).__name__}; set optimizer = 'adamw'"
+            f"expected residual blocks with linear layers for optimizer = 'muon' and weights_dtype = 'bfloat16', found "
+            f"none in {type(model).__name__}; leave both out"
         )
     return found
 
@@ -66,9 +81,13 @@ class EMA:
     def update(self, model: nn.Module, count: int) -> None:
         """Average in the model's weights, for the `count`-th time, counted from 0; buffers are copied."""
         decay = min(self.decay, (1 + count) / (10 + count))
-        ours: list[Tensor] = [local(p) for p in self.model.parameters()]
-        theirs: list[Tensor] = [local(p) for p in model.parameters()]
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        pairs = [(local(a), local(b)) for a, b in zip(self.model.parameters(), model.parameters(), strict=True)]
+        exact: list[tuple[Tensor, Tensor]] = [pair for pair in pairs if pair[0].dtype != torch.bfloat16]
+        torch._foreach_lerp_([mine for mine, _ in exact], [other for _, other in exact], 1 - decay)
+        for number, (mine, other) in enumerate(pair for pair in pairs if pair[0].dtype == torch.bfloat16):
+            store_rounded(
+                mine, mine.float().lerp_(other.float(), 1 - decay), seeded(mine.device, -1 - (count << 20 | number))
+            )
         for mine, other in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(other)
 

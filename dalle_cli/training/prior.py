@@ -32,6 +32,7 @@ from dalle_cli.training import warm_start
 from dalle_cli.training.config import TrainConfig, check_at_least, check_sampling, check_share, setting
 from dalle_cli.training.embedding_prior import train_embedding_prior
 from dalle_cli.training.options import TrainingOptions
+from dalle_cli.training.rounding import sampling_autocast
 from dalle_cli.training.stage import Trainable, TrainingStage, pair_inputs
 from dalle_cli.training.task import Batch, PairTask, int64, mix, seeded
 from dalle_cli.viz.grid import image_grid
@@ -265,7 +266,7 @@ class PriorTask(PairTask):
             return None
         captions, _ = self.pairs.draw(places)
         tokens, lengths = int64(*self.pairs.tokens(captions))
-        with torch.autocast(device.type, enabled=False):
+        with sampling_autocast(model, device):
             options = CategoricalOptions(temperature=o.temperature, guidance_scale=o.guidance)
             how: dict[str, Any] = {"sketch_guidance": o.sketch_guidance}
             codes = sample_codes(model, tokens, lengths, range(len(places)), self.seed, options, **how)

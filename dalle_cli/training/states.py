@@ -35,7 +35,7 @@ class StatesOf:
         if weights is None:
             where = " or ".join(dict.fromkeys(str(folder) for folder in (*folders, captions.path.parent)))
             raise DalleError(
-                f"expected the CLIP of sha256 {encoder[:12]}, whose states the prior takes, in {where}, found none; "
+                f"expected the CLIP of sha256 {encoder[:12]}, whose states the model takes, in {where}, found none; "
                 "copy it there"
             )
         own, given = (source.require("tokenizer", str) for source in (weights, captions))

@@ -148,6 +148,8 @@ def train_upsampler(
     data, inputs = image_inputs(dataset, o)
     inputs.settings["upsampler"] = number
     stage = TrainingStage(TRAINABLES[number - 1], out, o, inputs)
+    if stage.model.last:
+        raise DalleError("expected an upsampler of one U-Net to train, found one with another for the last step")
     if stage.train.low_noise > stage.model.low_noise:
         found = f"{stage.train.low_noise} and {stage.model.low_noise}"
         raise DalleError(f"expected train.low_noise no more than low_noise, found {found}; change one of them")

@@ -16,6 +16,12 @@ SIZES = {
 }
 QUICK_SIZES = {**SIZES, "n_layer": 4, "n_embd": 128, "n_head": 2, "n_text": 16, "grid": 8}
 BATCHES = (2, 8)
+# DALL-E mini, named as EncoderDecoderConfig has them.
+MINI_SIZES = {
+    "n_layer": 12, "n_head": 16, "n_embd": 1024, "n_hid": 2730, "n_text_vocab": 50264, "n_text": 64,
+    "n_image_vocab": 16384, "grid": 16,
+}  # fmt: skip
+QUICK_MINI_SIZES = {**MINI_SIZES, "n_layer": 2, "n_embd": 128, "n_head": 2, "n_hid": 200, "n_text_vocab": 300}
 DVAE_SIZES = {"image_size": 64, "n_hid": 64, "n_vocab": 2048, "batch": 32}
 QUICK_DVAE_SIZES = {**DVAE_SIZES, "n_hid": 16, "batch": 2}
 GRIDS = (16, 32, 64)  # of one layer's attention by itself
@@ -85,7 +91,7 @@ def measured(quick: bool = False, dvae_batch: int | None = None) -> list[Case]:
             Case(f"attention-{grid}/{kind}", "bench.attention", "layer", "positions", {**settings, "kind": kind})
             for kind in ("full", "row", "column", "conv")
         ]
-    return cases + sampling(sizes, quick) + scores(quick) + unclip(quick)
+    return cases + sampling(sizes, quick) + scores(quick) + unclip(quick) + published(quick)
 
 
 def _sparse(group: str, settings: dict[str, Any]) -> list[Case]:
@@ -189,6 +195,29 @@ def unclip(quick: bool) -> list[Case]:
     return made
 
 
+def published(quick: bool) -> list[Case]:
+    """Cases of models at their published sizes, with random weights, beside the publishers' own code."""
+    peer, sizes = "bench.peers.min_dalle", QUICK_MINI_SIZES if quick else MINI_SIZES
+    small: dict[str, Any] = {"width": 32, "multipliers": (1, 1, 1, 1, 1)} if quick else {}
+    drawn = {"sizes": sizes, "batch": 1}
+    return [
+        Case("mini/ours", "bench.published", "codes", "codes", drawn),
+        Case("mini/ours-float32", "bench.published", "codes", "codes", {**drawn, "dtype": "float32"}),
+        Case("mini/min-dalle", peer, "codes", "codes", drawn),
+        *(
+            Case(
+                f"mini-pixels/ours-{dtype}",
+                "bench.published",
+                "pixels",
+                "pictures",
+                {"batch": 1, "dtype": dtype, **small},
+            )
+            for dtype in ARITHMETICS
+        ),
+        Case("mini-pixels/min-dalle", peer, "pixels", "pictures", {"batch": 1}),
+    ]
+
+
 def _draw(name: str, given: dict[str, Any], **settings: Any) -> Case:
     """`one_caption`: candidates of one caption, which each peer reads again for every candidate."""
     return Case(name, "bench.sampling", "ours", "codes", {"attention": "sparse", **given, **settings})
@@ -230,7 +259,7 @@ def ratios() -> list[Ratio]:
             Ratio(f"{what}: share of the machine's bfloat16 rate", "share", f"{group}/ours", ("machine",), None),
         ]
     rows.append(Ratio("dVAE, 64 pixels: pictures/s over a plain module", "rate", "dvae/ours", ("dvae/plain",), 2.0))
-    return rows + drawing_ratios() + score_ratios() + unclip_ratios()
+    return rows + drawing_ratios() + score_ratios() + unclip_ratios() + published_ratios()
 
 
 def drawing_ratios() -> list[Ratio]:
@@ -288,4 +317,18 @@ def unclip_ratios() -> list[Ratio]:
         against("unet", "decoder at 64 pixels, batch 8: pictures/s"),
         against("embeddings", "drawing 64 embeddings, 64 captions: embeddings/s"),
         against("embeddings", "drawing 64 embeddings of one caption: embeddings/s", "one-caption"),
+    ]
+
+
+def published_ratios() -> list[Ratio]:
+    """The same for published models."""
+    pixels = tuple(f"mini-pixels/ours-{dtype}" for dtype in ARITHMETICS)
+    what = "DALL-E mini at full size, guided"
+    return [
+        Ratio(f"{what}: codes/s over min-dalle", "rate", "mini/ours", ("mini/min-dalle",), 2.0),
+        Ratio(f"{what}, float32: codes/s over min-dalle", "rate", "mini/ours-float32", ("mini/min-dalle",), None),
+        Ratio(f"{what}: matrices read over the copy's rate", "bandwidth", "mini/ours", ("copy",), None),
+        Ratio(f"{what}: memory over min-dalle", "memory", "mini/ours", ("mini/min-dalle",), 1.0),
+        Ratio("DALL-E mini's VQGAN: pictures/s over min-dalle", "rate", pixels[1], ("mini-pixels/min-dalle",), None),
+        Ratio("DALL-E mini's VQGAN, float32", "rate", pixels[0], ("mini-pixels/min-dalle",), None),
     ]

@@ -221,7 +221,7 @@ def test_a_prior_in_its_place(published, bundle, tmp_path):
     assert "ECLIPSE" in card
     assert "openrail++" in card
     cases = {
-        "expected a prior over CLIP embeddings alone": ("import", source, "--prior", clip, "--clip", clip),
+        "expected weights.prior.embeddings alone for --prior": ("import", source, "--prior", clip, "--clip", clip),
         "expected no --prior for ECLIPSE": ("import", eclipse, "--prior", eclipse, "--clip", clip),
     }
     for expected, words in cases.items():
@@ -310,9 +310,9 @@ def test_fine_tuning_the_prior(bundle, inputs, tmp_path):
     before, same = (load_tensors(open_artifact(path)) for path in (bundle / "prior.safetensors", still))
     assert_equal(same, before)
     run_ok("train-prior", *inputs, *how, *training(steps=30, lr=3e-3, ema=0.5), "-o", tuned)
-    rows = [row for row in lasting_rows(tuned) if "loss_held_out" in row]
-    first = [row for row in lasting_rows(still) if "loss_held_out" in row]
-    assert rows[-1]["loss_held_out"] < 0.5 * first[-1]["loss_held_out"]
+    first, last = (lasting_rows(path)[-1]["validation"] for path in (still, tuned))
+    assert last["loss_held_out"] < 0.5 * first["loss_held_out"]
+    assert -1 <= last["cosine"] <= 1
     after = load_tensors(open_artifact(tuned))
     assert all(torch.equal(after[name], before[name]) for name in ("principal.mean", "principal.std"))
     assert open_artifact(tuned).config["sampling"] == open_artifact(bundle / "prior.safetensors").config["sampling"]
@@ -320,7 +320,9 @@ def test_fine_tuning_the_prior(bundle, inputs, tmp_path):
         (tmp_path / name).write_bytes((bundle / name).read_bytes())
     z = pipelines.load(tuned).sample(PROMPT, N, steps=3)
     assert np.isfinite(z).all()
-    assert run_cli("doctor", tuned, *inputs).status in (0, 1)
+    found = run_cli("doctor", tuned, *inputs)
+    assert found.status in (0, 1)
+    assert "scale of z_i before noise" in found.stdout + found.stderr
 
 
 def test_states_in_training_are_those_of_sampling(bundle, inputs):
@@ -348,5 +350,5 @@ def test_training_that_cannot_be(bundle, inputs, data, tmp_path):
     once = (*training(steps=1), "--set", "embedding_prior.diffusion.time=false")
     out = ("-o", tmp_path / "out" / "prior.safetensors")
     assert "n_text = 77" in run_bad("train-prior", short, inputs[1], "--init", bundle, *training(steps=1), *out)
-    assert "whose states the prior takes" in run_bad("train-prior", *inputs, "--init", lone, *training(steps=1), *out)
+    assert "whose states the model takes" in run_bad("train-prior", *inputs, "--init", lone, *training(steps=1), *out)
     assert "expected a prior with timesteps to train" in run_bad("train-prior", *inputs, *once, *out)

@@ -23,6 +23,7 @@ def publish(folder):
     made = randomized(dall_e.Encoder(**sizes)), randomized(dall_e.Decoder(**sizes, n_init=16))
     logits = made[0].blocks.output.conv
     logits.w -= logits.w.mean(1, keepdim=True)  # or few codes would be the likeliest everywhere
+    made[1].blocks.output.conv.w *= 20  # or all images would be nearly gray
     for module, name in zip(made, FILES, strict=True):
         torch.save(module, folder / name)
     return made

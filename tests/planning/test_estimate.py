@@ -208,6 +208,11 @@ def test_what_saves_memory_does(tmp_path):
     assert parts.flops == plain.flops
     assert wide.flops == 2 * plain.flops
     assert estimated(workload).copies == 0 < plain.copies
+    half, in_blocks = changed(weights_dtype="bfloat16"), 6 * 12 * WIDTH**2  # matrices of six blocks
+    assert (plain.weights - half.weights, plain.average - half.average) == (2 * in_blocks, 2 * in_blocks)
+    assert plain.moments - half.moments == 4 * in_blocks
+    assert plain.copies - half.copies == 2 * in_blocks
+    assert half.flops == plain.flops
 
 
 def test_the_optimizers_arithmetic_is_counted_once(tmp_path):

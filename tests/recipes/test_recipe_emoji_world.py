@@ -1,6 +1,7 @@
 """The emoji's world: captions that can be read back, nothing withheld in what is trained on, an exact scorer."""
 
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from dalle_cli.data import datasets
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "emoji"
 sys.path.insert(0, str(FOLDER))
-exact, grammar, holdout, hues, reader, things, world = (
-    importlib.import_module(name) for name in ("exact", "grammar", "holdout", "hues", "reader", "things", "world")
+exact, grammar, holdout, hues, reader, sprites, things, world = (
+    importlib.import_module(name)
+    for name in ("exact", "grammar", "holdout", "hues", "reader", "sprites", "things", "world")
 )
 Item, Scene, parse = grammar.Item, grammar.Scene, grammar.parse
 SPRITES = FOLDER / "small.sprites.tar"
@@ -191,6 +193,39 @@ def test_unseen_scenes_are_new_by_their_own_combination_alone(whole):
         for n in range(40):
             scene = whole.scene(kind, Random(n), unseen=True)
             assert {c[0] for c in holdout.withheld(scene, whole.sprites.own)} == {kind}
+
+
+# Images of things
+
+
+def test_a_package_is_read_with_its_aliases(tmp_path):
+    table = {"width": 8, "height": 8, "icons": {"a": {"body": "<path/>"}, "b": {"body": "<g/>", "width": 16}}}
+    data = json.dumps(table | {"aliases": {"c": {"parent": "a"}, "d": {"parent": "a", "hFlip": True}}}).encode()
+    with tarfile.open(tmp_path / "x.tgz", "w:gz") as tar:
+        info = tarfile.TarInfo("package/icons.json")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    icons = sprites.package(tmp_path / "x.tgz")
+    assert set(icons) == {"a", "b", "c"}
+    assert icons["c"] == icons["a"] == '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><path/></svg>'
+    assert 'viewBox="0 0 16 8"' in icons["b"]
+
+
+def test_our_own_drawings_fill_their_squares_and_stand_on_the_ground():
+    for name in ("radish", "tutu", "leash", "party-hat"):
+        ink = np.asarray(sprites.fit(sprites.draw(sprites.art(name), 384), 96))[..., 3] > 127
+        rows, columns = (np.nonzero(ink.any(axis))[0] for axis in (1, 0))
+        assert max(np.ptp(rows), np.ptp(columns)) >= 86
+        assert 88 <= rows.max() <= 92
+        assert abs(columns.min() + columns.max() - 95) <= 3
+
+
+def test_what_is_written_of_an_image_was_measured_from_it(small):
+    for name in ("apple", "frog", "panda", "bear", "sun"):
+        measured = json.loads(json.dumps(sprites.measure(name, small.sprites.sources[f"noto/{name}"])))
+        assert measured == small.sprites.facts[f"noto/{name}"]
+    own = {name: small.sprites.own(name) for name in ("apple", "frog", "panda", "bear", "sun", "tutu")}
+    assert own == {"apple": "red", "frog": "green", "panda": "", "bear": "brown", "sun": "yellow", "tutu": "pink"}
 
 
 # Scenes
