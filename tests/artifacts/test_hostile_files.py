@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -335,3 +337,34 @@ def test_info_of_a_header_full_of_escapes(tmp_path):
         result = run_cli("info", path, *more)
         assert result.status == 0, result
         assert result.stdout.replace("\n", "").replace("\u202e", "").isprintable()
+
+
+CUT = """
+import os, sys
+sys.argv = ["dalle", "info", {path!r}]
+from dalle_cli import cut_files
+cut_files.explain()
+{read}
+os.truncate({path!r}, 5000)
+print({sum})
+"""
+
+
+@pytest.mark.parametrize("how", ["columns", "weights"])
+def test_a_file_that_is_cut_while_it_is_mapped(tmp_path, how):
+    if how == "columns":
+        path = codes(tmp_path / "a.safetensors", 1, rows=100_000)
+        read = f"from dalle_cli.artifacts import open_artifact\ncolumn = open_artifact({str(path)!r}).array('codes')"
+    else:
+        path = save_tensors(tmp_path / "a.safetensors", "weights.dvae", {"w": torch.ones(100_000)}, {}, [])
+        read = (
+            "import torch\nfrom pathlib import Path\nfrom dalle_cli.artifacts.region import Region\n"
+            f"column = Region(Path({str(path)!r})).tensor(0, torch.uint8, (400_000,))"
+        )
+    code = CUT.format(path=str(path), read=read, sum="column.sum()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done
+    assert done.stderr == (
+        "dalle: error: expected a file that stays as it is while it is read, found 5,000 bytes left of "
+        f"{path}; run again with a whole one\n"
+    )
