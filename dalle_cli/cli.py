@@ -151,8 +151,9 @@ def _launched() -> bool:
 
 def main() -> None:
     """Run the command line. Exit status: 0; 1 for a DalleError; 2 for usage; 130 when interrupted."""
-    from dalle_cli import console
+    from dalle_cli import console, cut_files
 
+    cut_files.explain()
     if _launched():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: else each process warns of its own
     console.show_library_messages()
