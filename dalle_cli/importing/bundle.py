@@ -176,8 +176,8 @@ def write(
     artifacts = [open_artifact(folder / plan.part.file) for plan in plans]
     for artifact in artifacts:
         artifact.digest = digests[artifact.path.name]  # just computed
-    text = card.write(_card(publications), main.name, artifacts, None, main.license)
-    (folder / card.CARD).write_text(text, encoding="utf-8")
+    page = card.write(_card(publications), main.name, artifacts, None, main.license)
+    (folder / card.CARD).write_text(page, encoding="utf-8")
 
 
 def _write_part(plan: PartPlan, folder: Path, dtype: str | None, digests: Mapping[str, str], advance: Any) -> str:
