@@ -23,7 +23,8 @@ def filled(model: nn.Module) -> nn.Module:
     noise = torch.randn(NOISE) / 50
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            parameter.data.view(-1).copy_(noise.repeat(-(-parameter.numel() // NOISE))[: parameter.numel()])
+            random = noise.repeat(-(-parameter.numel() // NOISE))[: parameter.numel()]
+            parameter.data.copy_(random.view(parameter.shape))
         else:
             parameter.data.fill_(1)
     return model.eval().requires_grad_(False)
@@ -55,9 +56,9 @@ def codes(sizes: dict[str, Any], batch: int, dtype: str = "bfloat16") -> Subject
     return Subject(run, batch * steps, read * steps, count, warmup=0)
 
 
-def pixels(batch: int, dtype: str, sizes: dict[str, Any] | None = None) -> Subject:
+def pixels(batch: int, dtype: str, **sizes: Any) -> Subject:
     """Images of random codes."""
-    model = VQGAN(VQGANConfig(encoder=False, pixels="unit", **(sizes or {}))).eval().requires_grad_(False)
+    model = VQGAN(VQGANConfig(encoder=False, pixels="unit", **sizes)).eval().requires_grad_(False)
     pack_pointwise(model, DTYPES[dtype])
     config = model.config
     given = torch.randint(config.n_vocab, (batch, config.grid, config.grid))
