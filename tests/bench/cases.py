@@ -204,7 +204,7 @@ def unclip(quick: bool) -> list[Case]:
 def published(quick: bool) -> list[Case]:
     """Cases of models at their published sizes, with random weights, beside the publishers' own code."""
     peer, sizes = "bench.peers.min_dalle", QUICK_MINI_SIZES if quick else MINI_SIZES
-    shown: dict[str, Any] = {"batch": 1, **({"width": 32, "multipliers": (1, 1, 1, 1, 1)} if quick else {})}
+    shown: dict[str, Any] = {"batch": 1, "sizes": {"width": 32, "multipliers": (1, 1, 1, 1, 1)} if quick else {}}
     drawn, karlo = {"sizes": sizes, "batch": 1}, {"sizes": QUICK_KARLO_SIZES if quick else KARLO_SIZES}
     return [
         Case("karlo/ours", "bench.karlo", "unet", "rows", karlo),

@@ -56,9 +56,9 @@ def codes(sizes: dict[str, Any], batch: int, dtype: str = "bfloat16") -> Subject
     return Subject(run, batch * steps, read * steps, count, warmup=0)
 
 
-def pixels(batch: int, dtype: str, **sizes: Any) -> Subject:
+def pixels(batch: int, dtype: str, sizes: dict[str, Any] | None = None) -> Subject:
     """Images of random codes."""
-    model = VQGAN(VQGANConfig(encoder=False, pixels="unit", **sizes)).eval().requires_grad_(False)
+    model = VQGAN(VQGANConfig(encoder=False, pixels="unit", **(sizes or {}))).eval().requires_grad_(False)
     pack_pointwise(model, DTYPES[dtype])
     config = model.config
     given = torch.randint(config.n_vocab, (batch, config.grid, config.grid))
