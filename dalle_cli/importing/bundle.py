@@ -159,6 +159,7 @@ def write(
         DalleError: a tensor is missing, unexpected or of another shape, before anything is written; the disk is full.
     """
     plans = [plan_part(source, made, part, dtype) for source, made in publications for part in made.parts]
+    plans.sort(key=lambda plan: bool(plan.part.encoder))  # encoders first: others name their digests
     texts = {name: text for _, made in publications for name, text in made.texts.items()}
     for source, _ in publications:
         texts |= {name: source.data(name) for name in source.files if LICENSE.fullmatch(name) and name not in texts}
