@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from artifact_files import array
 from conftest import run_bad, run_ok
 from kandinsky_publication import SIDE, components, publish
 from karlo_publication import WIDTH, publish_eclipse
@@ -171,6 +172,18 @@ def test_inversion_is_in_latents(bundle):
     again, other = ((x - latents).abs().mean() / latents.abs().mean() for x in found)
     assert again < 0.05
     assert other > 0.5
+
+
+def test_commands(bundle, tmp_path):
+    """Generate ranks by the publication's own CLIP; vary starts from its embedding of an image."""
+    image, kept, varied = tmp_path / "a.png", tmp_path / "a.safetensors", tmp_path / "b.png"
+    few = ("--decoder-steps", 3, "--no-terminal", "-m", bundle)
+    run_ok("generate", PROMPT, "-n", 2, "--keep", 1, "-o", image, "--images", kept, "--steps", 2, *few)
+    assert array(kept, "images").shape == (1, 3, 2 * SIDE, 2 * SIDE)
+    (clip,) = [made["inputs"]["clip"] for made in open_artifact(kept).history if made["stage"] == "generate"]
+    assert clip == weights(bundle, "clip").digest
+    run_ok("vary", image, "-n", 1, "-o", varied, *few)
+    assert image.read_bytes() != varied.read_bytes()
 
 
 def test_every_tensor_of_the_movq():
