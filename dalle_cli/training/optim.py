@@ -32,7 +32,9 @@ def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimi
     plain = [p for p in rest if p.ndim < 2 or id(p) in tables]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
-    made = [torch.optim.AdamW([g for g in groups if g["params"]], config.lr, betas, config.eps, fused=True)]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([g for g in groups if g["params"]], config.lr, betas, config.eps, fused=True)
+    ]
     made += [RoundedAdamW(rounded, config.lr, betas, config.eps, config.weight_decay)] if rounded else []
     return [*made, _muon(muon, config)] if muon else made
 
