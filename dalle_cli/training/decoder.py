@@ -153,8 +153,8 @@ class DecoderTask(DenoisingTask):
         assert isinstance(model, Decoder | PatchDecoder)
         for rows, images, (embeddings, _, tokens, lengths) in self.held_out_batches(self.options.grid_images):
             noise, brush = row_noise(self.seed, rows, "decoder"), SamplerConfig(self.options.grid_steps)
-            text, *rest = self._captions(tokens, lengths)
-            read = CaptionBatch(text, rest[0], rest[1] if rest[1:] else None)
+            text, n_tokens, *z_t = self._captions(tokens, lengths)
+            read = CaptionBatch(text, n_tokens, z_t[0] if z_t else None)
             decoded = to_images(sample_images(model, embeddings, read, brush, noise))
             title = "held-out originals, and what is decoded from their embeddings"
             return image_grid([*images.numpy(), *decoded.cpu().numpy()], columns=len(rows), title=title)
