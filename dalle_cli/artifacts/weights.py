@@ -200,7 +200,8 @@ def load_into(
                 return region.tensor(info.start, dtype, info.shape)
             tensor = torch.empty(info.shape, dtype=dtype)
             file.seek(info.start)
-            left = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+            content: Any = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+            left = memoryview(content)
             while left:
                 if not (n := file.readinto(left)):  # type: ignore[attr-defined]  # an unbuffered file has it
                     raise DalleError(f"expected a whole file, found one that was cut: {artifact.path}; run again")
