@@ -3,12 +3,15 @@
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from dalle_cli.errors import one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,12 +29,12 @@ class Advance(Protocol):
 
 def error(message: str) -> None:
     """Print the error that ends the command in one line."""
-    note(" ".join(f"dalle: error: {message}".split()))
+    note(f"dalle: error: {one_line(message)}")
 
 
 def warn(message: str) -> None:
     """Print a warning in one line."""
-    note(" ".join(f"dalle: warning: {message}".split()))
+    note(f"dalle: warning: {one_line(message)}")
 
 
 def note(message: str) -> None:
@@ -43,7 +46,7 @@ class _LibraryMessages(logging.Handler):
     """What the library logs, as warnings and notes of the command line."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        (warn if record.levelno >= logging.WARNING else note)(record.getMessage())
+        (warn if record.levelno >= logging.WARNING else note)(one_line(record.getMessage()))
 
 
 def show_library_messages() -> None:
@@ -56,13 +59,14 @@ def show_library_messages() -> None:
 
 
 def emit(text: str) -> None:
-    """Print data to stdout."""
-    print(text, flush=True)
+    """Print data to stdout, as text that no terminal obeys."""
+    print(printable(text), flush=True)
 
 
 def emit_json(value: object) -> None:
     """Print one JSON object to stdout."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    text = json.dumps(value, ensure_ascii=False)
+    print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)  # JSON escapes the others
 
 
 def result(path: Path | str, **metrics: object) -> None:

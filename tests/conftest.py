@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-pytest.register_assert_rewrite("artifact_files", "comparisons", "process_pair")  # which assert on tests' behalf
+pytest.register_assert_rewrite("artifact_files", "comparisons", "hub_worker", "process_pair")  # they assert, too
 
 
 def declare_torchvision() -> None:

@@ -1,6 +1,7 @@
 """A hub on loopback: as much of its API as huggingface-hub needs to fetch and to put, and the faults that it may have.
 
-Large files (`.safetensors`) are sent from another origin (localhost instead of 127.0.0.1), as the real hub's are.
+Large files (`.safetensors` and what others call theirs) are sent from another origin (localhost instead of 127.0.0.1),
+as the real hub's are.
 """
 
 import base64
@@ -13,6 +14,7 @@ import threading
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote, urlsplit
 
+LARGE = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack")
 GOOD, POOR = "hf_good", "hf_poor"  # tokens: one that may do all, and one of somebody who has been let into nothing
 
 
@@ -109,7 +111,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if hub.status:
             return self.refuse(hub.status, message="not today")
         if path.startswith("cdn/"):
-            return self.large(*path.split("/")[1:])
+            return self.large(*path.split("/", 2)[1:])
         if path.startswith("upload/"):
             hub.objects[path.partition("/")[2]] = self.body
             return self.answer(200)
@@ -160,7 +162,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def sibling(self, path, data):
         about = {"rfilename": path, "size": len(data), "blobId": git_sha(data)}
-        if path.endswith(".safetensors"):
+        if path.endswith(LARGE):
             about["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
         return about
 
@@ -177,7 +179,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if path not in files:
             return self.refuse(404, "EntryNotFound", "no such file")
         data, about = files[path], {"X_Repo_Commit": sha, "Accept_Ranges": "bytes"}
-        if not path.endswith(".safetensors"):
+        if not path.endswith(LARGE):
             return self.send(path, data, ETag=f'"{git_sha(data)}"', **about)
         oid = hashlib.sha256(data).hexdigest()
         self.server.objects[oid] = data
@@ -242,7 +244,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         files = [
             {
                 "path": file["path"],
-                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
                 "shouldIgnore": False,
                 "oid": None,
             }

@@ -4,9 +4,12 @@ It runs in a process of its own, as importing min_dalle changes global settings 
 """
 
 import json
+import os
+import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +56,36 @@ def greedy(encoder, decoder, prompt: list[int], start: int) -> tuple[torch.Tenso
         last = logits[-1].argmax().view(1, 1)
         codes.append(int(last))
     return torch.tensor(codes), torch.stack(logits), states
+
+
+def words() -> dict[str, int]:
+    """A vocabulary of a few letters, with BART's special tokens in their places."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    names = ["<s>", "<pad>", "</s>", "<unk>", "Ġ", *letters, *("Ġ" + c for c in letters[:20]), "Ġre", "Ġred"]
+    return {name: i for i, name in enumerate(names)}
+
+
+def vqgan_sizes(encoder: bool = True) -> Any:
+    """Those of a small VQGAN in the layout of the published one."""
+    from dalle_cli.models.vqgan import VQGANConfig
+
+    return VQGANConfig(
+        width=32, multipliers=(1, 1, 1, 1, 1), depth=1, n_latent=8, n_embd=6, n_vocab=SIZES["n_codes"], pixels="unit",
+        encoder=encoder,
+    )  # fmt: skip
+
+
+def publish(folder: Path) -> Path:
+    """All files of the repository, and `expected.pt`, by this program and a decoder of ours."""
+    from dalle_cli.models.vqgan import VQGAN
+
+    subprocess.run([sys.executable, __file__, str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    (folder / "vocab_mini.json").write_text(json.dumps(words()))
+    (folder / "merges_mini.txt").write_text("#version: 0.2\nĠ r\nĠr e\nĠre d\n")
+    torch.manual_seed(1)
+    decoder = VQGAN(vqgan_sizes(encoder=False)).state_dict()
+    torch.save({name.removeprefix("quantize."): t.contiguous() for name, t in decoder.items()}, folder / "detoker.pt")
+    return folder
 
 
 def main(folder: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dalle_cli.artifacts.container import SHARDS, Header, digest_bytes, digest_file, read_header
+from dalle_cli.artifacts.container import MAX_SHARDS, SHARDS, Header, digest_bytes, read_header
 from dalle_cli.artifacts.strings import Part, Strings
 from dalle_cli.errors import DalleError
 
+MAX_NUMBER = 1 << 31  # of sizes and counts in a header
 F = TypeVar("F", str, int, dict[str, Any])
 
 
@@ -84,8 +85,9 @@ class Artifact:
             DalleError: it is missing or of another type, as it may be in a file that another program wrote.
         """
         value = self.config.get(name)
-        if not isinstance(value, type_) or isinstance(value, bool):
-            found = "nothing" if value is None else repr(value)
+        sane = not isinstance(value, int) or 0 <= value < MAX_NUMBER
+        if not isinstance(value, type_) or isinstance(value, bool) or not sane:
+            found = "nothing" if value is None else repr(value)[:200]
             raise DalleError(
                 f"expected {name} ({type_.__name__}) in the header of {self.path}, found {found}; make it again"
             )
@@ -114,7 +116,7 @@ class Artifact:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the file; of a folder, SHA-256 of its shards' digests in order."""
-        digests = [digest_file(header.path) for header in self.headers]
+        digests = [header.digest() for header in self.headers]
         return digests[0] if len(digests) == 1 and self.path.is_file() else digest_bytes("".join(digests).encode())
 
 
@@ -129,6 +131,8 @@ def _open_shards(path: Path) -> list[Header]:
         raise DalleError(f"expected an artifact, found a folder without shards (00000.safetensors ...): {path}")
     headers = [read_header(file) for file in files]
     first, total = headers[0], headers[0].config.get("shards", len(files))
+    if type(total) is not int or not 1 <= total <= MAX_SHARDS:
+        raise DalleError(f"expected a number of shards, found {total!r} in {files[0]}; make {path} again")
     if len(files) != total or files[-1].stem != f"{total - 1:05d}":
         raise DalleError(f"expected {total} shards, found {len(files)} in {path}; run the stage that writes it again")
     for header in headers[1:]:

@@ -12,18 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from dalle_cli.artifacts import strict_json
 from dalle_cli.artifacts.kinds import KINDS, VERSION, Kind
+from dalle_cli.artifacts.regular import Identity, open_regular
 from dalle_cli.artifacts.strings import Strings
-from dalle_cli.errors import DalleError
+from dalle_cli.errors import DalleError, one_line
 
-MAX_NUMBERS = 1 << 62  # in a tensor, not counting dimensions of 0
+MAX_NUMBERS = 1 << 50  # in a tensor, not counting dimensions of 0
 MAX_DIMENSIONS = 32
-MAX_DEPTH = 32  # of tables within tables in the metadata
+MAX_HEADER = 8 << 20  # bytes; JSON takes some 25 times as many in memory
+MAX_ROWS_HEADER = 1 << 20  # of the kinds with rows, which have few tensors
+MAX_SHARDS = 99_999
 SHARDS = "[0-9]" * 5 + ".safetensors"  # the names of shards in their folder
 SCALE = ":scale"  # suffix of the tensor that holds the scale of each row of an 8-bit matrix
 NUMPY = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "U32": "<u4", "I32": "<i4"}
@@ -49,6 +53,7 @@ class Header:
     config: dict[str, Any]
     history: list[dict[str, Any]]
     tensors: dict[str, TensorInfo]
+    identity: Identity
 
     @property
     def table(self) -> Kind:
@@ -75,61 +80,86 @@ class Header:
             raise DalleError(f"expected a tensor that numpy can read, found {name} as {info.dtype} in {self.path}")
         if 0 in info.shape:
             return np.zeros(info.shape, dtype=NUMPY[info.dtype])
-        return np.memmap(self.path, dtype=NUMPY[info.dtype], mode="r", offset=info.start, shape=info.shape)
+        with self.open() as file:
+            return np.memmap(file, dtype=NUMPY[info.dtype], mode="r", offset=info.start, shape=info.shape)
+
+    def open(self) -> BinaryIO:
+        """The file, which is still the one whose header this is.
+
+        Raises:
+            DalleError: it was replaced or cut since.
+        """
+        try:
+            file = open_regular(self.path)
+        except FileNotFoundError:
+            raise _changed(self.path) from None
+        if Identity.of(os.fstat(file.fileno()))[:3] != self.identity[:3]:
+            file.close()
+            raise _changed(self.path)
+        return file
+
+    def digest(self) -> str:
+        """SHA-256 of the file in hex.
+
+        Raises:
+            DalleError: it was changed since its header was read.
+        """
+        with self.open() as file:
+            found = _digest(file)
+            if Identity.of(os.fstat(file.fileno())) != self.identity:
+                raise _changed(self.path)
+        return found
+
+
+def _changed(path: Path) -> DalleError:
+    return DalleError(f"expected the file that was opened, found a changed one: {path}; run again when it is finished")
 
 
 def _broken(path: Path, found: str) -> DalleError:
     return DalleError(f"expected a whole dalle artifact, found {found} in {path}; make it again")
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], int]:
-    """The header's JSON, and the offset at which the tensors begin."""
+def _read_json(path: Path) -> tuple[dict[str, Any], int, Identity]:
+    """The header's JSON, the offset at which the tensors begin, and which file was read."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise _broken(path, f"only {size} bytes")
+        with open_regular(path) as file:
+            identity = Identity.of(os.fstat(file.fileno()))
+            if identity.size < 8:
+                raise _broken(path, f"only {identity.size} bytes")
+            length = int.from_bytes(file.read(8), "little")
+            if MAX_HEADER < length <= identity.size - 8:
+                raise _broken(path, f"a header of {length:,} bytes, more than {MAX_HEADER:,},")
             with safe_open(path, framework="np"):  # tensors fit their dtypes and shapes, and fill the file exactly
-                length = int.from_bytes(file.read(8), "little")
-            raw = file.read(length)
+                raw = file.read(length)
+            if Identity.of(os.stat(path)) != identity:
+                raise _changed(path)
     except FileNotFoundError:
         raise DalleError(f"expected an artifact, found no such file: {path}; check the path") from None
     except OSError as error:
         raise DalleError(f"expected a readable artifact, found {error.strerror}: {path}") from None
     except SafetensorError as error:
         reason = " ".join(str(error).split()).rpartition("header: ")[2][:100]
-        raise _broken(path, f"{size} bytes that are cut short or not safetensors ({reason})") from None
-    return _parse_json(path, raw, "a header"), 8 + length
+        found = f"{identity.size} bytes that are cut short or not safetensors ({reason})"
+        raise _broken(path, found) from None
+    return _parse_json(path, raw, "a header"), 8 + length, identity
 
 
 def _parse_json(path: Path, raw: bytes | str, what: str) -> dict[str, Any]:
-    """A JSON object without repeated keys, whose text is all valid Unicode."""
     try:
-        value = json.loads(raw, object_pairs_hook=_unique_keys)
-        if isinstance(value, dict) and not _too_deep(value, MAX_DEPTH):
-            json.dumps(value, ensure_ascii=False).encode()
-            return value
-    except (ValueError, RecursionError):  # a JSONDecodeError and a UnicodeEncodeError are ValueErrors
-        pass
-    raise _broken(path, f"{what} that is not a JSON object")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(table := dict(pairs)) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return table
-
-
-def _too_deep(value: object, left: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return left == 0 or any(_too_deep(v, left - 1) for v in inner)
+        return strict_json.parse(raw)
+    except ValueError as error:
+        raise _broken(path, f"{what} that is not a JSON object ({one_line(str(error), 100)})") from None
 
 
 def _tensor_info(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo:
     shape = tuple(entry["shape"])
-    if len(shape) > MAX_DIMENSIONS or math.prod(n for n in shape if n) >= MAX_NUMBERS:
+    if (
+        len(shape) > MAX_DIMENSIONS
+        or max(shape, default=0) >= MAX_NUMBERS
+        or math.prod(n for n in shape if n) >= MAX_NUMBERS
+    ):
         raise _broken(path, f"an impossible shape of tensor {name[:60]!r}")
     return TensorInfo(entry["dtype"], shape, base + entry["data_offsets"][0])
 
@@ -144,6 +174,8 @@ def _check_columns(path: Path, kind: Kind, tensors: dict[str, TensorInfo]) -> No
             found = "nothing" if info is None else f"{info.dtype} {list(info.shape)}"
             wanted = f"{' or '.join(column.dtypes)} of {column.ndim} dimensions"
             raise _broken(path, f"{found} where {kind.name}.{name} must be {wanted}")
+        if 0 in info.shape[1:]:
+            raise _broken(path, f"{list(info.shape)} where rows of {kind.name}.{name} cannot be empty")
         if column.channels not in (None, *info.shape[1:2]):
             raise _broken(path, f"{list(info.shape)} where {kind.name}.{name} has {column.channels} channels")
     rows = tensors[kind.main].shape[0]
@@ -175,7 +207,7 @@ def _parse_metadata(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     if version > VERSION:
         raise DalleError(f"expected artifact version {VERSION} or older, found {version}: {path}; upgrade dalle-cli")
     if kind not in KINDS:
-        raise DalleError(f"expected a known kind, found {kind!r}: {path}; upgrade dalle-cli")
+        raise DalleError(f"expected a known kind, found {kind[:60]!r}: {path}; upgrade dalle-cli")
     return {"kind": kind, "version": version, "config": config, "history": history}
 
 
@@ -193,12 +225,14 @@ def read_header(path: Path) -> Header:
     Raises:
         DalleError: no such file, not an artifact, truncated, inconsistent offsets, dtypes or shapes, unknown kind.
     """
-    header, base = _read_json(path)
+    header, base, identity = _read_json(path)
     meta = _parse_metadata(path, header)
     tensors = {n: _tensor_info(path, n, entry, base) for n, entry in header.items() if n != "__metadata__"}
     if KINDS[meta["kind"]].rows:
+        if base > MAX_ROWS_HEADER:
+            raise _broken(path, f"a header of {base:,} bytes, more than {MAX_ROWS_HEADER:,} of {meta['kind']},")
         _check_columns(path, KINDS[meta["kind"]], tensors)
-    return Header(path=path, tensors=tensors, **meta)
+    return Header(path=path, tensors=tensors, identity=identity, **meta)
 
 
 def metadata(kind: str, config: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -284,9 +318,18 @@ def digest_bytes(data: bytes) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file in hex, read in blocks."""
+    """SHA-256 of a file in hex, read in blocks.
+
+    Raises:
+        OSError: no such file, or no access.
+        DalleError: it is something else than a file.
+    """
+    with open_regular(path) as file:
+        return _digest(file)
+
+
+def _digest(file: BinaryIO) -> str:
     digest, block = hashlib.sha256(), memoryview(bytearray(1 << 18))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(block[:size])
+    while size := file.readinto(block):  # type: ignore[attr-defined]  # an unbuffered file has it
+        digest.update(block[:size])
     return digest.hexdigest()

@@ -2,13 +2,17 @@
 
 import io
 import mmap
+import os
 import sys
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from dalle_cli.artifacts.regular import open_regular
 from dalle_cli.errors import DalleError
 
 # A private mapping that reserves no memory: it may be larger than the machine's, and no write reaches the file.
@@ -21,12 +25,18 @@ LINE = 1 << 12  # the longest line of a pickle
 class Region:
     """`size` bytes of the file at `path` from `start` on; `name` is what error messages call it."""
 
-    def __init__(self, path: Path, name: str = "", start: int = 0, size: int | None = None):
-        """Raises: DalleError if the file cannot be read, or is empty."""
+    def __init__(
+        self, path: Path, name: str = "", start: int = 0, size: int | None = None, file: BinaryIO | None = None
+    ):
+        """`file` is the opened file, if it is open already.
+
+        Raises:
+            DalleError: the file cannot be read, or is empty.
+        """
         self.path, self.name = path, name or path.name
         try:
-            with open(path, "rb") as file:
-                there = file.seek(0, 2)
+            with open_regular(path) if file is None else nullcontext(file) as file:
+                there = os.fstat(file.fileno()).st_size
                 self.start, self.size = start, there - start if size is None else size
                 if self.size <= 0 or self.start + self.size > there:
                     raise self.damaged(f"only {max(there - start, 0)} bytes")

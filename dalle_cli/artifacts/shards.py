@@ -5,10 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dalle_cli.artifacts.container import SHARDS, check_replaceable, read_header, write_artifact
+from dalle_cli.artifacts.container import MAX_SHARDS, SHARDS, check_replaceable, read_header, write_artifact
 from dalle_cli.errors import DalleError
-
-MAX_SHARDS = 99_999
 
 
 def _check_folder(out: Path, kind: str) -> None:

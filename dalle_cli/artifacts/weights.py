@@ -146,12 +146,23 @@ def load_tensors(artifact: Artifact, device: str = "cpu") -> dict[str, Tensor]:
     """Every tensor of a one-file artifact, on `device`; 8-bit matrices become float32.
 
     Raises:
-        DalleError: a scale does not fit its 8-bit matrix.
+        DalleError: a scale does not fit its 8-bit matrix, a dtype is unknown, or the file was changed.
     """
     from safetensors.torch import load_file
 
+    _check_dtypes(artifact)
     _check_scales(artifact)
-    return _dequantize(load_file(str(artifact.headers[0].path), device=device))
+    with artifact.headers[0].open():
+        tensors = load_file(str(artifact.headers[0].path), device=device)
+    artifact.headers[0].open().close()  # still the same file
+    return _dequantize(tensors)
+
+
+def _check_dtypes(artifact: Artifact) -> None:
+    for name, info in artifact.headers[0].tensors.items():
+        if info.dtype not in DTYPES:
+            wanted, found = ", ".join(DTYPES), f"{name[:60]!r} of {info.dtype} in {artifact.path}"
+            raise DalleError(f"expected tensors of {wanted}, found {found}; convert it")
 
 
 def _check_scales(artifact: Artifact) -> None:
@@ -178,8 +189,9 @@ def load_into(
     """
     check_fit(module, artifact)
     _check_scales(artifact)
-    stored, region = artifact.headers[0].tensors, Region(artifact.headers[0].path)
-    with open(artifact.headers[0].path, "rb", buffering=0) as file:
+    stored = artifact.headers[0].tensors
+    with artifact.headers[0].open() as file:
+        region = Region(artifact.headers[0].path, file=file)
 
         def read(info: TensorInfo) -> Tensor:
             """A tensor: mapped if it is aligned as torch's own are, else read."""
@@ -188,9 +200,12 @@ def load_into(
                 return region.tensor(info.start, dtype, info.shape)
             tensor = torch.empty(info.shape, dtype=dtype)
             file.seek(info.start)
-            left = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+            content: Any = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+            left = memoryview(content)
             while left:
-                left = left[file.readinto(left) :]
+                if not (n := file.readinto(left)):  # type: ignore[attr-defined]  # an unbuffered file has it
+                    raise DalleError(f"expected a whole file, found one that was cut: {artifact.path}; run again")
+                left = left[n:]
             return tensor
 
         tensors = {}
@@ -212,6 +227,7 @@ def check_fit(module: torch.nn.Module, artifact: Artifact) -> None:
     Raises:
         DalleError: a tensor is missing, unknown, or of another shape.
     """
+    _check_dtypes(artifact)
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     stored = {name: info.shape for name, info in artifact.headers[0].tensors.items() if not name.endswith(SCALE)}
     for name in sorted(own.keys() | stored.keys()):
@@ -219,5 +235,5 @@ def check_fit(module: torch.nn.Module, artifact: Artifact) -> None:
         if wanted != shape:
             found = "nothing" if shape is None else list(shape)
             due = "no such tensor" if wanted is None else list(wanted)
-            where = f"{found} for {name} instead of {due} in {artifact.path}"
+            where = f"{found} for {name[:60]} instead of {due} in {artifact.path}"
             raise DalleError(f"expected the weights that the header describes, found {where}")

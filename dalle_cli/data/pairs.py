@@ -4,6 +4,7 @@ Shapes: B batch, T caption length, H W code grid, D embedding width. Both artifa
 copied.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any
@@ -17,6 +18,8 @@ from dalle_cli.errors import DalleError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+MAX_VOCABULARY = 1 << 20
+BLOCK = 1 << 26  # bytes of a column that are checked at once
 Uniform = npt.NDArray[np.float64]
 
 
@@ -59,13 +62,13 @@ class Pairs:
                 f"expected captions and {latents.kind} of the same images, found no id in common ({example}); "
                 "make both from one data set"
             )
-        self._caption_sizes = (captions.require("n_text", int),), captions.require("n_vocab", int)
-        _check(captions, captions.array("tokens")[:0], *self._caption_sizes)
+        self._caption_sizes = (captions.require("n_text", int),), vocabulary(captions)
+        _check_captions(captions, *self._caption_sizes)
         if latents.kind == "embeddings":
             self._check_encoder()
         else:
-            self._code_sizes = (latents.require("grid", int),) * 2, latents.require("n_vocab", int)
-            _check(latents, latents.array("codes")[:0], *self._code_sizes)
+            self._code_sizes = (latents.require("grid", int),) * 2, vocabulary(latents)
+            _check_column(latents, "codes", *self._code_sizes)
         self._captions, self._latents = RowsById(caption_ids, self.ids), RowsById(latent_ids, self.ids)
         self.normalized = True
         self.unmatched = len(set(latent_ids) ^ set(caption_ids))
@@ -93,14 +96,11 @@ class Pairs:
     def tokens(self, rows: Ints) -> tuple[npt.NDArray[Any], Ints]:
         """Captions of these rows: tokens (B, T) int64 and lengths (B,) int64."""
         tokens = np.asarray(self.captions.array("tokens")[rows]).astype(np.int64)
-        _check(self.captions, tokens, *self._caption_sizes)
         return tokens, np.asarray(self.captions.array("lengths")[rows]).astype(np.int64)
 
     def codes(self, rows: Ints) -> Ints:
         """Codes of these rows: (B, H, W) int64."""
-        codes = np.asarray(self.latents.array("codes")[rows]).astype(np.int64)
-        _check(self.latents, codes, *self._code_sizes)
-        return codes
+        return np.asarray(self.latents.array("codes")[rows]).astype(np.int64)
 
     @property
     def width(self) -> int:
@@ -148,10 +148,9 @@ class Conditions:
         self._embedding_rows = RowsById(ids, names)
         self._caption_rows = RowsById([] if captions is None else captions.strings("ids"), names)
         self.n_text = 0 if captions is None else captions.require("n_text", int)
-        self.n_vocab = 0 if captions is None else captions.require("n_vocab", int)
-        if captions is not None and captions.array("tokens").shape[1:] != (self.n_text,):
-            found = f"{captions.array('tokens').shape[1:]} in {captions.path}"
-            raise DalleError(f"expected captions of {self.n_text} tokens, found {found}; make them again")
+        self.n_vocab = 0 if captions is None else vocabulary(captions)
+        if captions is not None:
+            _check_captions(captions, (self.n_text,), self.n_vocab)
 
     @property
     def width(self) -> int:
@@ -188,8 +187,6 @@ class Conditions:
             rows = self._caption_rows.pick(places[captioned], picks[captioned, 1])
             tokens[captioned] = self.captions.array("tokens")[rows]
             lengths[captioned] = self.captions.array("lengths")[rows]
-        if tokens.size and tokens.max() >= self.n_vocab:
-            raise DalleError(f"expected tokens below {self.n_vocab}, found {tokens.max()}; make the captions again")
         return embeddings, tokens, lengths
 
 
@@ -202,10 +199,36 @@ def _embeddings(source: Artifact, rows: Ints, normalized: bool) -> Floats:
     return np.asarray(z / length) if normalized else z
 
 
-def _check(source: Artifact, rows: Ints, shape: tuple[int, ...], n_vocab: int) -> None:
-    """Raises: DalleError if rows differ from what the header says of them."""
-    if rows.shape[1:] != shape or (rows.size and not 0 <= rows.min() <= rows.max() < n_vocab):
-        found = f"{rows.shape[1:]} up to {rows.max(initial=0)}"
-        raise DalleError(
-            f"expected {source.kind} {shape} below {n_vocab}, found {found} in {source.path}; make it again"
-        )
+def vocabulary(source: Artifact) -> int:
+    """How many different tokens or codes an artifact's header says that there are.
+
+    Raises:
+        DalleError: the header has no such number, or one that no vocabulary has.
+    """
+    n = source.require("n_vocab", int)
+    if not 1 <= n <= MAX_VOCABULARY:
+        raise DalleError(f"expected n_vocab from 1 to {MAX_VOCABULARY}, found {n} in {source.path}; make it again")
+    return n
+
+
+def _check_captions(captions: Artifact, shape: tuple[int, ...], n_vocab: int) -> None:
+    _check_column(captions, "tokens", shape, n_vocab)
+    _check_column(captions, "lengths", (), shape[0] + 1)
+
+
+def _check_column(source: Artifact, name: str, shape: tuple[int, ...], limit: int) -> None:
+    """Read a whole column, before hours of training. It costs less than the file's digest, which is computed, too.
+
+    Raises:
+        DalleError: rows of another shape than the header says, or numbers that are not below `limit`.
+    """
+    column = source.array(name)
+    if column.shape[1:] == shape:
+        rows = max(1, BLOCK // max(1, column.dtype.itemsize * math.prod(shape)))
+        blocks = (column[at : at + rows] for at in range(0, len(column), rows))
+        if all(block.min() >= 0 and block.max() < limit for block in blocks):
+            return
+    raise DalleError(
+        f"expected {name} {list(shape)} below {limit}, found {list(column.shape[1:])} or larger numbers in "
+        f"{source.path}; make it again"
+    )

@@ -16,6 +16,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -27,12 +28,15 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from dalle_cli.errors import DalleError
+from dalle_cli.artifacts.regular import read_regular
+from dalle_cli.data import tokenizer_kinds
+from dalle_cli.errors import DalleError, one_line
 
 BYTES = 256
 Tokens = NDArray[np.uint16] | NDArray[np.int32]
 
 _NOT_UNICODE = "expected text in UTF-8, found other bytes; check its encoding"
+_NO_TOKENS = "expected text that the tokenizer can encode, found {}; check the text and the tokenizer"
 _LONGEST = 1024  # bytes of a word; the cost of _merge grows with the square
 _CHUNK = 4096  # captions encoded at once; the library's objects are some 50 times as large as the tokens
 
@@ -76,9 +80,11 @@ def load(path: str | Path) -> "Tokenizer":
         DalleError: no such file, or not a tokenizer.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read_regular(path, tokenizer_kinds.MAX_BYTES)
     except OSError as error:
         raise DalleError(f"expected a tokenizer JSON at {path}, found {error.strerror}; check the path") from None
+    except DalleError as error:
+        raise DalleError(f"expected a tokenizer JSON at {path}: {error}") from None
     try:
         return Tokenizer(data)
     except DalleError as error:
@@ -111,6 +117,19 @@ def pad(
     return tokens, lengths, n_cut
 
 
+@contextmanager
+def _one_line(message: str) -> Iterator[None]:
+    """Raise whatever the library does, even where it panics, as an error of one line."""
+    try:
+        yield
+    except (UnicodeEncodeError, TypeError):
+        raise DalleError(_NOT_UNICODE) from None
+    except BaseException as error:  # it raises a bare Exception, or a PanicException, which is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DalleError(message.format(one_line(str(error), 200))) from None
+
+
 def _surrounding(library: Library) -> tuple[list[int], list[int]]:
     """The tokens that a tokenizer's post-processor writes before and after a text."""
     one = Library(models.WordLevel({"x": 0}, unk_token="x")).encode("x")
@@ -125,22 +144,17 @@ class Tokenizer:
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.digest = hashlib.sha256(data).hexdigest()
-        try:
+        content = tokenizer_kinds.check(data)
+        with _one_line("expected a tokenizer JSON, found {}; make one with train-tokenizer"):
             self._library = Library.from_str(data.decode())
-        except Exception as error:  # the library raises a bare Exception
-            reason = " ".join(str(error).split())
-            raise DalleError(f"expected a tokenizer JSON, found {reason}; make one with train-tokenizer") from error
-        self._fill = int((self._library.padding or {}).get("pad_id", 0))
-        keeps_last = self._library.truncation is not None
-        self._library.no_padding()
-        self._library.no_truncation()
-        self.surrounding = self._before, self._after = _surrounding(self._library)  # tokens before and after each text
-        self._last = self._after if keeps_last else []
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens."""
-        return int(self._library.get_vocab_size())
+            self._library.no_padding()
+            self._library.no_truncation()
+            self.surrounding = self._before, self._after = _surrounding(self._library)  # tokens around each text
+            self.vocab_size = 1 + max(self._library.get_vocab().values())  # numbers may have gaps
+        self._fill = int((content.get("padding") or {}).get("pad_id", 0))
+        self._last = self._after if content.get("truncation") else []
+        if (largest := max(self._fill, *self._before, *self._after, 0)) >= self.vocab_size:
+            raise DalleError(f"expected special tokens below {self.vocab_size}, found {largest}; correct the tokenizer")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Texts -> tokens of any length, with those that the tokenizer writes before and after each text.
@@ -150,10 +164,8 @@ class Tokenizer:
         """
         out: list[list[int]] = []
         for i in range(0, len(texts), _CHUNK):
-            try:
+            with _one_line(_NO_TOKENS):
                 encodings = self._library.encode_batch_fast(list(texts[i : i + _CHUNK]), add_special_tokens=False)
-            except (UnicodeEncodeError, TypeError):
-                raise DalleError(_NOT_UNICODE) from None
             out.extend([*self._before, *encoding.ids, *self._after] for encoding in encodings)
         return out
 
@@ -167,7 +179,9 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         """Tokens -> text without special tokens; bytes that are not UTF-8, as at a cut, become U+FFFD."""
         special = {*self._before, *self._after}
-        return str(self._library.decode([int(t) for t in tokens if int(t) not in special], skip_special_tokens=True))
+        with _one_line("expected tokens that can be decoded, found {}; check the tokenizer"):
+            ids = [int(t) for t in tokens if int(t) not in special]
+            return str(self._library.decode(ids, skip_special_tokens=True))
 
     def encode_dropout(self, text: str, p: float, rng: np.random.Generator, length: int = sys.maxsize) -> list[int]:
         """Text -> at most `length` tokens with BPE dropout (Provilkov et al. 2020, algorithm 1).
@@ -192,11 +206,9 @@ class Tokenizer:
 
     def _words(self, text: str) -> list[str]:
         """The words of a text, each byte as the character that represents it in the vocabulary."""
-        try:
+        with _one_line(_NO_TOKENS):
             normalized = self._library.normalizer.normalize_str(text)
-        except (UnicodeEncodeError, TypeError):
-            raise DalleError(_NOT_UNICODE) from None
-        return [word for word, _ in self._library.pre_tokenizer.pre_tokenize_str(normalized)]
+            return [word for word, _ in self._library.pre_tokenizer.pre_tokenize_str(normalized)]
 
     @cached_property
     def _tables(self) -> tuple[dict[str, int], dict[tuple[int, int], int], list[int]]:

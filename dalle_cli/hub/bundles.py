@@ -4,6 +4,7 @@ import filecmp
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from dalle_cli.artifacts import Artifact, digest_file, open_artifact
@@ -152,7 +153,7 @@ def files_of(folder: Path, force: bool) -> list[Path]:
     for file in (file for file in files if file.suffix == ".json"):
         try:
             json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DalleError(f"expected JSON, found {error}: {file}; make it again") from None
     return files
 
@@ -185,8 +186,9 @@ def find_tokenizer(digest: str, *folders: Path) -> Path:
     """
     candidates = [path for folder in dict.fromkeys(folders) for path in sorted(folder.glob("*.json"))]
     for path in candidates:
-        if digest_file(path) == digest:
-            return path
+        with suppress(OSError, DalleError):  # a link to nowhere, a folder, a pipe
+            if digest_file(path) == digest:
+                return path
     found = ", ".join(str(path) for path in candidates) or "no .json file"
     where = " or ".join(str(folder) for folder in dict.fromkeys(folders))
     raise DalleError(f"expected the tokenizer of sha256 {digest[:12]} in {where}, found {found}; copy it there")

@@ -14,12 +14,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dalle_cli import __version__
 from dalle_cli.artifacts import digest_file
 from dalle_cli.artifacts.container import read_header, replace_file
-from dalle_cli.errors import DalleError
+from dalle_cli.errors import DalleError, one_line
+from dalle_cli.hub import answers
+from dalle_cli.hub.answers import COMMIT, DIGEST
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -30,8 +32,6 @@ SCHEME = "hf://"
 BUNDLE_FILE = re.compile(r"[\w][\w .()+=,-]*\.(safetensors|json)|README\.md|(LICENSE|NOTICE)(\.md|\.txt)?")
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 REVISION = re.compile(r"\w(?!.*\.\.)[\w./+-]*")  # no "..": it becomes a path in the cache
-COMMIT = re.compile(r"[0-9a-f]{40}")
-DIGEST = re.compile(r"([0-9a-f]{40}|[0-9a-f]{64})?")
 checked: dict[Path, str] = {}  # the SHA-256 of each file that has been found to have the hub's
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
@@ -152,9 +152,15 @@ def get(snapshot: Snapshot, name: str) -> Path:
 def _get(snapshot: Snapshot, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    path = snapshot.folder / name
+    path, size = snapshot.folder / name, snapshot.sizes[name]
     if not path.is_file():
-        hf_hub_download(snapshot.repository.name, name, revision=snapshot.commit)
+        answers.guard()
+        with answers.sensible(), answers.bodies_up_to(size):
+            hf_hub_download(snapshot.repository.name, name, revision=snapshot.commit)
+        if not path.is_file():
+            raise ValueError(f"{name} of another commit")
+    if size not in (0, found := path.stat().st_size):
+        raise DalleError(f"expected {name} of {size:,} bytes in {snapshot.repository}, found {found:,}; check the hub")
     _check(snapshot, name, path)
     return path
 
@@ -185,21 +191,34 @@ def _download(snapshot: Snapshot, kinds: Sequence[str]) -> Fetched:
 def _resolve(repository: Repository) -> Snapshot:
     """List the files of a repository: by the hub or, without a connection, by the cache."""
     try:
-        info = library().model_info(repository.name, revision=repository.revision, files_metadata=True)
+        with answers.sensible():
+            info = library().model_info(repository.name, revision=repository.revision, files_metadata=True)
+            files: Any = info.siblings
+            listed = [(f.rfilename, (f.lfs.sha256 if f.lfs else f.blob_id) or "", f.size or 0) for f in files]
+            return _listed(repository, info.sha, listed)
     except _faults() as error:
-        snapshot = None if isinstance(error, ValueError) or 0 < _status(error) < 500 else _cached(repository)
-        if snapshot is None:
+        nonsense = isinstance(error, (ValueError, answers.BadAnswer))
+        if nonsense or 0 < _status(error) < 500 or not (snapshot := _cached(repository)):
             raise
         reason, commit = _explain(repository, error)[0], snapshot.commit[:7]
         log.info("%s: %s, using the copy in the cache (commit %s)", repository, reason, commit)
         return snapshot
-    files = info.siblings or ()
-    digests = {file.rfilename: (file.lfs.sha256 if file.lfs else file.blob_id) or "" for file in files}
-    wrong = [digest for digest in digests.values() if not DIGEST.fullmatch(digest)]
-    if wrong or not COMMIT.fullmatch(info.sha or ""):  # they become paths in the cache
-        found = wrong[0] if wrong else info.sha
-        raise DalleError(f"expected digests in hex from {repository}, found {found!r}; check HF_ENDPOINT")
-    return Snapshot(repository, str(info.sha), digests, {file.rfilename: file.size or 0 for file in files})
+
+
+def _listed(repository: Repository, commit: object, files: Sequence[tuple[Any, Any, Any]]) -> Snapshot:
+    """A commit and the name, digest and size of each file, checked: they become paths and sizes."""
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+        raise DalleError(f"expected digests in hex from {repository}, found {commit!r:.100}; check HF_ENDPOINT")
+    if len(files) > answers.MAX_FILES:
+        raise DalleError(f"expected at most {answers.MAX_FILES:,} files in {repository}, found {len(files):,}")
+    files = [file for file in files if answers.is_plain(file[0])]  # others are no files of a bundle
+    for name, digest, size in files:
+        if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
+            raise DalleError(f"expected digests in hex from {repository}, found {digest!r:.100}; check HF_ENDPOINT")
+        if not answers.is_size(size):
+            raise DalleError(f"expected the size of {name} in {repository}, found {size!r:.100}; check HF_ENDPOINT")
+    digests, sizes = ({name: (digest, size)[i] for name, digest, size in files} for i in (0, 1))
+    return Snapshot(repository, commit, digests, sizes)
 
 
 def _cached(repository: Repository) -> Snapshot | None:
@@ -231,7 +250,8 @@ def _kind(snapshot: Snapshot, name: str) -> str:
     try:
         if path.is_file():
             return read_header(path).kind
-        found = library().parse_safetensors_file_metadata(snapshot.repository.name, name, revision=snapshot.commit)
+        with answers.sensible():
+            found = library().parse_safetensors_file_metadata(snapshot.repository.name, name, revision=snapshot.commit)
         return str(json.loads(found.metadata["dalle"])["kind"])
     except DalleError:
         _check(snapshot, name, path)
@@ -307,6 +327,7 @@ def library() -> "HfApi":
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if not os.isatty(2):
         disable_progress_bars()
+    answers.guard()
     return HfApi(library_name="dalle", library_version=__version__)
 
 
@@ -341,6 +362,7 @@ def _explain(repository: Repository, error: BaseException) -> tuple[str, str]:
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__
     status, message = _status(error), next((line for line in str(error).splitlines() if line), type(error).__name__)
+    message = one_line(message, 300)
     network = "check the network and run again; files that have arrived are kept"
     known = (
         (errors.GatedRepoError, "that it is gated", f"ask for access on its page, then {LOG_IN}"),
@@ -355,6 +377,6 @@ def _explain(repository: Repository, error: BaseException) -> tuple[str, str]:
         return f"that the token is refused (status {status})", f"{LOG_IN}, with a token that may do this"
     if status:
         return f"status {status} ({message})", "try again later"
-    if isinstance(error, ValueError):
+    if isinstance(error, (ValueError, answers.BadAnswer)):
         return f"an answer that makes no sense ({message})", "check the name and HF_ENDPOINT"
     return f"{'an error' if type(error) is OSError else 'no connection'} ({message})", network

@@ -23,7 +23,7 @@ BLOCK = 1 << 24
 LARGE = 10_000_000  # bytes of a file whose fetching is worth a message
 MAX_FILES = 100_000
 MAX_RATIO = 100  # by which a gzip archive may grow: weights hardly shrink
-NAME = re.compile(r"(?!.*(^|/)\.)[^\\\0:]+")  # no hidden file, no "..", nothing absolute on any system
+NAME = re.compile(r"(?!/)(?!.*(^|/)(\.|/|$))[^\\\0:]+")  # no hidden file, no "..", nothing absolute on any system
 
 
 class OpenedSource:

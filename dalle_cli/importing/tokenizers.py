@@ -14,6 +14,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Library
 
 from dalle_cli.data.tokenizer import Tokenizer
+from dalle_cli.data.tokenizer_rules import ASCII, CLIP_WORDS, FOREIGN, MINI_RULES, SPACE, WHITE, YTTM_BLANKS
 from dalle_cli.errors import DalleError
 
 log = logging.getLogger("dalle_cli")
@@ -21,31 +22,8 @@ log = logging.getLogger("dalle_cli")
 Merges = list[tuple[str, str]]
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-CLIP_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"""
 CLIP_MERGES = 49152 - 256 - 2  # of the merges in OpenAI's file, which has more
-SPACE = "\u2581"  # how YouTokenToMe writes the blank before a word
 YTTM_NAMES = ("<UNK>", "<PAD>", "<BOS>", "<EOS>")
-
-# Stand-ins for letters and signs that do not become ASCII when their accents are taken off.
-ASCII = {
-    "[\u2018\u2019\u02bc\u2032]": "'", "[\u201c-\u201f\u00ab\u00bb\u2033]": '"', "[\u2010-\u2015\u2212]": "-",
-    "ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "ł": "l", "þ": "th", "ı": "i",
-}  # fmt: skip
-# DALL-E mini's rules for captions in the publisher's order, but those that need a list of words or of emoji.
-MINI_RULES = (
-    (r"\A\s*\[\d+\]|\[\d+\]\s*\z", ""),  # a footnote's number
-    (r"<[^<]+?>", " "), (r"http\S+", ""),
-    (r"(?<=\d),(?=\d{3})", ""), (r"(?<=\d),(?=\d{3})", ""),  # twice, as there
-    (r"(?<=\w)-(?=\w)", " "),
-    ("%", " % "), ("&", " & "), (r"\$", " $ "), (r"\*", " * "),
-    (r"[_#\\]", " "),
-    (r"(?!'(?:[stdm]|ll|re|ve)\b)['\"`]", ' " '),
-    (r"(?<!\d)/|/(?!\d)|(?<!\w)\.|\.(?!\w)|[()\[\],|:;?!=+~\-{}]", ","),
-    (r"(\D)\1{2,}(?=\1)", ""),  # a character four times or more becomes one
-    (r'(?:\s*"+\s*)+', ' " '),
-    (r"(?:\s*,+\s*)+", ", "),
-    (r"\s+", " "), (r"\A\s*,?\s*|\s*,?\s*\z", ""),
-)  # fmt: skip
 
 
 def clip_bpe(data: bytes, length: int) -> bytes:
@@ -90,7 +68,7 @@ def _clip(vocab: dict[str, int], merges: Merges, length: int) -> bytes:
     library = _bpe(vocab, merges, unk_token=END, end_of_word_suffix="</w>")
     library.add_special_tokens([START, END])
     library.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        [normalizers.NFC(), normalizers.Replace(Regex(WHITE), " "), normalizers.Lowercase()]
     )
     words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
     library.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False)])
@@ -115,7 +93,7 @@ def bart_bpe(vocab: bytes, merges: bytes, length: int) -> bytes:
     library.add_special_tokens([token for token in ("<s>", "<pad>", "</s>", "<unk>") if token in table])
     to_ascii = [normalizers.Replace(Regex(pattern), text) for pattern, text in ASCII.items()]
     rules = [normalizers.Replace(Regex(pattern), text) for pattern, text in MINI_RULES]
-    foreign = normalizers.Replace(Regex(r"[^\s!-~]+"), "")
+    foreign = normalizers.Replace(Regex(FOREIGN), "")
     plain = [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
     library.normalizer = normalizers.Sequence([*plain, *to_ascii, foreign, *rules])
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -165,7 +143,7 @@ def youtokentome(data: bytes, bos: bool = True) -> bytes:
         log.warning("tokens with the same text as another, which are not used: %d", len(texts) + 4 - len(vocab))
     library = _bpe(vocab, merges, unk_token="<UNK>", fuse_unk=True)
     library.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip()])
-    blanks = pre_tokenizers.Split(Regex(f"[\\t-\\r {SPACE}]+"), behavior="removed")
+    blanks = pre_tokenizers.Split(Regex(YTTM_BLANKS), behavior="removed")
     library.pre_tokenizer = pre_tokenizers.Sequence([blanks, pre_tokenizers.Metaspace(SPACE, "always")])
     library.decoder = decoders.Metaspace(SPACE, "always")
     library.post_processor = _surround(vocab, "<BOS>" if bos else "", "<EOS>")
@@ -176,7 +154,7 @@ def _vocabulary(data: bytes, *needed: str) -> dict[str, int]:
     """The tokens of a `vocab.json`. Raises: DalleError if it is no such file, or one of `needed` is missing."""
     try:
         table = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         table = None
     if not isinstance(table, dict) or not all(type(id_) is int and id_ >= 0 for id_ in table.values()):
         raise DalleError("expected a vocab.json of tokens and their numbers, found another file; check it")

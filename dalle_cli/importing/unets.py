@@ -182,4 +182,4 @@ def _concatenated(*parts: Tensor) -> Tensor:
 
 def _token_major(rows: Tensor, width: int) -> Tensor:
     """Rows by channel, then token, to rows by token, then channel: (K n, ...) -> (n K, ...)."""
-    return rows.unflatten(0, (width, -1)).transpose(0, 1).flatten(0, 1)
+    return rows.view(width, -1, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)

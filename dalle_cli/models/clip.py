@@ -60,6 +60,10 @@ class CLIPConfig:
     def __post_init__(self) -> None:
         for name in ("pixel_mean", "pixel_std"):  # TOML and JSON only know lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
+            if len(getattr(self, name)) != 3:
+                raise DalleError(f"expected clip.{name} of 3 channels, found {getattr(self, name)}; correct it")
+        if min(self.pixel_std) <= 0:
+            raise DalleError(f"expected clip.pixel_std above 0, found {self.pixel_std}; correct it")
         for name, size in vars(self).items():
             least = 0 if name in ("vision_layers", "vision_hidden") else 1
             if isinstance(size, int) and size < least:

@@ -53,6 +53,10 @@ class NoData:
         """One row to train on, none held out."""
         return np.zeros(1, np.int64), np.zeros(0, np.int64)
 
+    def unnormalized(self) -> "NoData":
+        """The same: there are no embeddings."""
+        return self
+
 
 class Unmeasured:
     """A task that keeps the initial statistics of its training embeddings, for a workload has none."""
@@ -187,7 +191,10 @@ def _embedding_prior(config: Any, train: EmbeddingPriorTrain) -> Workload:
 
     def batch(n: int) -> Batch:
         z_t, z_i, noise = torch.nn.functional.normalize(torch.randn(3, n, config.n_embedding), dim=-1)
-        read = (*_captions(n, config.n_text_vocab, config.n_text), z_t, z_i)
+        captions, lengths = _captions(n, config.n_text_vocab, config.n_text)
+        if diffusion and config.captions == "states":
+            captions = torch.randn(n, config.n_text, config.text_width)
+        read = (captions, lengths, z_t, z_i)
         return (*read, torch.randint(0, config.n_timestep, (n,)), noise) if diffusion else read
 
     cls: Any = SyntheticDiffusionPrior if diffusion else SyntheticAutoregressivePrior

@@ -16,6 +16,7 @@ from dalle_cli.artifacts import Artifact
 from dalle_cli.artifacts.weights import stored_as
 from dalle_cli.devices import Arithmetic, compiled, keep_freed_memory
 from dalle_cli.errors import DalleError
+from dalle_cli.training import resuming
 from dalle_cli.training.blocks import blocks, recompute, wrap_forward
 from dalle_cli.training.config import TrainConfig
 from dalle_cli.training.distributed import DataParallel, ProcessGroup, ReadsShard, SingleProcess, process_group
@@ -119,15 +120,17 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the last checkpoint, if there is one."""
         found = None
+        scales = self.scales.state() if self.scales else {}
+        fits = resuming.fits(self.model, {name: tuple(tensor.shape) for name, tensor in scales.items()})
 
         def find() -> tuple[bool, float]:
             nonlocal found
             self.run.sweep()
-            found = self.run.latest()
+            found = self.run.latest(fits)
             return found is not None, self.run.rewind_log(found[0] if found else -1)
 
         exists, seconds = self.group.first(find)
-        found = found if self.group.rank == 0 else self.run.latest() if exists else None
+        found = found if self.group.rank == 0 else self.run.latest(fits) if exists else None
         if found is None:
             return
         self.step, tensors = found

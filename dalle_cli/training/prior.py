@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dalle_cli.artifacts import Artifact, open_artifact
 from dalle_cli.data import tokenizer as tokenizers
 from dalle_cli.data.order import Order
-from dalle_cli.data.pairs import Ints, Pairs
+from dalle_cli.data.pairs import Ints, Pairs, vocabulary
 from dalle_cli.data.tokenizer import Tokenizer
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
@@ -294,7 +294,7 @@ def train_prior(
     pairs, inputs = pair_inputs(texts, found, o)
     if found.kind == "embeddings":
         return train_embedding_prior(pairs, inputs, Path(out), o)
-    inputs.sizes |= {"n_image_vocab": found.require("n_vocab", int), "grid": found.require("grid", int)}
+    inputs.sizes |= {"n_image_vocab": vocabulary(found), "grid": found.require("grid", int)}
     stage = TrainingStage(TRAINABLE, out, o, inputs)
     _check_initial_sketch(stage)
     bpe, (read_with, encoder) = None, (inputs.header[name] for name in ("tokenizer", "encoder"))
@@ -302,6 +302,8 @@ def train_prior(
     if stage.train.bpe_dropout:
         bpe = tokenizers.load(tokenizer or bundles.find_tokenizer(read_with, *beside, texts.path.parent))
         bundles.check_digest("tokenizer", bpe.digest, read_with, texts.path)
+        if bpe.vocab_size != (n := inputs.sizes["n_text_vocab"]):
+            raise DalleError(f"expected captions of {bpe.vocab_size} tokens, found {n} in {texts.path}; tokenize again")
         bpe.encode_dropout("", stage.train.bpe_dropout, np.random.default_rng(0))  # refuses tokenizers that cannot
     dvae = bundles.find_weights(encoder, *beside, found.path.parent)
     return stage.run(lambda: PriorTask(stage.model, stage.train, pairs, bpe, o.seed, dvae))

@@ -6,6 +6,7 @@ leaves finished weights of the same config and inputs alone.
 
 import glob
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable
@@ -20,7 +21,10 @@ from dalle_cli.artifacts.container import check_replaceable
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
 from dalle_cli.errors import DalleError
 from dalle_cli.training.config import TrainConfig, affecting, with_defaults
+from dalle_cli.training.resuming import Fits
 from dalle_cli.training.schedules import same_until
+
+log = logging.getLogger("dalle_cli")
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Run:
             kept = with_defaults(self.train_type, train).items()
             config["train"] = {name: value for name, value in kept if name not in aside | sampling}
             defaults = {name: value for name, value in with_defaults(self.train_type, {}).items() if name in sampling}
-            config["sampling"] = {**defaults, **config.get("sampling", {})}
+            recorded = config.get("sampling", {})
+            config["sampling"] = {**defaults, **recorded} if isinstance(recorded, dict) else recorded
         return json.loads(json.dumps(config))  # type: ignore[no-any-return]  # tuples are lists in JSON
 
     def _same_so_far(self, artifact: Artifact, config: dict[str, Any], step: int) -> bool:
@@ -80,7 +85,10 @@ class Run:
         theirs = {**recorded, **end, "steps": recorded["steps"]}
         now = {**recorded, **end}
         ends = {"train": now, "sampling": self.config.get("sampling", {})}
-        return self._same(artifact, {**config, **ends}) and same_until(step, theirs, now)
+        try:
+            return self._same(artifact, {**config, **ends}) and same_until(step, theirs, now)
+        except (TypeError, ValueError, ArithmeticError):  # settings that are no numbers
+            return False
 
     def check(self) -> None:
         """Raises: DalleError if the output path holds something else than weights of this kind."""
@@ -131,8 +139,8 @@ class Run:
         """Whether a checkpoint's file holds all tensors, and not only those that are never sharded."""
         return any(name.startswith("model/") for name in names)
 
-    def latest(self) -> tuple[int, dict[str, Tensor]] | None:
-        """The last readable checkpoint of this run: its number of updates, and its tensors.
+    def latest(self, fits: Fits = lambda shapes, whole: True) -> tuple[int, dict[str, Tensor]] | None:
+        """The last checkpoint of this run that can be read and `fits`: its number of updates, and its tensors.
 
         Raises:
             DalleError: the checkpoints are those of another config or other inputs.
@@ -140,13 +148,20 @@ class Run:
         for path in reversed(self.checkpoints()):
             try:
                 found = open_artifact(path, "checkpoint")
+                step = found.require("step", int)
             except DalleError:
                 continue  # a damaged file: the checkpoint before it serves
-            if not self.is_whole(found.headers[0].tensors) and not path.with_suffix(".shards").is_dir():
+            whole = self.is_whole(found.headers[0].tensors)
+            if not whole and not path.with_suffix(".shards").is_dir():
                 continue
-            config, step = dict(found.config), found.require("step", int)
-            config.pop("step")
-            if self._same(found, config) or self._same_so_far(found, config, step):
+            shapes = {name: info.shape for name, info in found.headers[0].tensors.items()}
+            config = {name: value for name, value in found.config.items() if name != "step"}
+            named = path == self.checkpoint(step)
+            same = named and (self._same(found, config) or self._same_so_far(found, config, step))
+            if not named or (same and not fits(shapes, whole)):
+                log.warning("a checkpoint that does not fit the model, which is left out: %s", path)
+                continue
+            if same:
                 return step, load_tensors(found)
             state = "a finished" if step == found.require("train", dict).get("steps") else "an unfinished"
             raise DalleError(
@@ -201,7 +216,7 @@ class Run:
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # a kill cut this line short
             if isinstance(row, dict) and row.get("step", step) <= step:
                 rows.append(row)

@@ -14,7 +14,7 @@ from dalle_cli.artifacts import Artifact, history
 from dalle_cli.data.datasets import Dataset, open_dataset
 from dalle_cli.data.exclude import exclude_digest, read_exclude_list
 from dalle_cli.data.filters import Filters
-from dalle_cli.data.pairs import Pairs
+from dalle_cli.data.pairs import Pairs, vocabulary
 from dalle_cli.data.skips import SkipLog
 from dalle_cli.devices import arithmetic, rank
 from dalle_cli.paths import skip_list
@@ -77,7 +77,7 @@ def pair_inputs(captions: Artifact, latents: Artifact, options: TrainingOptions)
         console.note(
             f"{len(pairs)} images have captions and {latents.kind}; {pairs.unmatched} have only one and are left out"
         )
-    sizes = {"n_text_vocab": captions.require("n_vocab", int), "n_text": captions.require("n_text", int)}
+    sizes = {"n_text_vocab": vocabulary(captions), "n_text": captions.require("n_text", int)}
     header = {"tokenizer": captions.require("tokenizer", str), "encoder": latents.require("encoder", str)}
     inputs: dict[str, Artifact | str] = {"captions": captions, latents.kind: latents, **exclude_digest(gone)}
     return pairs.exclude(gone), StageInputs(inputs, sizes, header)

@@ -105,6 +105,31 @@ def test_training_writes_them_down_and_only_the_weights_follow(chain, tmp_path):
         assert f"expected {name}" in run_bad(*training(chain, "prior", out, "--set", f"prior.train.{name}=-1"))
 
 
+def test_weights_of_before_the_table_get_one_from_their_last_checkpoint(chain, tmp_path):
+    """What was among the training settings is read no more."""
+    out = copy_run(chain.prior, tmp_path)
+    for path in (out, *(tmp_path / "prior.run").glob("checkpoint-*.safetensors")):
+        found = open_artifact(path)
+        config = {name: value for name, value in found.config.items() if name != "sampling"}
+        config["train"] = {**config["train"], "guidance": 4.0, "temperature": 0.5}
+        save_tensors(path, found.kind, load_tensors(found), config, found.history, force=True)
+    result = run_cli(*training(chain, "prior", out, "--set", "prior.train.guidance=4"))
+    assert "resuming from update" in result.stderr
+    made = open_artifact(out).config
+    assert (made["sampling"]["guidance"], made["sampling"]["temperature"]) == (4, 1)
+    assert made["train"].keys() & {"guidance", "temperature"} == set()
+
+
+def test_a_fine_tuned_prior_keeps_the_defaults_that_its_recipe_does_not_set(chain, tmp_path):
+    begin = told(chain.prior, tmp_path / "begin.safetensors", guidance=4.0, temperature=0.5, top_k=7)
+    out, quick = tmp_path / "prior.safetensors", ("--set", "prior.train.steps=1", "--set", "prior.train.lr=0")
+    run_ok(*training(chain, "prior", out, "--init", begin, *quick, "--set", "prior.train.guidance=2"))
+    made = open_artifact(out).config["sampling"]
+    assert made == {"guidance": 2, "temperature": 0.5, "top_k": 7, "sketch_guidance": 1}
+    told(begin, begin, steps=5)
+    assert "expected guidance, sketch_guidance" in run_bad(*training(chain, "prior", out, "--init", begin, *quick))
+
+
 def test_a_temperature_of_a_dvae_is_of_its_training(chain, tmp_path):
     """By another one the checkpoints are of another run."""
     out = copy_run(chain.dvae, tmp_path)

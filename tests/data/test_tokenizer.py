@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from dalle_cli.data import tokenizer
 from dalle_cli.errors import DalleError
@@ -212,8 +212,9 @@ def test_dropout_refuses_other_kinds_of_tokenizers():
 
 def surrounded(truncation, pad=0, before="<s> ", after=" </s>"):
     """A tokenizer of single letters with `<s>` 5 and `</s>` 6 around a text."""
-    library = Library(models.WordLevel({"a": 1, "b": 2, "c": 3, "?": 4, "<s>": 5, "</s>": 6}, unk_token="?"))
-    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library = Library(models.BPE({"a": 1, "b": 2, "c": 3, "?": 4, "<s>": 5, "</s>": 6}, [], unk_token="?"))
+    library.normalizer = normalizers.Lowercase()
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     library.add_special_tokens(["<s>", "</s>"])
     library.post_processor = processors.TemplateProcessing(
         single=f"{before}$A{after}", special_tokens=[("<s>", 5), ("</s>", 6)]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,29 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Result, run_bad, run_cli, run_ok, start
-from hub_server import GOOD, POOR, Handler, Hub
+from conftest import run_bad, run_cli, run_ok, start
+from hub_server import GOOD, POOR, Handler
+from hub_worker import NOWHERE, alone
 
 from dalle_cli.artifacts import open_artifact, write_artifact
 from dalle_cli.artifacts.container import read_header
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles, card, transfer
 
+pytest_plugins = "hub_worker"
 ROOT = Path(__file__).parents[2]
 TOKENIZER = b'{"version": "1.0"}'
 LARGE = 24 << 20  # bytes: huggingface-hub writes to disk in steps of 10 MiB
-
-# huggingface-hub reads its environment once, when it is imported: commands run in one process that has the right one.
-WORKER = """
-import json, sys
-from conftest import run_cli
-from dalle_cli.hub import transfer
-for line in sys.stdin:
-    given = json.loads(line)
-    transfer._resolve.cache_clear()
-    transfer._kind.cache_clear()
-    print(json.dumps(run_cli(*given["args"], env=given["env"])), flush=True)
-"""
 
 
 def weights(path, kind, size=64, **config):
@@ -59,103 +48,8 @@ def read(folder):
 
 
 @pytest.fixture(scope="module")
-def server():
-    running = Hub()
-    yield running
-    running.stop()
-
-
-@pytest.fixture(scope="module")
-def environment(server, tmp_path_factory):
-    """The environment of commands that talk to the server, with a cache of their own."""
-    home = tmp_path_factory.mktemp("home")
-    names = (
-        "HF_TOKEN",
-        "HF_HUB_CACHE",
-        "HF_HUB_OFFLINE",
-        "HUGGING_FACE_HUB_TOKEN",
-        "DALLE_MODEL",
-        "TRANSFORMERS_OFFLINE",
-    )
-    kept = {name: value for name, value in os.environ.items() if name not in names}
-    path = os.pathsep.join(filter(None, (str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH"))))
-    ours = {"HF_HOME": str(home), "HF_ENDPOINT": server.endpoint, "HF_HUB_DISABLE_XET": "1", "no_proxy": "*"}
-    return {**kept, **ours, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-
-
-@pytest.fixture(scope="module")
-def worker(environment):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", WORKER], env=environment, **pipes) as process:
-        yield process
-        process.stdin.close()
-
-
-@pytest.fixture
-def dalle(worker):
-    """`dalle ARGS` where the server is the hub; of `token`, if any."""
-
-    def run(*args, token=""):
-        worker.stdin.write(json.dumps({"args": [str(a) for a in args], "env": {"HF_TOKEN": token}}) + "\n")
-        worker.stdin.flush()
-        return Result(*json.loads(worker.stdout.readline()))
-
-    return run
-
-
-@pytest.fixture
-def good(dalle):
-    def run(*args, token=""):
-        result = dalle(*args, token=token)
-        assert result.status == 0, result.stderr
-        return result.stdout.removesuffix("\n")
-
-    return run
-
-
-@pytest.fixture
-def bad(dalle):
-    """A command that must fail in one line: the line."""
-
-    def run(*args, token=""):
-        result = dalle(*args, token=token)
-        assert result.status == 1, result
-        assert result.stdout == ""
-        (line,) = result.stderr.splitlines()
-        assert line.startswith("dalle: error: expected ")
-        assert ", found " in line
-        assert "; " in line
-        return line
-
-    return run
-
-
-@pytest.fixture
-def quiet(server):
-    """The server, with an empty log and without faults."""
-    server.log.clear()
-    server.served.clear()
-    server.leaked.clear()
-    server.stalled.clear()
-    yield server
-    for faults in (server.changed, server.cut, server.stall):
-        faults.clear()
-    server.status, server.reset = 0, False
-
-
-@pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     return plant(tmp_path_factory.mktemp("planted") / "model")
-
-
-def alone(environment, *args, **more):
-    """`dalle ARGS` in a process of its own."""
-    process = start(*args, env={**environment, **more})
-    out, err = process.communicate(timeout=60)
-    return Result(process.returncode, out, err)
-
-
-NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # where nobody listens
 
 
 # Fetching

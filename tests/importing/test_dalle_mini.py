@@ -1,12 +1,8 @@
 """DALL-E mini and mega: min-dalle's own modules against ours, both formats, the published sizes, and the command."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import karlo_publication
@@ -31,32 +27,14 @@ from dalle_cli.pipelines.scoring import BY
 from dalle_cli.sampling.autoregressive import sample_codes
 from dalle_cli.sampling.categorical import CategoricalOptions
 
-VQGAN_SIZES = VQGANConfig(
-    width=32, multipliers=(1, 1, 1, 1, 1), depth=1, n_latent=8, n_embd=6, n_vocab=SIZES["n_codes"], pixels="unit"
-)
 MEGA = {"n_layer": 24, "n_head": 32, "n_embd": 2048, "n_hid": 4096, "n_text_vocab": 50272}
 GREEDY = CategoricalOptions(top_k=1, guidance_scale=GUIDANCE)
-
-
-def words() -> dict[str, int]:
-    """A vocabulary of a few letters, with BART's special tokens in their places."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    names = ["<s>", "<pad>", "</s>", "<unk>", "Ġ", *letters, *("Ġ" + c for c in letters[:20]), "Ġre", "Ġred"]
-    return {name: i for i, name in enumerate(names)}
 
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory) -> Path:
     """A folder as of kuprel/min-dalle with small models, and `expected.pt`."""
-    folder = tmp_path_factory.mktemp("min-dalle")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, min_dalle_files.__file__, str(folder)], env=env, check=True)
-    (folder / "vocab_mini.json").write_text(json.dumps(words()))
-    (folder / "merges_mini.txt").write_text("#version: 0.2\nĠ r\nĠr e\nĠre d\n")
-    torch.manual_seed(1)
-    decoder = VQGAN(replace(VQGAN_SIZES, encoder=False)).state_dict()
-    torch.save({name.removeprefix("quantize."): t.contiguous() for name, t in decoder.items()}, folder / "detoker.pt")
-    return folder
+    return min_dalle_files.publish(tmp_path_factory.mktemp("min-dalle"))
 
 
 def planned(folder: Path, tmp_path: Path):
@@ -206,9 +184,9 @@ def flax(published, tmp_path_factory) -> Path:
     config = {"image_vocab_size": SIZES["n_codes"], "decoder_attention_heads": SIZES["heads"], "sinkhorn_iters": 1}
     (folder / "config.json").write_text(json.dumps(config))
     merges = [["Ġ", "r"], ["Ġr", "e"], ["Ġre", "d"]]
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words(), "merges": merges}}))
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": min_dalle_files.words(), "merges": merges}}))
     torch.manual_seed(2)
-    codec = VQGAN(VQGAN_SIZES)
+    codec = VQGAN(min_dalle_files.vqgan_sizes())
     detoker = torch.load(published / "detoker.pt")
     own = {
         name: detoker.get(name, detoker.get(name.removeprefix("quantize."), t))

@@ -208,6 +208,29 @@ def test_guidance(soft):
     assert differs(painted(soft, SamplerConfig(4, guidance=3.0), **nulls), null) <= 1
 
 
+def test_guidance_of_a_decoder_of_states():
+    """It is relative to the null caption given, the states and z_t of "", beside a null embedding."""
+    sizes = {"captions": "states", "text_width": 10, "prediction": "x_start"}
+    model = randomized(Decoder(config(**sizes)), scale=0.2).eval()
+    null = CaptionBatch(randn(1, 5, 10, seed=3), torch.tensor([2]), randn(1, 6, seed=4))
+    captions = CaptionBatch(randn(3, 5, 10), torch.full((3,), 4), randn(3, 6, seed=2), null)
+    other = null._replace(text=null.text + 1, z_t=null.z_t - 1)
+
+    def sampled(captions, guidance, given=None):
+        noise = row_noise(5, range(3), "decoder")
+        return sample_images(model, randn(3, 6, seed=6), captions, SamplerConfig(4, guidance=guidance), noise, given)
+
+    none = torch.zeros(3, dtype=torch.bool)
+    of_null = CaptionBatch(*captions.nulls[:3], null)
+    torch.testing.assert_close(sampled(captions, 0.0), sampled(of_null, 1.0, none), rtol=0, atol=1e-5)
+    plain, guided = sampled(captions, 1.0), sampled(captions, 3.0)
+    assert (guided - plain).abs().max() > 0.05
+    for part in ({"text": other.text}, {"z_t": other.z_t}, {"lengths": null.lengths + 1}):
+        changed = captions._replace(null=null._replace(**part))
+        assert torch.equal(sampled(changed, 1.0), plain)
+        assert (sampled(changed, 3.0) - guided).abs().max() > 1e-3, part
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 1.0), ("dpm++", 0.0), ("heun", 0.0)])
 def test_a_picture_does_not_depend_on_its_batch(soft, sampler, eta, guidance):

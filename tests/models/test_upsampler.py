@@ -85,6 +85,33 @@ def test_pictures_of_any_size_whatever_the_batch():
         assert (other[0] - whole[1]).abs().max() > 0.03
 
 
+@pytest.mark.parametrize(("sampler", "spacing"), [("ddpm", "linspace"), ("ddim", None), ("heun", None)])
+def test_a_network_of_its_own_for_the_last_step(sampler, spacing):
+    """It is called at the last timestep alone, and it counts."""
+    model, seen = randomized(Upsampler(config(last=True)), scale=0.2).eval(), []
+    low, noise = (randn(2, 3, 4, 4) / 2).clamp(-1, 1), row_noise(0, range(2), "upsampler")
+    model.register_forward_pre_hook(lambda _, given: seen.append((float(given[1][0]), given[4])))
+    how = SamplerConfig(5, sampler, spacing=spacing)
+    whole = upsample(model, low, how, noise)
+    end = how.timesteps(unet_process(model.config).schedule).timesteps[-1]
+    assert [last for t, last in seen] == [t == pytest.approx(end) for t, _ in seen]
+    assert {last for _, last in seen} == {True, False}
+    model.last = None
+    assert (upsample(model, low, how, noise) - whole).abs().max() > 0.03
+
+
+def test_the_enlarged_image_is_not_clamped_where_the_config_says_so():
+    low, noise = 3 * randn(2, 3, 4, 4), row_noise(0, range(2), "upsampler")
+    for clamp in (True, False):
+        model, seen = randomized(Upsampler(config(clamp=clamp, low_noise=0.5)), scale=0.2).eval(), []
+        model.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[2]))
+        upsample(model, low, SamplerConfig(1), noise)
+        torch.testing.assert_close(seen[0], enlarge(low, 4, clamp))
+        assert (seen[0].abs().max() > 2) == (not clamp)
+        upsample(model, low, SamplerConfig(1), noise, 0.1)
+        assert (seen[1] - seen[0]).std() < 0.2  # noised, but the same
+
+
 def test_chains():
     sizes = {"width": 8, "multipliers": (1,), "groups": 4}
     two, four, sixteen = (UpsamplerConfig(image_size=b, low_size=a, **sizes) for a, b in ((8, 16), (16, 64), (8, 128)))

@@ -1,19 +1,16 @@
-"""The decoder of a bundle: sampled as its weights say, its latents decoded, against Kandinsky's pipeline."""
+"""The decoder of a bundle: sampled as its weights say; commands with a decoder of latents."""
 
 import numpy as np
 import pytest
-import torch
 from conftest import run_bad, run_ok
 from kandinsky_publication import SIDE, WIDTH, components, publish
 from PIL import Image
 
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors, save_tensors
-from dalle_cli.devices import arithmetic
-from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.options import DecoderOptions
-from dalle_cli.pipelines import ImageDecoder, load
+from dalle_cli.pipelines import load
 from dalle_cli.pipelines.decoder import decoder_config, upsampler_config
 from dalle_cli.sampling.decoder import SamplerConfig
 
@@ -50,55 +47,16 @@ def test_an_upsampler_is_sampled_as_its_weights_say():
 
 @pytest.fixture(scope="module")
 def kandinsky(tmp_path_factory):
-    parts, folder = components(), tmp_path_factory.mktemp("kandinsky")
-    run_ok("import", publish(parts, folder / "published"), "-o", folder / "bundle")
-    return parts, folder / "bundle"
-
-
-def opened(bundle, **options):
-    return ImageDecoder(str(bundle), arithmetic("cpu", "float32"), DecoderOptions(**options), 3)
-
-
-def as_published(parts, z, null, numbers, steps, monkeypatch):
-    """What `KandinskyV22Pipeline` does after the prior, with our noise: (B, D) -> images (B, 3, S, S) in [-1, 1]."""
-    from diffusers.schedulers import scheduling_ddpm
-
-    noise, scheduler, shape = row_noise(3, numbers, "decoder"), parts["scheduler"], (4, SIDE, SIDE)
-    scheduler.set_timesteps(steps)
-    x, both = noise(0, shape), torch.cat([null.expand_as(z), z])
-    for i, t in enumerate(scheduler.timesteps):
-        monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, i=i, **__: noise(i + 1, shape))
-        output = parts["unet"](torch.cat([x, x]), t, None, added_cond_kwargs={"image_embeds": both}).sample
-        epsilon_null, epsilon = output[:, :4].chunk(2)
-        x = scheduler.step(epsilon_null + 4 * (epsilon - epsilon_null), t, x).prev_sample
-    return parts["movq"].decode(x, force_not_quantize=True).sample
-
-
-@torch.no_grad()
-def test_latents_are_sampled_and_decoded_as_kandinskys(kandinsky, monkeypatch):
-    parts, bundle = kandinsky
-    z = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
-    decoder = opened(bundle, decoder_steps=6)
-    null = decoder.decoder.null_embedding
-    expected = as_published(parts, z, null, [4, 7], 6, monkeypatch)
-    found = torch.from_numpy(decoder.decode_small(z, [4, 7]))
-    assert found.shape == (2, 3, 2 * SIDE, 2 * SIDE)
-    assert (decoder.small_size, decoder.size) == (2 * SIDE, 2 * SIDE)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
-    assert expected.std() > 0.1
-    for other in ({"decoder_guidance": 1.0}, {"decoder_sampler": "ddim"}):
-        changed = torch.from_numpy(opened(bundle, decoder_steps=6, **other).decode_small(z, [4, 7]))
-        assert (changed - expected).abs().max() > 0.05
-    pixels = decoder.decode(z, [4, 7])
-    assert pixels.dtype == np.uint8
-    assert np.abs(pixels - ((expected + 1) * 127.5).clamp(0, 255).numpy()).max() <= 1
+    folder = tmp_path_factory.mktemp("kandinsky")
+    run_ok("import", publish(components(), folder / "published"), "-o", folder / "bundle")
+    return folder / "bundle"
 
 
 def test_commands_with_a_decoder_of_latents(kandinsky, tmp_path):
-    _, bundle = kandinsky
-    out = ("-m", bundle, "-o", tmp_path / "a.png", "--images", tmp_path / "a.safetensors")
+    out = ("-m", kandinsky, "-o", tmp_path / "a.png", "--images", tmp_path / "a.safetensors")
     run_ok("generate", PROMPT, "-n", 3, "--keep", 1, "--steps", 2, "--decoder-steps", 3, *out)
-    sampled, made = open_artifact(tmp_path / "a.safetensors").history[-2:]
+    by_stage = {entry["stage"]: entry for entry in open_artifact(tmp_path / "a.safetensors").history}
+    sampled, made = by_stage["sample"], by_stage["generate"]
     assert (sampled["options"]["guidance"], made["options"]["decoder_guidance"]) == (4.0, 4.0)
     assert made["inputs"].keys() == {"decoder", "autoencoder", "clip"}
     assert made["options"].keys() & {"upsampler_steps", "ranked_size"} == set()
@@ -108,17 +66,16 @@ def test_commands_with_a_decoder_of_latents(kandinsky, tmp_path):
     made = open_artifact(tmp_path / "a.safetensors")
     assert made.array("images").shape == (3, 3, 2 * SIDE, 2 * SIDE)
     assert "autoencoder" in made.history[-1]["inputs"]
-    assert load(str(bundle)).decode(np.ones((1, WIDTH), np.float32), decoder_steps=1).shape[-1] == 2 * SIDE
+    assert load(str(kandinsky)).decode(np.ones((1, WIDTH), np.float32), decoder_steps=1).shape[-1] == 2 * SIDE
 
 
 def test_an_autoencoder_that_is_missing_or_of_other_latents(kandinsky, tmp_path):
-    _, bundle = kandinsky
-    for path in bundle.iterdir():
+    for path in kandinsky.iterdir():
         if path.name != "autoencoder.safetensors":
             (tmp_path / path.name).symlink_to(path)
     command = ("generate", PROMPT, "-m", tmp_path, "-o", tmp_path / "a.png")
     assert "expected weights.autoencoder, found none" in run_bad(*command)
-    theirs = open_artifact(bundle / "autoencoder.safetensors")
+    theirs = open_artifact(kandinsky / "autoencoder.safetensors")
     config = {**theirs.config, "model": {**theirs.config["model"], "n_latent": 3}}
     save_tensors(tmp_path / "autoencoder.safetensors", theirs.kind, load_tensors(theirs), config, [])
     assert "autoencoder" in run_bad(*command)
