@@ -150,7 +150,7 @@ def open_artifact(path: Path | str, *kinds: str) -> Artifact:
         DalleError: no such file, not an artifact, broken, incomplete, or of another kind.
     """
     path = Path(path)
-    headers = _open_shards(path) if path.is_dir() else [read_header(path)]
+    headers = _open_shards(path) if path.is_dir() else [read_header(path, keep=True)]
     if kinds and headers[0].kind not in kinds:
         wanted = " or ".join(kinds)
         raise DalleError(f"expected {wanted}, found {headers[0].kind}: {path}; give the file that holds {wanted}")
