@@ -62,7 +62,7 @@ $(VENV)/.ready-dev: $(READY)
 # The packages that bench compares with, in an environment of their own.
 $(PEERS)/.ready: pyproject.toml constraints.txt tests/bench/constraints.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install -q $(PINS) -e . transformers matplotlib setuptools \
+	$(PEERS)/bin/python -m pip install -q $(PINS) -e . transformers diffusers matplotlib setuptools \
 		attrs requests emoji einops axial-positional-embedding rotary-embedding-torch torchmetrics
 	$(PEERS)/bin/python -m pip install -q $(PINS) --no-deps DALLE-pytorch DALL-E dalle2-pytorch torch-fidelity min-dalle
 	touch $@

@@ -22,7 +22,6 @@ def explain() -> None:
         return
     import ctypes
 
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def end(number: int) -> None:
         try:
             found = next(_cut(), "one that was cut or cannot be read")
@@ -34,8 +33,9 @@ def explain() -> None:
     library = ctypes.CDLL(None)
     library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
     library.signal.restype = ctypes.c_void_p
-    library.signal(signal.SIGBUS, ctypes.cast(end, ctypes.c_void_p))
-    _kept.append(end)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    library.signal(signal.SIGBUS, ctypes.cast(handler, ctypes.c_void_p))
+    _kept.append(handler)
 
 
 def _cut() -> Iterator[str]:

@@ -22,6 +22,12 @@ MINI_SIZES = {
     "n_image_vocab": 16384, "grid": 16,
 }  # fmt: skip
 QUICK_MINI_SIZES = {**MINI_SIZES, "n_layer": 2, "n_embd": 128, "n_head": 2, "n_hid": 200, "n_text_vocab": 300}
+# Karlo's decoder, named as DecoderConfig has them.
+KARLO_SIZES = {
+    "image_size": 64, "width": 320, "multipliers": [1, 2, 3, 4], "depth": 3, "attention": [32, 16, 8],
+    "n_embedding": 768, "context_width": 1536, "head_width": 64,
+}  # fmt: skip
+QUICK_KARLO_SIZES = {**KARLO_SIZES, "width": 32, "context_width": 64, "n_embedding": 16, "head_width": 16}
 DVAE_SIZES = {"image_size": 64, "n_hid": 64, "n_vocab": 2048, "batch": 32}
 QUICK_DVAE_SIZES = {**DVAE_SIZES, "n_hid": 16, "batch": 2}
 GRIDS = (16, 32, 64)  # of one layer's attention by itself
@@ -198,20 +204,17 @@ def unclip(quick: bool) -> list[Case]:
 def published(quick: bool) -> list[Case]:
     """Cases of models at their published sizes, with random weights, beside the publishers' own code."""
     peer, sizes = "bench.peers.min_dalle", QUICK_MINI_SIZES if quick else MINI_SIZES
-    small: dict[str, Any] = {"width": 32, "multipliers": (1, 1, 1, 1, 1)} if quick else {}
-    drawn = {"sizes": sizes, "batch": 1}
+    shown: dict[str, Any] = {"batch": 1, "sizes": {"width": 32, "multipliers": (1, 1, 1, 1, 1)} if quick else {}}
+    drawn, karlo = {"sizes": sizes, "batch": 1}, {"sizes": QUICK_KARLO_SIZES if quick else KARLO_SIZES}
     return [
+        Case("karlo/ours", "bench.karlo", "unet", "rows", karlo),
+        Case("karlo/diffusers", "bench.karlo", "diffusers_unet", "rows", karlo),
+        Case("karlo/diffusers-float32", "bench.karlo", "diffusers_unet", "rows", {**karlo, "dtype": "float32"}),
         Case("mini/ours", "bench.published", "codes", "codes", drawn),
         Case("mini/ours-float32", "bench.published", "codes", "codes", {**drawn, "dtype": "float32"}),
         Case("mini/min-dalle", peer, "codes", "codes", drawn),
         *(
-            Case(
-                f"mini-pixels/ours-{dtype}",
-                "bench.published",
-                "pixels",
-                "pictures",
-                {"batch": 1, "dtype": dtype, **small},
-            )
+            Case(f"mini-pixels/ours-{dtype}", "bench.published", "pixels", "pictures", {**shown, "dtype": dtype})
             for dtype in ARITHMETICS
         ),
         Case("mini-pixels/min-dalle", peer, "pixels", "pictures", {"batch": 1}),
@@ -323,8 +326,10 @@ def unclip_ratios() -> list[Ratio]:
 def published_ratios() -> list[Ratio]:
     """The same for published models."""
     pixels = tuple(f"mini-pixels/ours-{dtype}" for dtype in ARITHMETICS)
-    what = "DALL-E mini at full size, guided"
+    what, peers = "DALL-E mini at full size, guided", ("karlo/diffusers", "karlo/diffusers-float32")
     return [
+        Ratio("Karlo's U-Net, a guided call: rows/s over diffusers", "rate", "karlo/ours", peers, 1.2),
+        Ratio("Karlo's U-Net, a guided call: memory over diffusers", "memory", "karlo/ours", peers, 1.0),
         Ratio(f"{what}: codes/s over min-dalle", "rate", "mini/ours", ("mini/min-dalle",), 2.0),
         Ratio(f"{what}, float32: codes/s over min-dalle", "rate", "mini/ours-float32", ("mini/min-dalle",), None),
         Ratio(f"{what}: matrices read over the copy's rate", "bandwidth", "mini/ours", ("copy",), None),

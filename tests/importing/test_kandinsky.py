@@ -5,9 +5,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from artifact_files import array
 from conftest import run_bad, run_ok
 from kandinsky_publication import SIDE, components, publish
-from karlo_publication import WIDTH
+from karlo_publication import WIDTH, publish_eclipse
 from tensor_lists import check_covers, n_parameters, published_shapes
 
 from dalle_cli import pipelines
@@ -173,6 +174,18 @@ def test_inversion_is_in_latents(bundle):
     assert other > 0.5
 
 
+def test_commands(bundle, tmp_path):
+    """Generate ranks by the publication's own CLIP; vary starts from its embedding of an image."""
+    image, kept, varied = tmp_path / "a.png", tmp_path / "a.safetensors", tmp_path / "b.png"
+    few = ("--decoder-steps", 3, "--no-terminal", "-m", bundle)
+    run_ok("generate", PROMPT, "-n", 2, "--keep", 1, "-o", image, "--images", kept, "--steps", 2, *few)
+    assert array(kept, "images").shape == (1, 3, 2 * SIDE, 2 * SIDE)
+    (clip,) = [made["inputs"]["clip"] for made in open_artifact(kept).history if made["stage"] == "generate"]
+    assert clip == weights(bundle, "clip").digest
+    run_ok("vary", image, "-n", 1, "-o", varied, *few)
+    assert image.read_bytes() != varied.read_bytes()
+
+
 def test_every_tensor_of_the_movq():
     shapes = published_shapes("kandinsky22_movq")
     assert n_parameters(shapes) == 67_832_495
@@ -204,3 +217,13 @@ def test_half_of_the_files(published, tmp_path):
         shutil.copytree(published[1] / name, tmp_path / "half" / name)
     assert "expected text_encoder/config.json" in run_bad("import", tmp_path / "half", "-o", tmp_path / "made")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_prior_in_its_place(published, bundle, tmp_path):
+    """ECLIPSE's, of one pass; the CLIP that it names comes from the same files as the decoder's."""
+    parts, source = published
+    eclipse, out = publish_eclipse(parts["prior"], tmp_path / "eclipse"), tmp_path / "made"
+    run_ok("import", source, "--prior", eclipse, "-o", out)
+    assert weights(out, "prior").config["encoder"] == weights(out, "clip").digest == weights(bundle, "clip").digest
+    assert sampling_defaults(weights(out, "prior"))["steps"] == 1
+    run_ok("generate", PROMPT, "-n", 1, "-m", out, "--decoder-steps", 2, "-o", tmp_path / "x.png")

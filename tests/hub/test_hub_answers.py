@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 from hub_server import Handler
-from test_hub import bad, dalle, environment, good, planted, quiet, read, server, worker  # noqa: F401  # fixtures
+from test_hub import planted, read  # noqa: F401  # a fixture
 
 from dalle_cli.hub import answers
+
+pytest_plugins = "hub_worker"
 
 SHA = "0" * 40
 
