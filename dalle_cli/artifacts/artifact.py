@@ -117,7 +117,7 @@ class Artifact:
     def digest(self) -> str:
         """SHA-256 of the file; of a folder, SHA-256 of its shards' digests in order."""
         digests = [header.digest() for header in self.headers]
-        return digests[0] if len(digests) == 1 and self.path.is_file() else digest_bytes("".join(digests).encode())
+        return digests[0] if self.headers[0].path == self.path else digest_bytes("".join(digests).encode())
 
 
 def _layout(header: Header) -> dict[str, tuple[str, tuple[int, ...]]]:
