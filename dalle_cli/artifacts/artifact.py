@@ -117,7 +117,7 @@ class Artifact:
     def digest(self) -> str:
         """SHA-256 of the file; of a folder, SHA-256 of its shards' digests in order."""
         digests = [header.digest() for header in self.headers]
-        return digests[0] if len(digests) == 1 and self.path.is_file() else digest_bytes("".join(digests).encode())
+        return digests[0] if self.headers[0].path == self.path else digest_bytes("".join(digests).encode())
 
 
 def _layout(header: Header) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -150,7 +150,7 @@ def open_artifact(path: Path | str, *kinds: str) -> Artifact:
         DalleError: no such file, not an artifact, broken, incomplete, or of another kind.
     """
     path = Path(path)
-    headers = _open_shards(path) if path.is_dir() else [read_header(path)]
+    headers = _open_shards(path) if path.is_dir() else [read_header(path, keep=True)]
     if kinds and headers[0].kind not in kinds:
         wanted = " or ".join(kinds)
         raise DalleError(f"expected {wanted}, found {headers[0].kind}: {path}; give the file that holds {wanted}")

@@ -10,7 +10,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from dalle_cli.artifacts import strict_json
 from dalle_cli.artifacts.kinds import KINDS, VERSION, Kind
-from dalle_cli.artifacts.regular import Identity, open_regular
+from dalle_cli.artifacts.regular import Identity, Kept, open_regular
 from dalle_cli.artifacts.strings import Strings
 from dalle_cli.errors import DalleError, one_line
 
@@ -54,6 +54,12 @@ class Header:
     history: list[dict[str, Any]]
     tensors: dict[str, TensorInfo]
     identity: Identity
+    kept: Kept | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def source(self) -> str:
+        """A path of the file that was opened."""
+        return str(self.path) if self.kept is None else self.kept.path
 
     @property
     def table(self) -> Kind:
@@ -84,13 +90,13 @@ class Header:
             return np.memmap(file, dtype=NUMPY[info.dtype], mode="r", offset=info.start, shape=info.shape)
 
     def open(self) -> BinaryIO:
-        """The file, which is still the one whose header this is.
+        """The file whose header this is: the one that was kept open, or else the one at the path.
 
         Raises:
             DalleError: it was replaced or cut since.
         """
         try:
-            file = open_regular(self.path)
+            file = open_regular(self.source)
         except FileNotFoundError:
             raise _changed(self.path) from None
         if Identity.of(os.fstat(file.fileno()))[:3] != self.identity[:3]:
@@ -119,7 +125,7 @@ def _broken(path: Path, found: str) -> DalleError:
     return DalleError(f"expected a whole dalle artifact, found {found} in {path}; make it again")
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], int, Identity]:
+def _read_json(path: Path, keep: bool) -> tuple[dict[str, Any], int, Identity, Kept | None]:
     """The header's JSON, the offset at which the tensors begin, and which file was read."""
     from safetensors import SafetensorError, safe_open
 
@@ -135,6 +141,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, Identity]:
                 raw = file.read(length)
             if Identity.of(os.stat(path)) != identity:
                 raise _changed(path)
+            kept = Kept.of(file) if keep else None
     except FileNotFoundError:
         raise DalleError(f"expected an artifact, found no such file: {path}; check the path") from None
     except OSError as error:
@@ -143,7 +150,7 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int, Identity]:
         reason = " ".join(str(error).split()).rpartition("header: ")[2][:100]
         found = f"{identity.size} bytes that are cut short or not safetensors ({reason})"
         raise _broken(path, found) from None
-    return _parse_json(path, raw, "a header"), 8 + length, identity
+    return _parse_json(path, raw, "a header"), 8 + length, identity, kept
 
 
 def _parse_json(path: Path, raw: bytes | str, what: str) -> dict[str, Any]:
@@ -219,20 +226,20 @@ def _is_entry(value: object) -> bool:
     return isinstance(options, dict) and isinstance(inputs, dict) and all(isinstance(v, str) for v in inputs.values())
 
 
-def read_header(path: Path) -> Header:
-    """Read and check a file's header without reading any tensor.
+def read_header(path: Path, keep: bool = False) -> Header:
+    """Read and check a file's header without reading any tensor; `keep` it open, as long as the header is used.
 
     Raises:
         DalleError: no such file, not an artifact, truncated, inconsistent offsets, dtypes or shapes, unknown kind.
     """
-    header, base, identity = _read_json(path)
+    header, base, identity, kept = _read_json(path, keep)
     meta = _parse_metadata(path, header)
     tensors = {n: _tensor_info(path, n, entry, base) for n, entry in header.items() if n != "__metadata__"}
     if KINDS[meta["kind"]].rows:
         if base > MAX_ROWS_HEADER:
             raise _broken(path, f"a header of {base:,} bytes, more than {MAX_ROWS_HEADER:,} of {meta['kind']},")
         _check_columns(path, KINDS[meta["kind"]], tensors)
-    return Header(path=path, tensors=tensors, identity=identity, **meta)
+    return Header(path=path, tensors=tensors, identity=identity, kept=kept, **meta)
 
 
 def metadata(kind: str, config: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, str]:

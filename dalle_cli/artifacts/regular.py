@@ -3,10 +3,11 @@
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from dalle_cli.errors import DalleError
 
+MOST_KEPT = 256  # of the 1024 that a process may open
 KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
@@ -24,6 +25,33 @@ class Identity(NamedTuple):
     @classmethod
     def of(cls, found: os.stat_result) -> "Identity":
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+class Kept:
+    """A file that stays open, so that what is read later is what was opened, whatever its path names then."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Raises: OSError if too many are open."""
+        self.number = os.dup(file.fileno())
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # another process opens the path
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> "Kept | None":
+        """The file, kept open where the system lets it be opened again, and while few are."""
+        if not os.path.exists("/proc/self/fd") or file.fileno() >= MOST_KEPT:
+            return None
+        return cls(file)
+
+    @property
+    def path(self) -> str:
+        """A path of the file itself."""
+        return f"/proc/self/fd/{self.number}"
 
 
 def open_regular(path: Path | str) -> BinaryIO:

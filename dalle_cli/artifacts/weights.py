@@ -154,7 +154,7 @@ def load_tensors(artifact: Artifact, device: str = "cpu") -> dict[str, Tensor]:
     _check_dtypes(artifact)
     _check_scales(artifact)
     with artifact.headers[0].open():
-        tensors = load_file(str(artifact.headers[0].path), device=device)
+        tensors = load_file(artifact.headers[0].source, device=device)
     artifact.headers[0].open().close()  # still the same file
     return _dequantize(tensors)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import socket
 import struct
@@ -279,7 +280,7 @@ def codes(path, value, rows=4):
 @pytest.mark.parametrize("how", ["replaced", "written again", "cut", "gone"])
 def test_a_file_that_changes_after_it_was_opened(tmp_path, how):
     found = open_artifact(path := codes(tmp_path / "a.safetensors", 1))
-    before = found.array("codes")
+    before, digest = found.array("codes"), digest_file(path)
     if how == "replaced":
         os.replace(codes(tmp_path / "b.safetensors", 2), path)
     elif how == "written again":
@@ -289,13 +290,24 @@ def test_a_file_that_changes_after_it_was_opened(tmp_path, how):
         os.truncate(path, path.stat().st_size - 1)
     else:
         path.unlink()
+    if how in ("replaced", "gone"):  # the file that was opened is read, and named in histories
+        assert found.digest == digest
+        assert found.array("codes").max() == before.max() == 1
+        return
     with pytest.raises(DalleError, match="expected the file that was opened, found a changed one"):
         _ = found.digest
-    if how != "written again":  # which only the digest finds
+    if how == "cut":  # of what is written again only the digest tells
         with pytest.raises(DalleError, match="found a changed one"):
             found.array("codes")
-    if how == "replaced":
-        assert before.max() == 1  # the map is of the file that was opened
+
+
+def test_a_shard_that_changes_after_it_was_opened(tmp_path):
+    codes(path := tmp_path / "00000.safetensors", 1)
+    found = open_artifact(tmp_path)
+    os.replace(codes(tmp_path / "b.safetensors", 2), path)
+    for read in (lambda: found.digest, lambda: found.array("codes")):
+        with pytest.raises(DalleError, match="expected the file that was opened, found a changed one"):
+            read()
 
 
 def test_weights_that_change_after_they_were_opened(chain, tmp_path):
@@ -303,10 +315,15 @@ def test_weights_that_change_after_they_were_opened(chain, tmp_path):
     path.write_bytes(chain.prior.read_bytes())
     found = open_artifact(path)
     path.unlink()
-    path.write_bytes(chain.prior.read_bytes() + b"\0")
+    path.write_bytes(chain.dvae.read_bytes())
+    assert loading.prior(found, torch.device("cpu")).state_dict().keys() == load_tensors(found).keys()
+    again = pickle.loads(pickle.dumps(found))  # another process has the path alone
     for load in (load_tensors, lambda f: loading.prior(f, torch.device("cpu"))):
         with pytest.raises(DalleError, match="found a changed one"):
-            load(found)
+            load(again)
+    os.truncate(path, 100)
+    with pytest.raises(DalleError, match="found a changed one"):
+        load_tensors(again)
 
 
 # Terminals
