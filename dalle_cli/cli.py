@@ -25,7 +25,7 @@ STAGES: dict[str, dict[str, str]] = {
         "overlap": "Find the images of one data set that are in another, too.",
     },
     "Train": {
-        "plan": "Estimate whether a recipe's models fit on a machine, and how long training takes.",
+        "plan": "Estimate memory and time of a recipe's training on a machine, or of sampling with a bundle.",
         "train-dvae": "Train a discrete VAE: images to codes and back.",
         "train-clip": "Train a CLIP, which scores how well an image fits a caption.",
         "train-prior": "Train a prior over codes, or over CLIP embeddings, given captions.",
@@ -151,8 +151,9 @@ def _launched() -> bool:
 
 def main() -> None:
     """Run the command line. Exit status: 0; 1 for a DalleError; 2 for usage; 130 when interrupted."""
-    from dalle_cli import console
+    from dalle_cli import console, cut_files
 
+    cut_files.explain()
     if _launched():
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: else each process warns of its own
     console.show_library_messages()

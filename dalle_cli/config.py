@@ -127,8 +127,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return tuple(_coerce(item, args[0], where) for item in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return float(value)
-    sane = not isinstance(value, (int, float)) or (math.isfinite(value) if hint is float else abs(value) < 2**63)
-    if hint in (int, float, str, bool) and type(value) is hint and sane:
+    if hint is float and type(value) is float and math.isfinite(value):
+        return value
+    if hint in (int, str, bool) and type(value) is hint and (hint is not int or abs(value) < 2**63):
         return value
     name = "a list" if origin is tuple else getattr(hint, "__name__", str(hint))
     raise DalleError(f"expected {name} for {where}, found {value!r}")

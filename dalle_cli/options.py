@@ -35,6 +35,11 @@ def opt(metavar: str | None, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, metavar=metavar, help=text, **more)
 
 
+def sampling_opt(metavar: str, text: str, otherwise: str, **more: Any) -> Any:
+    """An option that the header of weights has a default for: the word for its value, its help, the last default."""
+    return opt(metavar, f"{text} Left out: what the weights say (see `info`), else {otherwise}.", **more)
+
+
 def arg(metavar: str, text: str) -> Any:
     """A positional argument."""
     return typer.Argument(metavar=metavar, help=text)
@@ -137,29 +142,22 @@ OptionalSamples = Annotated[
 ]
 Temperature = Annotated[
     float | None,
-    opt(
-        "X",
-        "Below 1 is safer, above 1 wilder; 0 takes the likeliest. Left out: what the weights say, as `info` shows, "
-        "else 1.",
-        min=0.0,
-    ),
+    sampling_opt("X", "Below 1 is safer, above 1 wilder; 0 takes the likeliest.", "1", min=0.0),
 ]
-TopK = Annotated[int | None, opt("N", "Sample among the N likeliest codes only; 0 = all, the default.", min=0)]
+TopK = Annotated[int | None, sampling_opt("N", "Sample among the N likeliest codes only; 0 = all.", "0", min=0)]
 TopP = Annotated[
-    float | None, opt("X", "Sample among codes of this total probability; 1 = all, the default.", min=0.0, max=1.0)
+    float | None,
+    sampling_opt("X", "Sample among codes of this total probability; 1 = all.", "1", min=0.0, max=1.0),
 ]
 Guidance = Annotated[
     float | None,
-    opt(
-        "X",
-        "Classifier-free guidance; 1 = off. The prior must be trained with captions dropped. Left out: what the "
-        "weights say, as `info` shows, else 1.",
-        min=0.0,
+    sampling_opt(
+        "X", "Classifier-free guidance; 1 = off. The prior must be trained with captions dropped.", "1", min=0.0
     ),
 ]
 SketchGuidance = Annotated[
     float | None,
-    opt("X", "Of a prior with a sketch: the guidance of the sketch. Left out: what the weights say.", min=0.0),
+    sampling_opt("X", "Of a prior with a sketch: the guidance of the sketch.", "1", min=0.0),
 ]
 GuidanceFrom = Annotated[
     float | None, opt("X", "Guide from this share of the grid on, in raster order; else 0.", min=0.0, max=1.0)
@@ -202,8 +200,8 @@ MaskFile = Annotated[
 ClipFile = Annotated[
     str | None, opt("CLIP", "Also embed the captions with this CLIP, for a prior over its embeddings.", "-m", "--model")
 ]
-SamplerName = Annotated[str | None, opt("NAME", "Of a diffusion prior: ddpm (the default), ddim, dpm++ or heun.")]
-SamplerSteps = Annotated[int | None, opt("N", "Of a diffusion prior: steps; else 64, the paper's.", min=1)]
+SamplerName = Annotated[str | None, sampling_opt("NAME", "Of a diffusion prior: ddpm, ddim, dpm++ or heun.", "ddpm")]
+SamplerSteps = Annotated[int | None, sampling_opt("N", "Of a diffusion prior: steps.", "64, the paper's", min=1)]
 LatentsName = Annotated[
     str | None,
     opt(
@@ -212,11 +210,13 @@ LatentsName = Annotated[
         "out.",
     ),
 ]
-DecoderSteps = Annotated[int | None, opt("N", "Of a diffusion decoder: steps; else 20.", min=1)]
-DecoderSampler = Annotated[str | None, opt("NAME", "Of a diffusion decoder: ddpm, ddim, dpm++ (the default) or heun.")]
+DecoderSteps = Annotated[int | None, sampling_opt("N", "Of a diffusion decoder: steps.", "20", min=1)]
+DecoderSampler = Annotated[
+    str | None, sampling_opt("NAME", "Of a diffusion decoder: ddpm, ddim, dpm++ or heun.", "dpm++")
+]
 DecoderGuidance = Annotated[
     float | None,
-    opt("X", "Of a diffusion decoder: guidance towards embedding and caption; 1 = off, the default.", min=0.0),
+    sampling_opt("X", "Of a diffusion decoder: guidance towards embedding and caption; 1 = off.", "1", min=0.0),
 ]
 DecoderEta = Annotated[
     float | None,
@@ -228,10 +228,10 @@ DecoderEta = Annotated[
         max=1.0,
     ),
 ]
-UpsamplerSteps = Annotated[int | None, opt("N", "Steps of each of the bundle's upsamplers; else 10.", min=1)]
+UpsamplerSteps = Annotated[int | None, sampling_opt("N", "Steps of each of the bundle's upsamplers.", "10", min=1)]
 LowNoise = Annotated[
     float | None,
-    opt("X", "Noise on the image that an upsampler enlarges: a share of its timesteps; else as trained for.", min=0.0),
+    sampling_opt("X", "Noise on the image that an upsampler enlarges: a share of its timesteps.", "0", min=0.0),
 ]
 EditSteps = Annotated[int | None, opt("N", "DDIM steps, and as many back to an image's noise; else 50.", min=1)]
 

@@ -121,3 +121,22 @@ def publish(parts, whole, folder):
     whole.save_pretrained(folder / "clip")
     parts["tokenizer"].save_pretrained(folder / "clip")
     return folder / "karlo", folder / "clip"
+
+
+def publish_eclipse(model, folder, width=WIDTH):
+    """A prior's weights in ECLIPSE's layout: no timestep, one position less; of another width, the first columns."""
+    from safetensors.torch import save_file
+
+    tensors = {name: t for name, t in model.state_dict().items() if not name.startswith("time_embedding.")}
+    tensors["positional_embedding"] = tensors["positional_embedding"][:, :-1]
+    for name in ("proj_in.weight", "embedding_proj.weight", "clip_mean", "clip_std"):
+        tensors[name] = tensors[name][:, :width]
+    for name in ("proj_to_clip_embeddings.weight", "proj_to_clip_embeddings.bias"):
+        tensors[name] = tensors[name][:width]
+    folder.mkdir(parents=True)
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, str(folder / "diffusion_pytorch_model.safetensors")
+    )
+    about = {"_class_name": "PriorTransformer", "additional_embeddings": 3, "num_attention_heads": 2}
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder

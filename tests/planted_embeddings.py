@@ -39,4 +39,10 @@ def pairs(folder, n=400, by="z_t", noise=0.3, **facts):
     columns = {"tokens": tokens.astype(np.uint16), "lengths": lengths.astype(np.uint16), "embeddings": z_t}
     write_artifact(captions, "captions", {**columns, "ids": ids, "text": texts}, header, [])
     write_artifact(latents, "embeddings", {"embeddings": z_i, "ids": ids}, {"encoder": CLIP}, [])
-    return Pairs(open_artifact(captions), open_artifact(latents))
+    return opened(folder)
+
+
+def opened(folder):
+    """What `pairs` wrote there."""
+    names = ("captions.safetensors", "embeddings.safetensors")
+    return Pairs(*(open_artifact(folder / name) for name in names))

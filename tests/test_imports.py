@@ -21,7 +21,7 @@ FLOORS = (
     ("sampling", "data", "viz", "hub"),
     ("models", "diffusion"),
     ("options",),
-    ("artifacts", "config", "console", "devices", "paths"),
+    ("artifacts", "config", "console", "cut_files", "devices", "paths"),
     ("errors",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -37,7 +37,7 @@ def open_regular(path: Path | str) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         _check(os.fstat(descriptor), path)
-        return open(descriptor, "rb", buffering=0, closefd=True)  # type: ignore[return-value]  # as a BinaryIO reads
+        return open(descriptor, "rb", buffering=0, closefd=True)
     except BaseException:
         os.close(descriptor)
         raise

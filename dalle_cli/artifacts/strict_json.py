@@ -1,9 +1,10 @@
-"""JSON of strangers: one object, no repeated keys, only finite numbers, valid Unicode, no deep nesting."""
+"""JSON of strangers: one object without repeated keys, deep nesting, numbers beyond 64 bits and broken Unicode."""
 
 import json
 import math
 from typing import Any
 
+DIGITS = 20  # of an integer: enough for any of 64 bits
 MAX_DEPTH = 32  # of tables within tables
 
 
@@ -15,7 +16,7 @@ def parse(raw: bytes | str) -> dict[str, Any]:
     """
     try:
         value = json.loads(
-            raw, object_pairs_hook=_unique_keys, parse_constant=_finite, parse_float=lambda text: _finite(float(text))
+            raw, object_pairs_hook=_unique_keys, parse_constant=_constant, parse_float=_float, parse_int=_int
         )
     except RecursionError:
         raise ValueError("tables nested too deeply") from None
@@ -27,10 +28,20 @@ def parse(raw: bytes | str) -> dict[str, Any]:
     return value
 
 
-def _finite(number: float | str) -> float:
-    if isinstance(number, str) or not math.isfinite(number):
-        raise ValueError("a number that is not finite")
+def _constant(name: str) -> float:
+    raise ValueError(f"{name}, which JSON does not have")
+
+
+def _float(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError("a number that is too large")
     return number
+
+
+def _int(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError("a number that is too large")
+    return int(text)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-BLOCK = 1 << 25  # bytes that are cast and written at once
+BLOCK = 1 << 23  # bytes that are cast and written at once
 ALIGN = 64  # bytes: tensors that begin at a multiple of it can be used where the file is mapped
 
 
@@ -83,6 +83,7 @@ def stream_tensors(
                 digest.update(data)
                 file.write(data)
                 advance(len(data))
+                del tensor, data  # before the next one takes memory
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
@@ -200,7 +201,8 @@ def load_into(
                 return region.tensor(info.start, dtype, info.shape)
             tensor = torch.empty(info.shape, dtype=dtype)
             file.seek(info.start)
-            left = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+            content: Any = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+            left = memoryview(content)
             while left:
                 if not (n := file.readinto(left)):  # type: ignore[attr-defined]  # an unbuffered file has it
                     raise DalleError(f"expected a whole file, found one that was cut: {artifact.path}; run again")
@@ -217,6 +219,8 @@ def load_into(
                 tensors[name] = tensor.to(device, dtype)
             else:
                 tensors[name] = torch.empty_strided(own.shape, own.stride(), dtype=dtype, device=device).copy_(tensor)
+            if tensors[name] is not tensor:
+                region.release()  # what was mapped for the copy
     module.load_state_dict(tensors, assign=True)
 
 

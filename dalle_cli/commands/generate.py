@@ -28,7 +28,12 @@ dalle generate "a tutu radish" -m model/ --latents embeddings -n 64 --keep 8 --d
 
 Keep = Annotated[
     int | None,
-    typer.Option("--keep", min=0, metavar="N", help="Keep the best N per prompt; 0 keeps all; 4 if left out."),
+    typer.Option(
+        "--keep",
+        min=0,
+        metavar="N",
+        help="Keep the best N per prompt; 0 keeps all. Left out: 4, or all where no CLIP ranks them.",
+    ),
 ]
 
 

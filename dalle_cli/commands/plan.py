@@ -1,4 +1,4 @@
-"""`dalle plan`: whether a recipe's models fit on a device, and how long their training takes."""
+"""`dalle plan`: whether a recipe's models fit on a device, and how long training takes; or sampling with a bundle."""
 
 import math
 from collections.abc import Callable
@@ -25,11 +25,14 @@ MEMORY = {  # field of a Memory -> label in the table
 FIRST = ("dvae", "clip", "prior")  # the models of DALL-E
 COLUMNS, WIDTH = 6, 140  # of a table, models and characters
 UNITS = (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("min", 60))
-EXAMPLE = "dalle plan recipes/paper/recipe.toml --device v100-16gb --devices 1024 --pairs 250000000"
+EXAMPLE = """dalle plan recipes/paper/recipe.toml --device v100-16gb --devices 1024 --pairs 250000000
+dalle plan emoji -n 16"""
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe's TOML.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's TOML, to train; or a bundle, to sample with.")
+    ],
     sets: Sets = [],
     device: Annotated[
         str,
@@ -49,16 +52,22 @@ def run(
         int | None,
         typer.Option(min=1, metavar="N", help="Also show epochs, and bytes of so many captions, codes and embeddings."),
     ] = None,
+    n: Annotated[int, typer.Option("-n", "--samples", min=1, metavar="N", help="Of a bundle: candidates.")] = 1,
+    keep: Annotated[int, typer.Option(min=1, metavar="N", help="Of a bundle: images to enlarge.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Estimate whether a recipe's models fit on a machine, and how long training takes."""
+    """Estimate memory and time of a recipe's training on a machine, or of sampling with a bundle."""
     from dataclasses import asdict
 
     from dalle_cli import config, console
     from dalle_cli.planning import hardware, plan
     from dalle_cli.planning.workload import Workload, workloads
 
-    table = config.read(recipe, sets)
+    path = Path(recipe)
+    if path.suffix == ".safetensors" or (path.suffix != ".toml" and not path.is_file()):
+        _sampling(recipe, n, min(keep, n), device, rate, as_json)
+        return
+    table = config.read(path, sets)
     models, found = workloads(table), hardware.find(device)
     _check_rate(rate, measure, found)
 
@@ -80,6 +89,30 @@ def run(
         console.emit_json(whole)
     else:
         console.emit(_page(plans, found, devices, pairs, stored))
+
+
+def _sampling(model: str, n: int, keep: int, device: str, rate: float | None, as_json: bool) -> None:
+    """Print what sampling takes, a line for each model of the bundle."""
+    from dataclasses import asdict
+
+    from dalle_cli import console
+    from dalle_cli.planning.plan import size
+    from dalle_cli.planning.sampling import plan_sampling
+
+    plans = plan_sampling(model, n, keep, device, rate)
+    if as_json:
+        console.emit_json({"models": {p.name: asdict(p) for p in plans}})
+        return
+    rows = [("", "calls", "weights", "activations", "arithmetic", "time")]
+    for p in plans:
+        sizes = size(p.weights), size(p.activations), _short(p.flops, " FLOP")
+        rows.append((p.name, f"{p.calls:,}", *sizes, _time(p.seconds)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        console.emit("   ".join([first.ljust(widths[0]), *cells]))
+    memory = sum(p.weights for p in plans) + max(p.activations for p in plans)
+    console.emit(f"together: {size(memory)}, {_time(sum(p.seconds for p in plans))}")
 
 
 def _check_rate(rate: float | None, measure: bool, device: "Hardware") -> None:

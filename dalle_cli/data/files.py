@@ -1,7 +1,9 @@
 """Local files and files at URLs by the same functions; fsspec is imported only for a path with "://"."""
 
+import errno
 import os
 import posixpath
+import stat
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -42,7 +44,7 @@ def kind(path: str) -> str:
     """ "file", "folder", or "" if there is neither."""
     if is_remote(path):
         return str(_remote(path, lambda fs, p: "file" if fs.isfile(p) else "folder" if fs.isdir(p) else ""))
-    return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else ""
+    return "folder" if os.path.isdir(path) else "file" if os.path.isfile(path) else ""
 
 
 def size(path: str) -> int:
@@ -62,7 +64,15 @@ def _size(info: dict[str, Any]) -> int:
 
 def open_binary(path: str) -> BinaryIO:
     """Open a seekable file for reading."""
-    return cast(BinaryIO, _remote(path, lambda fs, p: fs.open(p, "rb")) if is_remote(path) else open(path, "rb"))
+    return cast(BinaryIO, _remote(path, lambda fs, p: fs.open(p, "rb")) if is_remote(path) else _open(path))
+
+
+def _open(path: str, buffering: int = -1) -> Any:
+    """Open a local file; of a pipe or a device, which may never end, an OSError."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "no file, but a pipe or a device", path)
+    return open(path, "rb", buffering=buffering)
 
 
 def read(path: str, start: int = 0, length: int = -1) -> bytes:
@@ -73,7 +83,7 @@ def read(path: str, start: int = 0, length: int = -1) -> bytes:
     if is_remote(path):
         end = None if length < 0 else start + length
         return cast(bytes, _remote(path, lambda fs, p: fs.cat_file(p, start=start, end=end)))
-    with open(path, "rb", buffering=0) as file:
+    with _open(path, buffering=0) as file:
         if start:
             file.seek(start)
         return file.read(length) or b""
@@ -133,7 +143,11 @@ def _local_listing(folder: str, failed: Callable[[str, str], None]) -> list[File
             path = os.path.join(top, base)
             name = name_of(path) if top != folder else base
             try:
-                files.append(File(name, path, os.stat(path).st_size))
+                status = os.stat(path)
+                if stat.S_ISREG(status.st_mode):
+                    files.append(File(name, path, status.st_size))
+                else:
+                    failed(name, "unreadable: no file, but a pipe or a device")
             except OSError as error:
                 failed(name, f"unreadable: {error.strerror}")
     return files

@@ -67,13 +67,13 @@ def _are_special(value: Any) -> bool:
     return isinstance(value, dict) and len(value) <= 8 and all(map(is_one, value.values()))
 
 
-SPACES = {"add_prefix_space": is_flag, "trim_offsets": is_flag, "use_regex": is_flag}
-METASPACE = {
+SPACES: dict[str, Check] = {"add_prefix_space": is_flag, "trim_offsets": is_flag, "use_regex": is_flag}
+METASPACE: dict[str, Check] = {
     "replacement": is_text(1), "prepend_scheme": one_of("always", "never", "first"), "split": is_flag,
     "add_prefix_space": is_flag,
 }  # fmt: skip
-STRIP = {"strip_left": is_flag, "strip_right": is_flag}
-ENDS = {"sep": _is_pair, "cls": _is_pair, "trim_offsets": is_flag, "add_prefix_space": is_flag}
+STRIP: dict[str, Check] = {"strip_left": is_flag, "strip_right": is_flag}
+ENDS: dict[str, Check] = {"sep": _is_pair, "cls": _is_pair, "trim_offsets": is_flag, "add_prefix_space": is_flag}
 
 # Section -> kind -> the fields that it may have.
 KINDS: dict[str, dict[str, dict[str, Check]]] = {
@@ -167,7 +167,7 @@ def _refused(found: str) -> DalleError:
 
 
 def _check_section(section: str, part: Any) -> None:
-    parts = [part]
+    parts: Any = [part]
     if isinstance(part, dict) and part.get("type") == "Sequence" and section in PARTS:
         parts = part.get(PARTS[section])
         if not isinstance(parts, list) or len(parts) > MAX_PARTS:

@@ -107,7 +107,7 @@ def linear(n: int, betas: Sequence[float] = BETAS) -> Schedule:
     """
     if len(betas) != 2 or not 0 < betas[0] <= betas[1] < 1:
         raise DalleError(f"expected two betas between 0 and 1, the smaller one first, found {list(betas)}; change them")
-    every = torch.linspace(*betas, n, dtype=torch.float64) * 1000 / n
+    every = torch.linspace(betas[0], betas[1], n, dtype=torch.float64) * 1000 / n
     return Schedule((1 - every.clamp(max=MAX_BETA)).cumprod(0))
 
 

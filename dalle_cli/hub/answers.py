@@ -69,7 +69,7 @@ def guard() -> None:
         from huggingface_hub import set_client_factory
         from huggingface_hub.utils import _http
     except ImportError:  # before version 1.0
-        from huggingface_hub import configure_http_backend  # type: ignore[attr-defined]
+        from huggingface_hub import configure_http_backend
         from requests import Session
 
         def session() -> Any:

@@ -153,7 +153,7 @@ def files_of(folder: Path, force: bool) -> list[Path]:
     for file in (file for file in files if file.suffix == ".json"):
         try:
             json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DalleError(f"expected JSON, found {error}: {file}; make it again") from None
     return files
 

@@ -86,7 +86,7 @@ def read_scores(folder: Path) -> object:
     path = folder / SCORES
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DalleError(f"expected JSON, found {error}: {path}; make it again") from None
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dalle_cli import __version__
 from dalle_cli.artifacts import digest_file
@@ -33,7 +33,6 @@ BUNDLE_FILE = re.compile(r"[\w][\w .()+=,-]*\.(safetensors|json)|README\.md|(LIC
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 REVISION = re.compile(r"\w(?!.*\.\.)[\w./+-]*")  # no "..": it becomes a path in the cache
 checked: dict[Path, str] = {}  # the SHA-256 of each file that has been found to have the hub's
-ENDPOINT = "check the repository and HF_ENDPOINT"
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -194,32 +193,32 @@ def _resolve(repository: Repository) -> Snapshot:
     try:
         with answers.sensible():
             info = library().model_info(repository.name, revision=repository.revision, files_metadata=True)
-            files = [(f.rfilename, (f.lfs.sha256 if f.lfs else f.blob_id) or "", f.size or 0) for f in info.siblings]
-            files = [file for file in files if answers.is_plain(file[0])]  # others are no files of a bundle
+            files: Any = info.siblings
+            listed = [(f.rfilename, (f.lfs.sha256 if f.lfs else f.blob_id) or "", f.size or 0) for f in files]
+            return _listed(repository, info.sha, listed)
     except _faults() as error:
-        snapshot = (
-            None
-            if isinstance(error, (ValueError, answers.BadAnswer)) or 0 < _status(error) < 500
-            else _cached(repository)
-        )
-        if snapshot is None:
+        nonsense = isinstance(error, (ValueError, answers.BadAnswer))
+        if nonsense or 0 < _status(error) < 500 or not (snapshot := _cached(repository)):
             raise
         reason, commit = _explain(repository, error)[0], snapshot.commit[:7]
         log.info("%s: %s, using the copy in the cache (commit %s)", repository, reason, commit)
         return snapshot
-    commit: object = info.sha
-    for _, digest, size in files:  # they become paths and sizes
-        for what, fine, found in (
-            ("digests in hex", isinstance(digest, str) and DIGEST.fullmatch(digest), digest),
-            ("sizes", answers.is_size(size), size),
-        ):
-            if not fine:
-                raise DalleError(f"expected {what} from {repository}, found {found!r:.100}; {ENDPOINT}")
-    if not isinstance(commit, str) or not COMMIT.fullmatch(commit) or len(files) > answers.MAX_FILES:
-        found = f"{commit!r:.100} and {len(files):,} files"
-        raise DalleError(f"expected a commit from {repository}, found {found}; {ENDPOINT}")
-    sizes = {name: size for name, _, size in files}
-    return Snapshot(repository, commit, {name: digest for name, digest, _ in files}, sizes)
+
+
+def _listed(repository: Repository, commit: object, files: Sequence[tuple[Any, Any, Any]]) -> Snapshot:
+    """A commit and the name, digest and size of each file, checked: they become paths and sizes."""
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+        raise DalleError(f"expected digests in hex from {repository}, found {commit!r:.100}; check HF_ENDPOINT")
+    if len(files) > answers.MAX_FILES:
+        raise DalleError(f"expected at most {answers.MAX_FILES:,} files in {repository}, found {len(files):,}")
+    files = [file for file in files if answers.is_plain(file[0])]  # others are no files of a bundle
+    for name, digest, size in files:
+        if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
+            raise DalleError(f"expected digests in hex from {repository}, found {digest!r:.100}; check HF_ENDPOINT")
+        if not answers.is_size(size):
+            raise DalleError(f"expected the size of {name} in {repository}, found {size!r:.100}; check HF_ENDPOINT")
+    digests, sizes = ({name: (digest, size)[i] for name, digest, size in files} for i in (0, 1))
+    return Snapshot(repository, commit, digests, sizes)
 
 
 def _cached(repository: Repository) -> Snapshot | None:

@@ -19,6 +19,7 @@ from dalle_cli.hub import card
 from dalle_cli.hub.transfer import BUNDLE_FILE
 from dalle_cli.importing.publication import From, Part, Publication, Shape, TensorFile
 from dalle_cli.importing.source import OpenedSource
+from dalle_cli.sampling.defaults import check_sampling_defaults
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LICENSE = re.compile(r"(LICENSE|NOTICE)(\.md|\.txt)?")
@@ -158,6 +159,7 @@ def write(
         DalleError: a tensor is missing, unexpected or of another shape, before anything is written; the disk is full.
     """
     plans = [plan_part(source, made, part, dtype) for source, made in publications for part in made.parts]
+    plans.sort(key=lambda plan: bool(plan.part.encoder))  # encoders first: others name their digests
     texts = {name: text for _, made in publications for name, text in made.texts.items()}
     for source, _ in publications:
         texts |= {name: source.data(name) for name in source.files if LICENSE.fullmatch(name) and name not in texts}
@@ -175,8 +177,8 @@ def write(
     artifacts = [open_artifact(folder / plan.part.file) for plan in plans]
     for artifact in artifacts:
         artifact.digest = digests[artifact.path.name]  # just computed
-    text = card.write(_card(publications), main.name, artifacts, None, main.license)
-    (folder / card.CARD).write_text(text, encoding="utf-8")
+    page = card.write(_card(publications), main.name, artifacts, None, main.license)
+    (folder / card.CARD).write_text(page, encoding="utf-8")
 
 
 def _write_part(plan: PartPlan, folder: Path, dtype: str | None, digests: Mapping[str, str], advance: Any) -> str:
@@ -184,7 +186,8 @@ def _write_part(plan: PartPlan, folder: Path, dtype: str | None, digests: Mappin
     files = {name: source.digest(name) for name in part.sources}
     repository, revision = source.origin(part.sources[0])
     config: dict[str, Any] = {"model": dataclasses.asdict(part.sizes), **part.header}
-    config |= {"sampling": dict(part.sampling)} if part.sampling else {}
+    if part.sampling:
+        config["sampling"] = check_sampling_defaults(part.kind, dict(part.sampling), part.file)
     config |= {key: digests[name] for key in ("tokenizer", "encoder") if (name := getattr(part, key))}
     config["source"] = {"name": plan.publication.name, "license": plan.publication.license, "files": files}
     config["source"] |= {"repository": repository, "revision": revision} if repository else {}

@@ -22,10 +22,8 @@ from dalle_cli.models.vqgan import VQGAN
 SAMPLING = {"guidance": 10.0, "temperature": 1.0}
 HEAD_WIDTH = 64  # of both models, where no JSON says it
 NULL = ("<s>", "</s>")  # the null caption
-ARCHITECTURE = {  # what would not show in names and shapes
-    "activation_function": "gelu", "ln_positions": "normformer", "ln_type": "layernorm", "scale_embedding": False,
-    "sinkhorn_iters": 1, "use_head_scale": False, "use_cosine_attention": False, "tie_word_embeddings": False,
-}  # fmt: skip
+# What names and shapes of tensors do not show.
+ARCHITECTURE = {"activation_function": "gelu", "scale_embedding": False, "sinkhorn_iters": 1}
 FLAX = "flax_model.msgpack"
 VQGAN_REPOSITORY = "dalle-mini/vqgan_imagenet_f16_16384"
 VQGAN_FILES = ("vqgan_imagenet_f16_16384/flax_model.msgpack", "detoker.pt")  # the second is a decoder alone

@@ -117,7 +117,7 @@ def import_bundle(
             found.insert(0, (other, importer_of(other)))
         planned = [(source, _planned(source, own)) for source, own in _fetched(found)]
         if prior is not None:
-            _check_kind(planned[-2][1], "weights.prior.embeddings", "--prior")
+            _check_prior(planned[-2][1], planned[-1][1])
         if ranker:
             _check_kind(planned[0][1], "weights.clip", "--clip")
             planned[0] = (planned[0][0], _with_header(planned[0][1], importer.clip_header))
@@ -130,6 +130,16 @@ def _check_kind(made: Publication, kind: str, option: str) -> None:
     """Raises: DalleError unless a publication is one file of this kind."""
     if [part.kind for part in made.parts] != [kind]:
         raise DalleError(f"expected {kind} alone for {option}, found {made.name}; give another source")
+
+
+def _check_prior(prior: Publication, model: Publication) -> None:
+    """Raises: DalleError unless a publication is a prior over embeddings as wide as those of the model's decoder."""
+    _check_kind(prior, "weights.prior.embeddings", "--prior")
+    width = prior.parts[0].sizes.n_embedding
+    for part in model.parts:
+        if part.kind == "weights.decoder" and part.sizes.n_embedding != width:
+            found = f"one over {width}; give a prior for {model.name}"
+            raise DalleError(f"expected a prior over embeddings of {part.sizes.n_embedding} numbers, found {found}")
 
 
 def _with_header(made: Publication, header: Mapping[str, Any]) -> Publication:

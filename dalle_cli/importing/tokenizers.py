@@ -154,7 +154,7 @@ def _vocabulary(data: bytes, *needed: str) -> dict[str, int]:
     """The tokens of a `vocab.json`. Raises: DalleError if it is no such file, or one of `needed` is missing."""
     try:
         table = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         table = None
     if not isinstance(table, dict) or not all(type(id_) is int and id_ >= 0 for id_ in table.values()):
         raise DalleError("expected a vocab.json of tokens and their numbers, found another file; check it")

@@ -286,11 +286,12 @@ class Prior(nn.Module):
         `sketches` as in `forward`.
         """
         x = self._read(tokens, lengths, codes if read is None else read, sketches)
-        last, predicted = self.config.n_prefix - 1, self.predicted(lengths)
+        last = self.config.n_prefix - 1
+        first = self.config.n_text - last  # caption token that is predicted
+        predicted = self.predicted(lengths)[:, first:]
         if n_tokens is None:
             n_tokens = predicted.sum().clamp(min=1)  # a batch may hold null captions only
-        before = predicted[:, self.config.n_text - last :]  # of the positions that predict tokens
-        text = head_loss(self.text_head, x[:, :last][before], tokens[predicted]) / n_tokens
+        text = head_loss(self.text_head, x[:, :last][predicted], tokens[:, first:][predicted]) / n_tokens
         image = head_loss(self.image_head, x[:, last:].flatten(0, 1), codes.flatten()) / codes.numel()
         weight = self.config.text_weight
         parts = {"text_nats": text.detach(), "image_nats": image.detach()}

@@ -1,6 +1,5 @@
 """Weights files to models, ready to run."""
 
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -52,22 +51,32 @@ def load_model(model: type[M], weights: Artifact, device: torch.device, dtype: t
     Raises:
         DalleError: the tensors are not those that the header describes.
     """
+    made = on_meta(model, weights)
+    check_fit(made, weights)  # before a wrong header allocates memory
+    if made.state_dict().keys() != {name for name, _ in (*made.named_parameters(), *made.named_buffers())}:
+        made = model(made.config)  # there are buffers that no file has
+    held = matrices(made, weights) if dtype == torch.bfloat16 else ()
+    load_into(made, weights, device, held)
+    return made.to(device).eval().requires_grad_(False)
+
+
+def on_meta(model: type[M], weights: Artifact) -> M:
+    """A model of the sizes in a weights file's header, without memory.
+
+    Raises:
+        DalleError: there is no model of these sizes.
+    """
     check_sizes(weights)
     config = build(CONFIGS[model], weights.require("model", dict), "model")
     try:
         with torch.device("meta"):
-            made = model(config)
+            return model(config)
     except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:  # products that no tensor has
         found = f"sizes that no model has ({one_line(str(error), 200)}) in {weights.path}"
         raise DalleError(f"expected the weights that the header describes, found {found}; make it again") from None
-    check_fit(made, weights)  # before a wrong header allocates memory
-    if made.state_dict().keys() != {name for name, _ in (*made.named_parameters(), *made.named_buffers())}:
-        made = model(config)  # there are buffers that no file has
-    load_into(made, weights, device, _matrices(made, weights) if dtype == torch.bfloat16 else ())
-    return made.to(device).eval().requires_grad_(False)
 
 
-def _matrices(model: nn.Module, weights: Artifact) -> set[str]:
+def matrices(model: nn.Module, weights: Artifact) -> set[str]:
     """The matrices of a model's repeated blocks that are stored in bfloat16.
 
     What stands alone stays in float32: embeddings, and the last layer, which may compute in float32 under autocast.
@@ -97,37 +106,64 @@ def tokenizer(weights: Artifact) -> Tokenizer:
     return found
 
 
-# (weights, device, dtype) -> the model
-clip = partial(load_model, CLIP)
-upsampler = partial(load_model, Upsampler)
-autoencoder = partial(load_model, MOVQ)
+NETWORKS: dict[str, dict[str, type[nn.Module]]] = {  # kind of weights -> `kind` of the model, "" if it has none
+    "weights.clip": {"": CLIP},
+    "weights.dvae": {"": DVAE, "vqgan": VQGAN},
+    "weights.prior.codes": {"": Prior, "encoder_decoder": EncoderDecoderPrior},
+    "weights.prior.embeddings": {"": AutoregressivePrior, "diffusion": DiffusionPrior},
+    "weights.decoder": {"": Decoder, "patch": PatchDecoder},
+    "weights.upsampler": {"": Upsampler},
+    "weights.autoencoder": {"": MOVQ},
+}
+
+
+def network(weights: Artifact) -> type[nn.Module]:
+    """The class of the model that a weights file holds."""
+    classes = NETWORKS[weights.kind]
+    return classes.get(str(weights.require("model", dict).get("kind", "")), classes[""])
+
+
+def load(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a weights file, as `load_model`: of a decoder the U-Net or the patch transformer, and so on."""
+    return load_model(network(weights), weights, device, dtype)
+
+
+def clip(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> CLIP:
+    """The CLIP of a weights file."""
+    return load_model(CLIP, weights, device, dtype)
+
+
+def upsampler(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> Upsampler:
+    """The upsampler of a weights file."""
+    return load_model(Upsampler, weights, device, dtype)
+
+
+def autoencoder(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> MOVQ:
+    """The autoencoder of a weights file."""
+    return load_model(MOVQ, weights, device, dtype)
 
 
 def dvae(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> DVAE | VQGAN:
     """The model between images and codes of a weights file, of either kind."""
-    if weights.require("model", dict).get("kind") == "vqgan":
-        return load_model(VQGAN, weights, device, dtype)
-    return load_model(DVAE, weights, device, dtype)
+    loaded: DVAE | VQGAN = load(weights, device, dtype)
+    return loaded
 
 
 def decoder(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> DecoderNetwork:
     """The decoder of a weights file, of either network."""
-    if weights.require("model", dict).get("kind") == "patch":
-        return load_model(PatchDecoder, weights, device, dtype)
-    return load_model(Decoder, weights, device, dtype)
+    loaded: DecoderNetwork = load(weights, device, dtype)
+    return loaded
 
 
 def prior(weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> Prior | EncoderDecoderPrior:
     """The prior over codes of a weights file, of either kind."""
-    if weights.require("model", dict).get("kind") == "encoder_decoder":
-        return load_model(EncoderDecoderPrior, weights, device, dtype)
-    return load_model(Prior, weights, device, dtype)
+    loaded: Prior | EncoderDecoderPrior = load(weights, device, dtype)
+    return loaded
 
 
 def embedding_prior(
     weights: Artifact, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> DiffusionPrior | AutoregressivePrior:
     """The prior over embeddings of a weights file, of either kind."""
-    if weights.require("model", dict).get("kind") == "diffusion":
-        return load_model(DiffusionPrior, weights, device, dtype)
-    return load_model(AutoregressivePrior, weights, device, dtype)
+    loaded: DiffusionPrior | AutoregressivePrior = load(weights, device, dtype)
+    return loaded

@@ -124,5 +124,5 @@ def _earlier_export(manifest: Path) -> list[str]:
         rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
         names = [f"{row:06d}.png" for row in range(len(rows))]
         return names if all("id" in row and row["image"] == name for row, name in zip(rows, names, strict=True)) else []
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []

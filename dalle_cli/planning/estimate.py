@@ -171,7 +171,7 @@ def estimate(workload: Workload, train: TrainConfig, dtype: torch.dtype, acceler
 @contextmanager
 def _fake_trainer(workload: Workload, train: TrainConfig, dtype: torch.dtype) -> Iterator[Trainer]:
     """A trainer whose tensors have no memory, and the mode in which it works."""
-    with warnings.catch_warnings(), _fresh_caches():
+    with warnings.catch_warnings(), fresh_caches():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
         with models_on_meta():
             task = workload.task(train)
@@ -231,7 +231,7 @@ def models_on_meta() -> Iterator[None]:
 
 
 @contextmanager
-def _fresh_caches() -> Iterator[None]:
+def fresh_caches() -> Iterator[None]:
     """Masks that models cache must not pass between fake and real tensors."""
     modules = [module for name, module in sys.modules.items() if name.startswith("dalle_cli.models.")]
     caches = [f for module in modules for f in vars(module).values() if hasattr(f, "cache_clear")]

@@ -3,7 +3,7 @@
 Shapes: B batch, D width of an embedding, T caption length, S side in pixels. Images between models are float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,11 +85,16 @@ class CaptionBatch(NamedTuple):
         if self.null is None:
             return CaptionBatch(self.text, torch.zeros_like(self.lengths), self.z_t)
         n = len(self.lengths)
-        return CaptionBatch(*(x.expand(n, *x.shape[1:]) for x in self.null.to(self.lengths.device)))
+        return self.null.each(lambda x: x.expand(n, *x.shape[1:]))
 
     def rows(self, rows: Sequence[int]) -> "CaptionBatch":
         """Some of them, with the same null caption."""
-        return CaptionBatch(*(x[list(rows)] for x in self.to(self.lengths.device)))._replace(null=self.null)
+        return self.each(lambda x: x[list(rows)])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "CaptionBatch":
+        """The same after a change of each tensor."""
+        z_t = None if self.z_t is None else change(self.z_t)
+        return CaptionBatch(change(self.text), change(self.lengths), z_t, self.null)
 
     def to(self, device: torch.device) -> list[Tensor]:
         """The tensors that there are, in order."""

@@ -153,7 +153,8 @@ class DecoderTask(DenoisingTask):
         assert isinstance(model, Decoder | PatchDecoder)
         for rows, images, (embeddings, _, tokens, lengths) in self.held_out_batches(self.options.grid_images):
             noise, brush = row_noise(self.seed, rows, "decoder"), SamplerConfig(self.options.grid_steps)
-            read = CaptionBatch(*self._captions(tokens, lengths))
+            text, n_tokens, *z_t = self._captions(tokens, lengths)
+            read = CaptionBatch(text, n_tokens, z_t[0] if z_t else None)
             decoded = to_images(sample_images(model, embeddings, read, brush, noise))
             title = "held-out originals, and what is decoded from their embeddings"
             return image_grid([*images.numpy(), *decoded.cpu().numpy()], columns=len(rows), title=title)

@@ -32,7 +32,9 @@ def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimi
     plain = [p for p in rest if p.ndim < 2 or id(p) in tables]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
-    made = [torch.optim.AdamW([g for g in groups if g["params"]], config.lr, betas, config.eps, fused=True)]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([g for g in groups if g["params"]], config.lr, betas, config.eps, fused=True)
+    ]
     made += [RoundedAdamW(rounded, config.lr, betas, config.eps, config.weight_decay)] if rounded else []
     return [*made, _muon(muon, config)] if muon else made
 
@@ -43,19 +45,21 @@ def to_bfloat16(model: nn.Module) -> None:
     Raises:
         DalleError: a model without such layers.
     """
-    for matrix in _block_matrices(model):
+    for matrix in _block_matrices(model, "weights_dtype = 'bfloat16'", "weights_dtype = 'float32'"):
         matrix.data = matrix.data.to(torch.bfloat16)
 
 
-def _block_matrices(model: nn.Module) -> list[nn.Parameter]:
+def _block_matrices(
+    model: nn.Module, wanted: str = "optimizer = 'muon'", instead: str = "optimizer = 'adamw'"
+) -> list[nn.Parameter]:
     """The trained weights of linear layers in stacked blocks, in the model's order."""
     blocks = [m for m in model.modules() if isinstance(m, StackedBlock)]
     inner = {id(m.weight) for block in blocks for m in block.modules() if isinstance(m, nn.Linear)}
     found = [p for p in model.parameters() if p.requires_grad and id(p) in inner]
     if not found:
         raise DalleError(
-            f"expected residual blocks with linear layers for optimizer = 'muon' and weights_dtype = 'bfloat16', found "
-            f"none in {type(model).__name__}; leave both out"
+            f"expected residual blocks with linear layers for {wanted}, found none in {type(model).__name__}; "
+            f"set {instead}"
         )
     return found
 

@@ -72,7 +72,8 @@ class Run:
             kept = with_defaults(self.train_type, train).items()
             config["train"] = {name: value for name, value in kept if name not in aside | sampling}
             defaults = {name: value for name, value in with_defaults(self.train_type, {}).items() if name in sampling}
-            config["sampling"] = {**defaults, **config.get("sampling", {})}
+            recorded = config.get("sampling", {})
+            config["sampling"] = {**defaults, **recorded} if isinstance(recorded, dict) else recorded
         return json.loads(json.dumps(config))  # type: ignore[no-any-return]  # tuples are lists in JSON
 
     def _same_so_far(self, artifact: Artifact, config: dict[str, Any], step: int) -> bool:
@@ -84,7 +85,10 @@ class Run:
         theirs = {**recorded, **end, "steps": recorded["steps"]}
         now = {**recorded, **end}
         ends = {"train": now, "sampling": self.config.get("sampling", {})}
-        return self._same(artifact, {**config, **ends}) and same_until(step, theirs, now)
+        try:
+            return self._same(artifact, {**config, **ends}) and same_until(step, theirs, now)
+        except (TypeError, ValueError, ArithmeticError):  # settings that are no numbers
+            return False
 
     def check(self) -> None:
         """Raises: DalleError if the output path holds something else than weights of this kind."""
@@ -152,8 +156,9 @@ class Run:
                 continue
             shapes = {name: info.shape for name, info in found.headers[0].tensors.items()}
             config = {name: value for name, value in found.config.items() if name != "step"}
-            same = self._same(found, config) or self._same_so_far(found, config, step)
-            if path != self.checkpoint(step) or (same and not fits(shapes, whole)):
+            named = path == self.checkpoint(step)
+            same = named and (self._same(found, config) or self._same_so_far(found, config, step))
+            if not named or (same and not fits(shapes, whole)):
                 log.warning("a checkpoint that does not fit the model, which is left out: %s", path)
                 continue
             if same:
@@ -211,7 +216,7 @@ class Run:
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # a kill cut this line short
             if isinstance(row, dict) and row.get("step", step) <= step:
                 rows.append(row)

@@ -320,16 +320,19 @@ def write_prompts(world: World, folder: Path, count: int, seed: int) -> None:
     """Write a list of different prompts for each kind, seen and withheld, the same scenes in each language."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, unseen in [*((k, False) for k in (*world.kinds, "ground")), *((k, True) for k in NEW)]:
-        stem, found, number = f"{kind}-{'withheld' if unseen else 'seen'}", dict[str, list[str]](), 0
+        stem, found, number = f"{kind}-{'withheld' if unseen else 'seen'}", list[list[str]](), 0
+        known: set[str] = set()
         while len(found) < count and number < 50 * count:
             rng = Random(f"{seed}/{stem}/{number}")
             scene = world.scene(kind, rng, unseen)
             texts = [grammar.caption(scene, language, rng) for language in grammar.LANGUAGES]
-            found.setdefault(texts[0], texts)
+            if known.isdisjoint(texts):
+                found.append(texts)
+                known.update(texts)
             number += 1
         for place, language in enumerate(grammar.LANGUAGES):
             name = stem if language == "en" else f"{stem}-{language}"
-            (folder / f"{name}.txt").write_text("".join(t[place] + "\n" for t in found.values()), "utf-8")
+            (folder / f"{name}.txt").write_text("".join(t[place] + "\n" for t in found), "utf-8")
 
 
 def main() -> None:

@@ -204,7 +204,7 @@ def unclip(quick: bool) -> list[Case]:
 def published(quick: bool) -> list[Case]:
     """Cases of models at their published sizes, with random weights, beside the publishers' own code."""
     peer, sizes = "bench.peers.min_dalle", QUICK_MINI_SIZES if quick else MINI_SIZES
-    small: dict[str, Any] = {"width": 32, "multipliers": (1, 1, 1, 1, 1)} if quick else {}
+    shown: dict[str, Any] = {"batch": 1, "sizes": {"width": 32, "multipliers": (1, 1, 1, 1, 1)} if quick else {}}
     drawn, karlo = {"sizes": sizes, "batch": 1}, {"sizes": QUICK_KARLO_SIZES if quick else KARLO_SIZES}
     return [
         Case("karlo/ours", "bench.karlo", "unet", "rows", karlo),
@@ -214,13 +214,7 @@ def published(quick: bool) -> list[Case]:
         Case("mini/ours-float32", "bench.published", "codes", "codes", {**drawn, "dtype": "float32"}),
         Case("mini/min-dalle", peer, "codes", "codes", drawn),
         *(
-            Case(
-                f"mini-pixels/ours-{dtype}",
-                "bench.published",
-                "pixels",
-                "pictures",
-                {"batch": 1, "dtype": dtype, **small},
-            )
+            Case(f"mini-pixels/ours-{dtype}", "bench.published", "pixels", "pictures", {**shown, "dtype": dtype})
             for dtype in ARITHMETICS
         ),
         Case("mini-pixels/min-dalle", peer, "pixels", "pictures", {"batch": 1}),

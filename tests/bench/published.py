@@ -39,6 +39,9 @@ def codes(sizes: dict[str, Any], batch: int, dtype: str = "bfloat16") -> Subject
     """The codes of `batch` images of one caption with guidance; the caption is encoded anew each time."""
     with torch.device("meta"):
         made = EncoderDecoderPrior(EncoderDecoderConfig(**sizes))
+    for layer in (layer for block in [*made.encoder, *made.blocks] for layer in block.children()):
+        if isinstance(layer, nn.Linear):
+            layer.to(DTYPES[dtype])  # as a bundle that was imported in it is loaded
     prior = filled(made.to_empty(device="cpu"))
     assert isinstance(prior, EncoderDecoderPrior)
     steps, count = prior.config.grid**2, sum(p.numel() for p in prior.parameters())
@@ -53,9 +56,9 @@ def codes(sizes: dict[str, Any], batch: int, dtype: str = "bfloat16") -> Subject
     return Subject(run, batch * steps, read * steps, count, warmup=0)
 
 
-def pixels(batch: int, dtype: str, **sizes: Any) -> Subject:
+def pixels(batch: int, dtype: str, sizes: dict[str, Any] | None = None) -> Subject:
     """Images of random codes."""
-    model = VQGAN(VQGANConfig(encoder=False, pixels="unit", **sizes)).eval().requires_grad_(False)
+    model = VQGAN(VQGANConfig(encoder=False, pixels="unit", **(sizes or {}))).eval().requires_grad_(False)
     pack_pointwise(model, DTYPES[dtype])
     config = model.config
     given = torch.randint(config.n_vocab, (batch, config.grid, config.grid))

@@ -208,6 +208,7 @@ def test_a_bundle_is_a_folder_a_file_a_shipped_name_or_a_repository(chain, monke
     assert bundles.locate("model") == chain.model
     monkeypatch.setattr(bundles, "DEFAULTS", ("nothing", "model"))
     assert bundles.locate(None) == chain.model
+    monkeypatch.setattr("dalle_cli.hub.transfer.holds_bundle", lambda name: True)
     monkeypatch.setattr(
         "dalle_cli.hub.transfer.fetch", lambda name, kinds: {"hf://me/it@v2": Fetched(chain.model, (), "")}[name]
     )

@@ -1,6 +1,7 @@
 """Data sets that are missing, odd or broken: a bad sample is counted and named, a data set that is none refused."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -114,3 +115,16 @@ def test_odd_captions_never_stop_a_run(chain, tmp_path):
         text.write_bytes(b"\xe9")
     assert "not UTF-8" in run_bad(*reading(chain, "tokenize", folder, tmp_path))
     assert len(open_artifact(tmp_path / "out.safetensors")) == 20  # what was there stays
+
+
+def test_what_is_no_file_in_a_folder_of_images(chain, tmp_path):
+    folder = write_pictures(tmp_path / "pictures")
+    os.mkfifo(folder / "pipe.png")
+    os.mkfifo(folder / "p0.json")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "gone.png").symlink_to("/nowhere")
+    (folder / "folder.png").mkdir()
+    result = run_cli(*reading(chain, "encode-images", folder, tmp_path))
+    assert result.status == 0, result
+    assert "4 skipped" in result.stderr
+    assert "expected " in run_bad(*reading(chain, "encode-images", folder / "pipe.png", tmp_path))

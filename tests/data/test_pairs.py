@@ -54,3 +54,30 @@ def test_rows_that_are_not_what_the_header_says(tmp_path, lie):
 def test_nothing_in_common(tmp_path):
     with pytest.raises(DalleError, match="no id in common \\('a' and 'b'\\)"):
         Pairs(*artifacts(tmp_path, ["a"], ["b"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokens", 100),
+        ("tokens", 65535),
+        ("lengths", 2),
+        ("codes", 100),
+        ("codes", -1),
+        ("n_vocab", 0),
+        ("n_vocab", 2**30),
+    ],
+)
+def test_numbers_beyond_the_vocabulary_are_found_before_training(tmp_path, name, value):
+    ids = list("ab")
+    captions = {"tokens": np.array([[1], [2]], np.uint16), "lengths": np.ones(2, np.uint16), "ids": ids, "text": ids}
+    codes = {"codes": np.zeros((2, 1, 1), np.int32), "ids": ids}
+    header = {"n_vocab": 100, "n_text": 1, "grid": 1}
+    if name == "n_vocab":
+        header[name] = value
+    else:
+        (codes if name == "codes" else captions)[name][1] = value
+    first = write_artifact(tmp_path / "captions.safetensors", "captions", captions, header, [])
+    second = write_artifact(tmp_path / "codes.safetensors", "codes", codes, header, [])
+    with pytest.raises(DalleError, match=name):
+        Pairs(open_artifact(first), open_artifact(second))

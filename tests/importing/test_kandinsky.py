@@ -8,7 +8,7 @@ import torch
 from artifact_files import array
 from conftest import run_bad, run_ok
 from kandinsky_publication import SIDE, components, publish
-from karlo_publication import WIDTH
+from karlo_publication import WIDTH, publish_eclipse
 from tensor_lists import check_covers, n_parameters, published_shapes
 
 from dalle_cli import pipelines
@@ -217,3 +217,13 @@ def test_half_of_the_files(published, tmp_path):
         shutil.copytree(published[1] / name, tmp_path / "half" / name)
     assert "expected text_encoder/config.json" in run_bad("import", tmp_path / "half", "-o", tmp_path / "made")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_prior_in_its_place(published, bundle, tmp_path):
+    """ECLIPSE's, of one pass; the CLIP that it names comes from the same files as the decoder's."""
+    parts, source = published
+    eclipse, out = publish_eclipse(parts["prior"], tmp_path / "eclipse"), tmp_path / "made"
+    run_ok("import", source, "--prior", eclipse, "-o", out)
+    assert weights(out, "prior").config["encoder"] == weights(out, "clip").digest == weights(bundle, "clip").digest
+    assert sampling_defaults(weights(out, "prior"))["steps"] == 1
+    run_ok("generate", PROMPT, "-n", 1, "-m", out, "--decoder-steps", 2, "-o", tmp_path / "x.png")

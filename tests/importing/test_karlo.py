@@ -1,14 +1,12 @@
 """Karlo whole: a tiny one, saved by diffusers, imported by the command, against diffusers' own pipeline."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from artifact_files import array, strings
 from comparisons import assert_equal
 from conftest import run_bad, run_cli, run_ok
-from karlo_publication import WIDTH, components, in_double, publish
+from karlo_publication import WIDTH, components, in_double, publish, publish_eclipse
 from PIL import Image
 from stage_runs import lasting_rows
 from tensor_lists import n_parameters, published_shapes
@@ -196,15 +194,8 @@ def test_editing_commands(bundle, tmp_path):
 def test_a_prior_in_its_place(published, bundle, tmp_path):
     """ECLIPSE's, beside the files of Karlo without its own; both also work apart, with one CLIP."""
     parts, _, source, clip = published
-    tensors = {n: t for n, t in parts["prior"].state_dict().items() if not n.startswith("time_embedding.")}
-    tensors["positional_embedding"] = tensors["positional_embedding"][:, :-1].contiguous()
-    eclipse = tmp_path / "eclipse"
-    eclipse.mkdir()
-    from safetensors.torch import save_file
-
-    save_file(tensors, str(eclipse / "diffusion_pytorch_model.safetensors"))
-    about = {"_class_name": "PriorTransformer", "additional_embeddings": 3, "num_attention_heads": 2}
-    (eclipse / "config.json").write_text(json.dumps(about))
+    eclipse = publish_eclipse(parts["prior"], tmp_path / "eclipse")
+    narrow = publish_eclipse(parts["prior"], tmp_path / "narrow", WIDTH - 1)
     both, alone = tmp_path / "both", tmp_path / "alone"
     run_ok("import", source, "--prior", eclipse, "--clip", clip, "-o", both)
     run_ok("import", eclipse, "--clip", clip, "-o", alone)
@@ -222,6 +213,14 @@ def test_a_prior_in_its_place(published, bundle, tmp_path):
     assert "openrail++" in card
     cases = {
         "expected weights.prior.embeddings alone for --prior": ("import", source, "--prior", clip, "--clip", clip),
+        "expected a prior over embeddings of 16 numbers, found one over 15": (
+            "import",
+            source,
+            "--prior",
+            narrow,
+            "--clip",
+            clip,
+        ),
         "expected no --prior for ECLIPSE": ("import", eclipse, "--prior", eclipse, "--clip", clip),
     }
     for expected, words in cases.items():

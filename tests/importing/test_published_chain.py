@@ -73,10 +73,10 @@ def test_every_command_takes_the_bundle(chain, tmp_path):
     assert settings.get("top_p") == (0.995 if chain.name == "malevich" else 1.0)
     run_ok("decode", codes, *model, "-o", images)
     run_ok("score", images, *model, "-o", scores)
-    best = run_ok(
-        "rerank", images, "--by", "prior", "--codes", codes, "--keep", 1, *model, "-o", tmp_path / "best.safetensors"
-    )
+    run_ok("rerank", images, "--by", "prior", "--codes", codes, "--keep", 1, *model, "-o", best)
     assert len(open_artifact(best).array("images")) == 1
+    run_ok("generate", "шла саша", "-n", 2, *model, "-o", tmp_path / "best.png", "--no-terminal")  # without a CLIP
+    assert min(Image.open(tmp_path / "best.png").size) >= 256
 
 
 def test_fine_tuning_lowers_the_loss_and_resumes_exactly(chain, tmp_path):

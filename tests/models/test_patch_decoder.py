@@ -135,8 +135,8 @@ def test_timesteps_from_a_logistic_normal():
 
 
 def test_the_recipe_chooses_the_network():
-    assert trainable({"decoder": {"kind": "patch"}}).model is PatchDecoderConfig
-    assert trainable({"decoder": {"width": 8}}).model.__name__ == "DecoderConfig"
+    assert trainable({"kind": "patch"}).model is PatchDecoderConfig
+    assert trainable({"width": 8}).model.__name__ == "DecoderConfig"
     assert isinstance(build(config()), PatchDecoder)
 
 

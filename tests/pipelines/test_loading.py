@@ -35,10 +35,10 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def stored(model, path, dtype, stream):
+def stored(model, path, dtype, stream, kind="weights.clip"):
     """The model's weights in a file: as safetensors writes it, or as an import does."""
     tensors = stored_as(model.state_dict(), dtype)
-    kind, config = "weights.clip", {"model": dataclasses.asdict(model.config)}
+    config = {"model": dataclasses.asdict(model.config)}
     if stream:
         entries = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
         stream_tensors(path, kind, entries, tensors.__getitem__, config, [])
@@ -97,7 +97,7 @@ def test_bfloat16_matrices_stay_so_and_give_the_same(kind, stream, tmp_path):
 def test_numbers_that_no_file_has_are_there(tmp_path):
     sizes = {"n_groups": 2, "n_hid": 8, "n_blk_per_group": 1, "n_init": 8, "image_size": 16, "n_vocab": 20}
     model = DVAE(DVAEConfig(quantizer="fsq", fsq_levels=(5, 4), block="residual", likelihood="l1", **sizes)).eval()
-    found = loading.dvae(stored(model, tmp_path / "a.safetensors", "float32", True), CPU)
+    found = loading.dvae(stored(model, tmp_path / "a.safetensors", "float32", True, "weights.dvae"), CPU)
     pixels = torch.rand(2, 3, 16, 16)
     with torch.inference_mode():
         assert torch.equal(found.encode(pixels), model.encode(pixels))
@@ -119,11 +119,14 @@ def test_matrices_of_an_import_are_used_where_the_file_is_mapped(tmp_path):
 def peak(path, code):
     """How much memory a process holds at most by `code`, beyond what its imports take, in MiB."""
     program = f"""
-import resource, sys, torch
+import sys, torch
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.pipelines import loading
-from dalle_cli.models.prior import Prior
-def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+from dalle_cli.models.prior import Prior, PriorConfig
+def most():  # of this process alone: getrusage's number begins with that of the process which started it
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+with torch.device("meta"):  # which takes memory once, as products do
+    Prior(PriorConfig(n_layer=1, n_head=1, n_embd=8, grid=4, conv_kernel=3))
 torch.ones(8, 8) @ torch.ones(8, 8)
 before = most()
 {code}

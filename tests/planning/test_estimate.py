@@ -215,6 +215,22 @@ def test_what_saves_memory_does(tmp_path):
     assert half.flops == plain.flops
 
 
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ("attention='window'", "activation='gelu_tanh'", "sandwich_norm=true", "final_norms=2"),
+        ("attention='full'", "start=false", "flat_position=true"),
+    ],
+    ids=["malevich", "mindalle"],
+)
+def test_priors_like_the_published_ones_are_estimated(tmp_path, sets):
+    workload = workload_of(SMALL, "prior", tmp_path, *(f"prior.{one}" for one in sets))
+    found, plain = estimated(workload), estimated(workload_of(SMALL, "prior", tmp_path))
+    model = workload.task(workload.train).model
+    assert found.weights == sum(p.nbytes for p in model.parameters()) != plain.weights
+    assert found.flops == pytest.approx(plain.flops, rel=0.1)
+
+
 def test_the_optimizers_arithmetic_is_counted_once(tmp_path):
     workload = workload_of(SMALL, "prior", tmp_path)
     muon = replace(workload.train, optimizer="muon")

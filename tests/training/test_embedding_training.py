@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from interruptions import Crash, after_update
-from planted_embeddings import CLIP, LENGTH, WIDTH, WORDS, embeddings, pairs
+from planted_embeddings import CLIP, LENGTH, WIDTH, WORDS, embeddings, opened, pairs
 from process_pair import group
 from stage_runs import lasting_rows
 
@@ -157,7 +157,8 @@ def test_parts_of_a_batch(tmp_path, kind):
 
 
 def two_processes(kind, folder):
-    trainer(kind, pairs(folder / "data", n=60), folder, members=group()).train()
+    joined = opened(folder / "data")  # not written again: the other process reads
+    trainer(kind, joined, folder, members=group()).train()
 
 
 @pytest.mark.parametrize("kind", KINDS)

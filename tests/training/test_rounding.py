@@ -9,7 +9,8 @@ from torch import nn
 
 from dalle_cli.artifacts import open_artifact
 from dalle_cli.artifacts.weights import load_tensors
-from dalle_cli.training.optim import EMA
+from dalle_cli.errors import DalleError
+from dalle_cli.training.optim import EMA, to_bfloat16
 from dalle_cli.training.prior import PriorTrain
 from dalle_cli.training.rounding import RoundedAdamW, seeded, store_rounded
 
@@ -78,5 +79,7 @@ def test_a_prior_learns_as_in_float32_and_resumes_exactly(chain, tmp_path):
 def test_what_does_not_go_with_it_is_refused(chain, tmp_path):
     out = tmp_path / "prior.safetensors"
     assert "expected --dtype bfloat16" in run_bad(*training(chain, "prior", out, *ROUNDED[:2]))
-    with pytest.raises(Exception, match="expected 'adamw' and 'replicate'"):
+    with pytest.raises(DalleError, match="expected 'adamw' and 'replicate'"):
         PriorTrain(weights_dtype="bfloat16", optimizer="muon")
+    with pytest.raises(DalleError, match="found none in Conv2d; set weights_dtype = 'float32'"):
+        to_bfloat16(nn.Conv2d(3, 3, 3))

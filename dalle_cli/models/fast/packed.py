@@ -44,16 +44,22 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        self.weight = (weight / scale[:, None]).round().to(torch.int8)
-        self.scale = scale.to(dtype)
+        weight = (weight / scale[:, None]).round().to(torch.int8)
+        self.n_out, self.n_pad = len(weight), 0
+        if weight.is_cpu and dtype == torch.bfloat16:  # zeros up to a size that torch's product can read
+            self.n_pad = -weight.shape[1] % LANES
+            rest = -self.n_out % LANES
+            weight, scale = F.pad(weight, (0, self.n_pad, 0, rest)), F.pad(scale, (0, rest))
+        self.weight, self.scale = weight, scale.to(dtype)
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The product, in the scales' dtype."""
         x = x.to(self.scale.dtype)
-        if x.is_cpu and x.dtype == torch.bfloat16 and all(size % LANES == 0 for size in self.weight.shape):
+        if x.is_cpu and x.dtype == torch.bfloat16:
+            x = F.pad(x, (0, self.n_pad)) if self.n_pad else x
             y: Tensor = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale)
-            y = y.view(*x.shape[:-1], -1)
+            y = y.view(*x.shape[:-1], -1)[..., : self.n_out]
         elif x.dtype == torch.float16:  # sums of values up to 127 soon exceed its range
             y = F.linear(x, self.weight * self.scale[:, None])
         else:
