@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from dalle_cli.models.attention import Pattern, as_bias, causal_bias
 from dalle_cli.models.fast import block_attention, cpu_attention, fused, head
 from dalle_cli.models.fast.packed import Int8Linear as Int8Linear
+from dalle_cli.models.fast.packed import PackedConvolution as PackedConvolution
 from dalle_cli.models.fast.packed import PackedLinear as PackedLinear
 from dalle_cli.models.fast.packed import PackedPointwise as PackedPointwise
 from dalle_cli.models.fast.packed import packs as packs

@@ -17,6 +17,7 @@ from dalle_cli.diffusion.noise import row_noise
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import bundles
 from dalle_cli.models.movq import MOVQ
+from dalle_cli.models.packed import pack_convolutions
 from dalle_cli.models.upsampler import Upsampler
 from dalle_cli.options import DecoderOptions
 from dalle_cli.pipelines import loading
@@ -53,12 +54,16 @@ class ImageDecoder:
         self.weights, self.machine = bundles.weights(model, "weights.decoder"), machine
         self.defaults = sampling_defaults(self.weights)
         decoder_config(options, self.defaults)  # refuse wrong ones before anything is loaded
-        self.model, self.decoder = model, loading.decoder(self.weights, machine.device, machine.dtype)
+        self.model = model
+        self.decoder = pack_convolutions(loading.decoder(self.weights, machine.device, machine.dtype), machine.dtype)
         self.of_states = self.decoder.config.captions == "states"
         self.tokenizer = loading.tokenizer(self.weights) if self.decoder.config.n_text and not self.of_states else None
         self.autoencoder = self._autoencoder() if self.decoder.config.channels != 3 else None
         found = bundles.upsamplers(model)
-        models = [loading.upsampler(weights, machine.device, machine.dtype) for weights in found]
+        models = [
+            pack_convolutions(loading.upsampler(weights, machine.device, machine.dtype), machine.dtype)
+            for weights in found
+        ]
         order = upsampler_order([m.config for m in models], self.small_size)
         self.upsamplers = [(found[i], models[i]) for i in order]
         self.set(options, seed)

@@ -8,22 +8,25 @@ from torch import Tensor, nn
 from bench.published import filled
 from bench.timing import Subject
 from dalle_cli.models.decoder import Decoder, DecoderConfig
+from dalle_cli.models.packed import pack_convolutions
 
 ROWS = 2  # of one image with guidance: conditional and null
 TEXT = 77
 LENGTHS = torch.tensor([12, 2])  # of the caption, and of the null caption
 
 
-def unet(sizes: dict[str, Any]) -> Subject:
+def unet(sizes: dict[str, Any], packed: bool = True) -> Subject:
     """A call, conditioned before; the matrices of blocks are bfloat16, as in weights that are stored so."""
     with torch.device("meta"):
         made = Decoder(DecoderConfig(**sizes, n_text=TEXT, captions="states", dropout=0.0))
+    for module in (*made.unet.down.modules(), *made.unet.middle.modules(), *made.unet.up.modules()):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.weight = nn.Parameter(module.weight.bfloat16())
     decoder = filled(made.to_empty(device="cpu"))
     assert isinstance(decoder, Decoder)
     c, parameters = decoder.config, sum(p.numel() for p in decoder.unet.parameters())
-    for module in (*decoder.unet.down.modules(), *decoder.unet.middle.modules(), *decoder.unet.up.modules()):
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            module.weight.data = module.weight.data.bfloat16()
+    if packed:
+        pack_convolutions(decoder, torch.bfloat16)
     z, given = torch.randn(ROWS, c.n_embedding), torch.tensor([True, False])
     x, t = torch.randn(ROWS, 3, c.image_size, c.image_size), torch.full((ROWS,), 500)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):

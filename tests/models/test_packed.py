@@ -6,13 +6,15 @@ import dataclasses
 import pytest
 import torch
 from by_keyword import sample_codes
+from planted_weights import randomized
 from torch import nn
 
 from dalle_cli import devices
 from dalle_cli.models.dvae import DVAE, DVAEConfig
-from dalle_cli.models.kernels import Int8Linear, PackedLinear, PackedPointwise, packs
-from dalle_cli.models.packed import pack, pack_pointwise
+from dalle_cli.models.kernels import Int8Linear, PackedConvolution, PackedLinear, PackedPointwise, packs
+from dalle_cli.models.packed import pack, pack_convolutions, pack_pointwise
 from dalle_cli.models.prior import Prior, PriorConfig
+from dalle_cli.models.upsampler import Upsampler, UpsamplerConfig
 
 SMALL = PriorConfig(
     n_layer=3,
@@ -222,3 +224,21 @@ def test_packed_pointwise_convolutions_give_the_same_codes_and_pictures(block, q
 def test_convolutions_are_packed_where_it_pays_alone():
     dvae = DVAE(DVAEConfig(image_size=32, n_hid=16, n_init=16, n_vocab=64))
     assert not any(isinstance(m, PackedPointwise) for m in pack_pointwise(dvae, torch.bfloat16).modules())
+
+
+@pytest.mark.skipif(not packs(torch.bfloat16), reason="no packed bfloat16 here")
+@pytest.mark.parametrize("resample_blocks", [True, False])
+def test_packed_convolutions(resample_blocks):
+    """The same numbers as without, whatever the number and the size of the images."""
+    sizes = {"image_size": 16, "width": 32, "multipliers": (1, 2), "depth": 1, "attention": (), "groups": 8}
+    config = UpsamplerConfig(**sizes, low_size=8, dropout=0.0, last=True, resample_blocks=resample_blocks)
+    plain = randomized(Upsampler(config)).eval().requires_grad_(False)
+    packed = pack_convolutions(copy.deepcopy(plain), torch.bfloat16)
+    assert pack_convolutions(copy.deepcopy(plain), torch.float32).state_dict().keys() == plain.state_dict().keys()
+    n_packed = sum(isinstance(module, PackedConvolution) for module in packed.modules())
+    assert n_packed == (40 if resample_blocks else 36)
+    for rows, side, last in ((2, 16, False), (1, 24, False), (3, 16, True)):
+        x = torch.randn(rows, 3, side, side)
+        t = torch.arange(rows) * 100
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(packed(x, t, x, last=last), plain(x, t, x, last=last), rtol=0, atol=2e-2)

@@ -86,6 +86,35 @@ class PackedPointwise(nn.Module):
         return y
 
 
+class PackedConvolution(nn.Module):
+    """A convolution whose weight has the layout that the CPU's library wants, not rearranged anew in each call.
+
+    (B, I, H, W) -> (B, O, H, W), both channels_last, in `dtype` regardless of autocast. The layout is that for the
+    first input; those of other sizes are computed, too.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, convolution: nn.Conv2d, dtype: torch.dtype) -> None:
+        super().__init__()
+        bias = convolution.bias
+        self.register_buffer("weight", convolution.weight.detach().to(dtype), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)
+        self.geometry = [convolution.padding, convolution.stride, convolution.dilation]
+        self.groups, self.packed = convolution.groups, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution."""
+        x = x.to(self.weight.dtype)
+        if not self.packed:
+            sizes = (*self.geometry, self.groups, x.shape)
+            self.weight, self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *sizes), True
+        how = (*self.geometry, self.groups, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *how)
+        return y
+
+
 def packs(dtype: torch.dtype) -> bool:
     """Whether this build of torch can pack matrices on CPU (the operator exists for torch.compile)."""
     known = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
