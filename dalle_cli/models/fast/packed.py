@@ -110,7 +110,7 @@ class PackedConvolution(nn.Module):
         if not self.packed:
             sizes = (*self.geometry, self.groups, x.shape)
             self.weight, self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *sizes), True
-        how = (*self.geometry, self.groups, "none", [], "")
+        how: tuple[object, ...] = (*self.geometry, self.groups, "none", [], "")
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *how)
         return y
 
