@@ -28,8 +28,9 @@ pipeline-shapes: $(READY)
 pipeline-emoji: $(READY)
 	$(MAKE) --no-print-directory -C recipes/emoji $(TOOLS) small
 
+# A process for each core, up to three: models this small use more threads badly.
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=$(SHARE) $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-all: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest

@@ -417,7 +417,7 @@ def link(name, kind, to="/etc/passwd"):
         link("a", tarfile.LNKTYPE), link("a", tarfile.CHRTYPE), link("a", tarfile.FIFOTYPE),
         link("..", tarfile.DIRTYPE),
     ],
-    ids=str,
+    ids=lambda member: member if isinstance(member, str) else f"{member.name}-{member.type.decode()}",
 )  # fmt: skip
 def test_a_tar_that_leads_out_of_itself(tmp_path, refused, member, mode):
     path = tarred(tmp_path / "x.tar", [("planted.json", b"{}"), (member, b"")], mode)
