@@ -97,7 +97,8 @@ def plan_part(source: OpenedSource, publication: Publication, part: Part, dtype:
     over = [name for name in shapes if name not in used and not any(re.fullmatch(p, name) for p in part.ignored)]
     if over:
         more = f" and {len(over) - 1} more" if over[1:] else ""
-        raise DalleError(f"expected only tensors of {publication.name}, found {over[0][:80]!r}{more} in {where}")
+        found = f"{over[0][:80]!r}{more} in {where}; the files are of something else"
+        raise DalleError(f"expected only tensors of {publication.name}, found {found}")
     plan = PartPlan(source, publication, part, names, origins, {})
     entries = {name: _entry(plan, name, shape, dtype) for name, shape in sorted(model.items())}
     return dataclasses.replace(plan, entries=entries)
