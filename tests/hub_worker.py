@@ -64,10 +64,11 @@ def worker(environment):
 
 @pytest.fixture
 def dalle(worker):
-    """`dalle ARGS` where the server is the hub; of `token`, if any."""
+    """`dalle ARGS` where the server is the hub; of `token`, if any, and with more environment."""
 
-    def run(*args, token=""):
-        worker.stdin.write(json.dumps({"args": [str(a) for a in args], "env": {"HF_TOKEN": token}}) + "\n")
+    def run(*args, token="", **env):
+        given = {"args": [str(a) for a in args], "env": {"HF_TOKEN": token, **env}}
+        worker.stdin.write(json.dumps(given) + "\n")
         worker.stdin.flush()
         return Result(*json.loads(worker.stdout.readline()))
 

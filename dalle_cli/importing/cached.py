@@ -12,6 +12,7 @@ from dalle_cli.artifacts.container import replace_file
 from dalle_cli.errors import DalleError
 from dalle_cli.hub import transfer
 from dalle_cli.importing import known
+from dalle_cli.importing.bundle import DTYPES
 from dalle_cli.importing.source import HubSource, size_in_words
 
 log = logging.getLogger("dalle_cli")
@@ -37,6 +38,8 @@ def bundle_of(model: str) -> Path | None:
     """
     repository = transfer.parse(model)
     dtype = os.environ.get("DALLE_IMPORT_DTYPE") or None
+    if dtype not in (None, *DTYPES):
+        raise DalleError(f"expected DALLE_IMPORT_DTYPE {', '.join(DTYPES)}, found {dtype!r}; unset it to keep theirs")
     folder = cache() / repository.name.replace("/", "--")
     ref = folder / "refs" / repository.revision
 

@@ -212,6 +212,7 @@ def test_a_bundle_is_a_folder_a_file_a_shipped_name_or_a_repository(chain, monke
     monkeypatch.setattr(
         "dalle_cli.hub.transfer.fetch", lambda name, kinds: {"hf://me/it@v2": Fetched(chain.model, (), "")}[name]
     )
+    monkeypatch.setattr(bundles, "publication", lambda name: None)
     assert bundles.locate("hf://me/it@v2") == chain.model
 
 
