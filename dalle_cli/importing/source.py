@@ -39,7 +39,7 @@ class OpenedSource:
 
     def region(self, name: str) -> Region:
         """The bytes of a file."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of source has its own
 
     def fetch(self, names: Sequence[str]) -> None:
         """Check that the files are there, and have them on this machine.
